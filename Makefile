@@ -1,0 +1,56 @@
+# Every target sets up what it needs in .venv, with the versions of constraints.txt. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Build tools live in the environment too: with them pip needs no isolated build, and recompiles only what changed.
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+EDITABLE := $(INSTALL) --no-build-isolation --config-settings=build-dir=$(VENV)/build --editable
+C_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*##/make \1:/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed  ## Train a four-task model, sum of losses against BayesAgg-MTL (DEMO_ARGS="--epochs 2 ...")
+	$(BIN)/mtlgrad train --data clothing --compare sum bayesagg $(DEMO_ARGS)
+
+test: $(VENV)/installed-dev  ## Run all tests, the CUDA kernels in the host emulator (TEST_ARGS="-k moments ...")
+	$(BIN)/python tests/simt/build.py
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/installed-dev  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev  ## Apply the style
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+clean:  ## Remove everything that make made, the environment too
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Python files are read where they lie; what is compiled is installed again when it changes.
+$(VENV)/installed: $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "mtlgrad needs Python 3.10 or newer: make PYTHON=python3.X" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "$(PYTHON) has no headers to build an extension with: apt install python3-dev" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing torch and building mtlgrad in $(VENV) (the first time takes some minutes)"
+	@$(INSTALL) scikit-build-core pybind11 cmake ninja
+	@$(EDITABLE) '.[train]'
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed
+	@echo "installing what tests and linters need"
+	@$(EDITABLE) '.[test,dev]'
+	@touch $@

@@ -1,0 +1,42 @@
+// What every CPU kernel needs: threads handed in, vector width chosen at run time, a switch over the two float types.
+#pragma once
+#include <stdexcept>
+
+#include "kernels.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// One function body, three machine codes, chosen when the library is loaded: a wheel for plain x86-64 then uses AVX2 or
+// AVX-512 where there is one. The attribute covers what is inlined into the function, not what OpenMP outlines from it,
+// so it stands on functions without parallel regions. Sanitizers run before the choice is possible.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define MTLGRAD_CLONES __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#else
+#define MTLGRAD_CLONES
+#endif
+
+namespace mtlgrad::cpu {
+
+// body(i) for i in [0, n), a contiguous share for each thread.
+template <typename Body>
+void parallel_for(int64_t n, int threads, const Body& body) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && n > 1)
+#endif
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+// body(typed null pointer) for the type behind `dtype`.
+template <typename Body>
+void for_dtype(const char* kernel, DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body(static_cast<float*>(nullptr));
+    case DType::f64: return body(static_cast<double*>(nullptr));
+    default: throw std::invalid_argument(std::string(kernel) + " (cpu): float32 and float64 only");
+  }
+}
+
+}  // namespace mtlgrad::cpu

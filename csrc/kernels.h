@@ -1,0 +1,110 @@
+// The only header that bindings, launchers and kernels share. No torch, no Python, no CUDA types: pointers are raw, the
+// stream is an opaque handle, sizes and strides are int64_t and count elements.
+//
+// B examples, D features, P = D + 1 (bias last), O outputs, C classes, S samples or points, T tasks.
+// float32 and float64 throughout; half-precision tensors are converted before they get here.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace mtlgrad {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
+
+// Where the moments of T tasks go. Either they are written out, mean and variance [B, T, D]; or they are folded at once
+// into numerator += lambda mean and denominator += lambda, [B, D] each, lambda = variance^-power, and no [B, T, D]
+// tensor exists.
+struct Sink {
+  void* mean = nullptr;
+  void* variance = nullptr;
+  void* numerator = nullptr;
+  void* denominator = nullptr;
+  const double* power = nullptr;  // [T], on the kernel's device
+};
+
+// Last-layer features [B, D], rows `stride` apart.
+struct Features {
+  const void* data;
+  int64_t stride, batch, width;
+};
+
+// How the weights of different classes covary; decides what `cross` and `spread` hold.
+enum class Structure : int { full = 0, block = 1, kron = 2 };
+
+// The multiclass posterior at the B examples.
+//   full:  cross [C, B, C, P] with cross[k, b, c] = S_ck h~_b;  spread [C, C, P] with spread[c, k, d] = S_cd,kd
+//   block: cross [C, B, P]    with cross[c, b] = S_c h~_b;      spread [C, P]    with spread[c, d] = S_c,dd
+//   kron:  cross [B, P]       with cross[b] = S_feature h~_b;   spread [P]       with spread[d] = S_feature,dd;
+//          classes [C, C] = the class factor (unused otherwise)
+struct MulticlassPosterior {
+  Structure structure;
+  const void *mean;  // [C, P]
+  const void *cross, *spread, *classes;
+  int64_t num_classes;
+};
+
+enum class Likelihood : int { binary = 0, multiclass = 1 };
+
+// Where a kernel runs: the host reads `threads`, a device the other two.
+struct Place {
+  int threads = 1;
+  void* stream = nullptr;
+  int device = 0;
+};
+
+// float64 elements of one slot of multiclass_moments' workspace.
+int64_t multiclass_workspace(Structure, int64_t classes, int64_t points);
+
+namespace cpu {
+
+// targets [B, O] (NaN: no label), mean [O, D], cross [O or 1, B, D] = S h, spread [O or 1, D] = diag S; the strides over
+// outputs are 0 where all outputs share one covariance.
+void regression_moments(DType, Features, const void* targets, const void* mean, const void* cross, int64_t cross_stride,
+                        const void* spread, int64_t spread_stride, int64_t outputs, Sink, Place);
+
+// targets [B, O] (NaN: no label), mean [O, P], cross [O, B, P] = S h~, spread [O, P] = diag S, nodes and weights [nodes]
+// of a rule for u ~ N(0, 1) that is exact for 1, u and u^2.
+void binary_moments(DType, Features, const void* targets, const void* mean, const void* cross, const void* spread,
+                    const void* nodes, const void* weights, int64_t num_nodes, int64_t outputs, Sink, Place);
+
+// targets [B] (-100: no label), points [S, C] float64 for u ~ N(0, I); workspace of `slots` times
+// multiclass_workspace(...) float64: a slot serves one example at a time.
+void multiclass_moments(DType, Features, const int64_t* targets, MulticlassPosterior, const double* points,
+                        int64_t num_points, double* workspace, int64_t slots, Sink, Place);
+
+// logits [B, S, C] -> residuals in place: logistic or softmax less the target; targets [B, C] like the logits (binary;
+// NaN: no label) or int64 [B] (multiclass; -100: no label).
+void sample_residuals(DType, Likelihood, void* logits, const void* targets, int64_t batch, int64_t samples,
+                      int64_t classes, Place);
+
+// Moments over S samples of sum_c r_sbc w_scd (multiclass, T = 1) or r_sbc w_scd (binary, T = C); residuals [B, S, C],
+// NaN where there is no label; samples [S, C, P].
+void sampled_moments(DType, Likelihood, const void* residuals, const void* samples, int64_t batch, int64_t num_samples,
+                     int64_t classes, int64_t width, Sink, Place);
+
+// means, variances [B, T, D], power [T] -> out [B, D].
+void precision_mean(DType, const void* means, const void* variances, const double* power, void* out, int64_t batch,
+                    int64_t tasks, int64_t width, Place);
+
+// numerator / denominator / B, zero where the denominator is.
+void weighted_mean(DType, const void* numerator, const void* denominator, void* out, int64_t batch, int64_t width,
+                   Place);
+
+}  // namespace cpu
+
+// The same signatures, on device memory.
+namespace cuda {
+decltype(cpu::regression_moments) regression_moments;
+decltype(cpu::binary_moments) binary_moments;
+decltype(cpu::multiclass_moments) multiclass_moments;
+decltype(cpu::sample_residuals) sample_residuals;
+decltype(cpu::sampled_moments) sampled_moments;
+decltype(cpu::precision_mean) precision_mean;
+decltype(cpu::weighted_mean) weighted_mean;
+
+int device_count();          // 0 without a driver or a device; never throws
+std::string device_error();  // why device_count() is 0, or ""
+int runtime_version();
+}  // namespace cuda
+
+}  // namespace mtlgrad

@@ -1,0 +1,110 @@
+"""What each kind of head contributes to a posterior: the gradient and curvature of its loss in the last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .ops.checks import (
+    check_class_range,
+    check_class_targets,
+    check_finite,
+    check_floating,
+    check_not_empty,
+    check_same_device,
+    check_shape,
+)
+
+Likelihood = Literal["regression", "binary", "multiclass"]
+IGNORE = -100
+
+
+class Terms(NamedTuple):
+    """Of one batch, at given weights; rows without a label are zero throughout."""
+
+    gradient: Tensor  # [R, W], sum over the batch of the loss gradient (regression: of half the squared error)
+    curvature: Tensor | None  # [B, R], diagonal of Q; None: one everywhere
+    probability: Tensor  # [B, C], multiclass only: Q = diag(p) - p p'
+    labelled: Tensor  # [B], multiclass only
+
+    def rows(self) -> Iterator[Tensor]:
+        assert self.curvature is not None
+        return iter(self.curvature.T)
+
+    def diagonal(self, hidden: Tensor) -> Tensor:
+        """The diagonal of sum_b J_b' Q_b J_b, [R, W]; classification only."""
+        assert self.curvature is not None
+        return self.curvature.T @ hidden**2
+
+
+def augment(features: Tensor, likelihood: Likelihood) -> Tensor:
+    """Classification heads have a bias: a one is appended. Regression posteriors have none, as published."""
+    return features if likelihood == "regression" else functional.pad(features, (0, 1), value=1.0)
+
+
+def check_batch(
+    op: str, likelihood: Likelihood, features: Tensor, targets: Tensor, weight: Tensor | None
+) -> Tensor:
+    """Shapes, dtypes, devices and, on the CPU, values. Returns the targets with their column of outputs."""
+    check_shape(op, "features", features, ("B", "D"))
+    batch, width = features.shape
+    check_not_empty(op, "features", "example", batch)
+    check_floating(op, features=features)
+    check_same_device(op, "features", features=features, targets=targets)
+    if weight is not None:
+        check_shape(op, "weight", weight, ("C" if likelihood == "multiclass" else "O", width + 1))
+        check_floating(op, weight=weight)
+        check_same_device(op, "features", features=features, weight=weight)
+    if likelihood == "multiclass":
+        assert weight is not None
+        check_shape(op, "targets", targets, (batch,))
+        check_class_targets(op, targets)
+    else:
+        if targets.dim() == 1:
+            targets = targets[:, None]
+        check_shape(op, "targets", targets, (batch, "O" if weight is None else weight.shape[0]))
+        check_floating(op, targets=targets)
+    if features.device.type == "cpu":
+        check_finite(op, features=features)
+        if likelihood == "multiclass":
+            assert weight is not None
+            check_class_range(op, targets, weight.shape[0], IGNORE)
+    return targets
+
+
+def terms_of(likelihood: Likelihood, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
+    """``hidden`` [B, W] is :func:`augment` of the features, ``weight`` [R, W]."""
+    logits = hidden @ weight.T
+    nothing = hidden.new_empty(0)
+    if likelihood == "multiclass":
+        labelled = targets != IGNORE
+        probability = torch.softmax(logits, 1) * labelled[:, None]
+        onehot = functional.one_hot(targets.masked_fill(~labelled, 0), weight.shape[0]) * labelled[:, None]
+        gradient = (probability - onehot).T @ hidden
+        return Terms(gradient, probability * (1 - probability), probability, labelled)
+    targets = (targets[:, None] if targets.dim() == 1 else targets).to(hidden)
+    missing = targets.isnan()
+    if likelihood == "regression":
+        gradient = (logits - targets).masked_fill(missing, 0.0).T @ hidden
+        return Terms(gradient, _shared_curvature(missing, hidden), nothing, nothing)
+    p = torch.sigmoid(logits)
+    gradient = (p - targets).masked_fill(missing, 0.0).T @ hidden
+    return Terms(gradient, (p * (1 - p)).masked_fill(missing, 0.0), nothing, nothing)
+
+
+def _shared_curvature(missing: Tensor, hidden: Tensor) -> Tensor | None:
+    """Regression: [B, O], or [B, 1] where every example has all labels or none, or None where nothing is missing: the
+    outputs then share one precision. Reads the device, except while a CUDA graph is captured; an example whose labels
+    are missing in part is then NaN for all, since the number of matrices cannot depend on the data."""
+    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        some, every = missing.any(1, keepdim=True), missing.all(1, keepdim=True)
+        return torch.where(some & ~every, torch.nan, (~every).to(hidden))
+    if not bool(missing.any()):
+        return None
+    if bool((missing == missing[:, :1]).all()):
+        return (~missing[:, :1]).to(hidden)
+    return (~missing).to(hidden)

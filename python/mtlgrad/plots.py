@@ -1,0 +1,89 @@
+"""Figures of a run as PNG bytes. matplotlib (extra `train`) is imported when a figure is drawn, not before.
+
+The figures are drawn on Agg without pyplot: no display, no global state, safe beside a user's own figures.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Curves = dict[str, list[list[float]]]  # method -> per epoch, per task
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # No creation date, no version: equal runs give equal files.
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _panels(tasks: Sequence[str], curves: Curves, label: str, draw: Any) -> bytes:
+    """One panel a task, one line a method."""
+    figure = _figure(3.2 * len(tasks), 3.2)
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for i, (task, axis) in enumerate(zip(tasks, axes)):
+        for k, (method, epochs) in enumerate(curves.items()):
+            draw(axis, i, method, range(1, len(epochs) + 1), [line[i] for line in epochs], f"C{k}")
+        axis.set_title(task)
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(label)
+    axes[0].legend(fontsize="small")
+    return _png(figure)
+
+
+def loss_curves(tasks: Sequence[str], train: Curves, validation: Curves) -> bytes:
+    """Per task and method: validation loss (solid) and training loss (dotted) over the epochs, means over seeds.
+
+    `train` and `validation`: method -> [epochs][tasks].
+    """
+
+    def draw(axis: Any, i: int, method: str, epochs: range, values: list[float], colour: str) -> None:
+        axis.plot(epochs, values, color=colour, label=method)
+        axis.plot(epochs, [line[i] for line in train[method]], color=colour, linestyle=":")
+
+    return _panels(tasks, validation, "loss: validation —, training ···", draw)
+
+
+def task_weights(tasks: Sequence[str], shares: Curves) -> bytes:
+    """Per task and method: the task's share of all weights over the epochs, means over seeds; [epochs][tasks] each."""
+
+    def draw(axis: Any, i: int, method: str, epochs: range, values: list[float], colour: str) -> None:
+        axis.plot(epochs, values, color=colour, label=method, marker="." if len(values) == 1 else None)
+        axis.set_ylim(0.0, 1.0)
+
+    return _panels(tasks, shares, "share of the weights", draw)
+
+
+def uncertainty_map(tasks: Sequence[str], variance: Tensor) -> bytes:
+    """The variance of each task's gradient in each dimension of the representation, [T, D], on a logarithmic scale.
+
+    Dimensions are sorted by the mean logarithm over tasks, so that what tasks share and where they differ is visible.
+    Dimensions that no task uses (dead units: variance at the clamp) stand at one end.
+    """
+    logs = variance.double().clamp_min(1e-12).log10()
+    order = logs.mean(0).argsort()
+    figure = _figure(10.0, 1.2 + 0.5 * len(tasks))
+    axis = figure.subplots()
+    image = axis.imshow(logs[:, order].numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
+    axis.set_yticks(range(len(tasks)), list(tasks))
+    axis.set_xlabel("dimension of the shared representation, sorted")
+    figure.colorbar(image, ax=axis, label="log10 variance")
+    return _png(figure)

@@ -1,0 +1,524 @@
+"""Gaussian posteriors over the weights of last layers, for regression, binary and multiclass heads.
+
+Regression is exact: unit noise, no bias. Classification is Laplace with the generalised Gauss-Newton matrix, expanded
+at the weights that the caller gives (arXiv 2402.04005, section 4 and appendix; DESIGN 4.2)::
+
+    precision = prior precision + sum_b J_b' Q_b J_b,   Q = diag(p) - p p'  (binary p (1 - p), regression 1)
+    mean = w - precision^-1 (loss gradient + prior precision (w - prior mean))
+
+The Jacobians are never formed: J_b' Q_b J_b = Q_b (x) h_b h_b'. Precisions are kept and added to; covariances come from
+their Cholesky factors. A batch only adds sums, so :meth:`Posterior.update` may follow batch after batch, and the mean is
+solved for when it is read.
+
+B examples, D features, P = D + 1 (bias last), O outputs, C classes. float64 features are computed in float64, all others
+in float32. Labels that are NaN (class: -100) are missing and contribute nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .likelihoods import Likelihood, Terms, augment, check_batch, terms_of
+from .linalg import checked_cholesky
+
+STRUCTURES = ("full", "block", "kron", "diag")
+DEFAULT_GAMMA = 0.005  # prior variance, the published experiments' value
+
+
+class Posterior(ABC):
+    """N(mean, precision^-1) over [R, W] weights: R outputs or classes, W = D (regression) or P.
+
+    Attributes:
+        mean: [R, W].
+        precision: regression [D, D], or [O, D, D] once labels were missing for some outputs only; binary [O, P, P];
+            multiclass full [C*P, C*P] (class-major), block [C, P, P], kron the pair ([C, C], [P, P]); diag [R, W].
+        likelihood: "regression", "binary" or "multiclass".
+        structure: "full", "block", "kron" or "diag".
+    """
+
+    structure: str
+
+    def __init__(self, likelihood: Likelihood, anchor: Tensor, prior: Posterior | None, gamma: float):
+        self.likelihood = likelihood
+        self.gamma = gamma
+        # The mean is anchor - precision^-1 residual: sums in deviations from a point nearby lose no digits.
+        self.anchor = anchor
+        self._start(prior)
+        self.residual = self.times_precision(anchor if prior is None else anchor - prior.mean.to(anchor))
+
+    # ---- what a structure provides
+
+    @abstractmethod
+    def _start(self, prior: Posterior | None) -> None:
+        """Sets the precision to the prior's, or to that of N(0, gamma I)."""
+
+    @abstractmethod
+    def _add(self, hidden: Tensor, terms: Terms) -> None:
+        """Adds sum_b J_b' Q_b J_b."""
+
+    @abstractmethod
+    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
+        """sum_b J_b' Q_b J_b direction, [R, W]."""
+
+    @abstractmethod
+    def times_precision(self, direction: Tensor) -> Tensor:
+        """precision direction, [R, W]."""
+
+    @abstractmethod
+    def solve(self, direction: Tensor) -> Tensor:
+        """precision^-1 direction, [R, W]."""
+
+    @property
+    @abstractmethod
+    def precision(self) -> Any: ...
+
+    @abstractmethod
+    def _covariance(self) -> Any: ...
+
+    @abstractmethod
+    def _sample(self, noise: Tensor) -> Tensor:
+        """Deviations from the mean, [n, R, W], for standard normal noise of that shape."""
+
+    # ---- what all share
+
+    @cached_property
+    def mean(self) -> Tensor:
+        return self.anchor - self.solve(self.residual)
+
+    @cached_property
+    def _cached_covariance(self) -> Any:
+        return self._covariance()
+
+    def covariance(self) -> Any:
+        """The inverse of ``precision``, of the same shape; computed once."""
+        return self._cached_covariance
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` weights from the posterior, [n, R, W]."""
+        if n < 1:
+            raise ValueError(f"sample: n: expected at least 1, found {n}")
+        shape = (n, *self.anchor.shape)
+        noise = torch.randn(shape, generator=generator, dtype=self.anchor.dtype, device=self.anchor.device)
+        return self.mean + self._sample(noise)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, targets: Tensor, weight: Tensor | None = None) -> Posterior:
+        """Takes in another batch, in place; the result is that of all batches at once.
+
+        Args:
+            features: [B, D].
+            targets: as for the function that made this posterior.
+            weight: where to expand, classification only; None: where the first batch was. Batches may be expanded at
+                different weights (they are while a network trains): each contributes its own quadratic.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            hidden = augment(features.to(self.anchor), self.likelihood)
+            at = self.anchor if weight is None else weight.detach().to(self.anchor)
+            if at.shape != self.anchor.shape:
+                raise ValueError(
+                    f"update: weight: expected shape {list(self.anchor.shape)}, found {list(at.shape)}"
+                )
+            terms = terms_of(self.likelihood, hidden, targets, at)
+            self._add(hidden, terms)
+            moved = self._curvature_times(hidden, terms, self.anchor - at) if weight is not None else 0.0
+            self.residual = self.residual + terms.gradient + moved
+            self._forget()
+        return self
+
+    def _forget(self) -> None:
+        for name in ("mean", "_cached_covariance", "factor"):
+            self.__dict__.pop(name, None)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and numbers from which :func:`posterior_from_state` makes an equal posterior."""
+        return {
+            "likelihood": self.likelihood,
+            "structure": self.structure,
+            "gamma": self.gamma,
+            "anchor": self.anchor,
+            "residual": self.residual,
+            "sums": self._sums(),
+        }
+
+    @abstractmethod
+    def _sums(self) -> dict[str, Tensor]: ...
+
+    def _load_sums(self, sums: dict[str, Tensor]) -> None:
+        for name, value in sums.items():
+            setattr(self, name, value.to(self.anchor))
+
+
+class BlockPosterior(Posterior):
+    """Independent rows, each with a precision matrix of its own, or all with the same one (regression)."""
+
+    structure = "full"
+
+    def _start(self, prior: Posterior | None) -> None:
+        rows, width = self.anchor.shape
+        if prior is not None:
+            self.blocks = prior.blocks.to(self.anchor).clone()  # type: ignore[attr-defined]
+            return
+        shared = 1 if self.likelihood == "regression" else rows
+        self.blocks = torch.eye(width).to(self.anchor).div(self.gamma).repeat(shared, 1, 1)
+
+    def _add(self, hidden: Tensor, terms: Terms) -> None:
+        if terms.curvature is None:
+            self.blocks = self.blocks + hidden.T @ hidden
+            return
+        if terms.curvature.shape[1] > self.blocks.shape[0]:  # labels missing for some outputs: they part ways
+            self.blocks = self.blocks.repeat(terms.curvature.shape[1], 1, 1)
+        for block, curvature in zip(self.blocks, terms.rows()):
+            block.addmm_((hidden * curvature[:, None]).T, hidden)
+
+    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
+        along = hidden @ direction.T
+        return (along if terms.curvature is None else along * terms.curvature).T @ hidden
+
+    def times_precision(self, direction: Tensor) -> Tensor:
+        return torch.einsum("ovw,ow->ov", self.blocks.expand(direction.shape[0], -1, -1), direction)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        return checked_cholesky(self.blocks, f"{self.likelihood} posterior")
+
+    def solve(self, direction: Tensor) -> Tensor:
+        if self.blocks.shape[0] == 1:
+            return torch.cholesky_solve(direction.T, self.factor[0]).T
+        return torch.cholesky_solve(direction[..., None], self.factor)[..., 0]
+
+    @property
+    def precision(self) -> Tensor:
+        return self._public(self.blocks)
+
+    def _covariance(self) -> Tensor:
+        return self._public(torch.cholesky_inverse(self.factor))
+
+    def _public(self, blocks: Tensor) -> Tensor:
+        return blocks[0] if self.likelihood == "regression" and blocks.shape[0] == 1 else blocks
+
+    def _sample(self, noise: Tensor) -> Tensor:
+        # precision = L L': L^-T noise has the inverse as covariance
+        columns = noise.permute(1, 2, 0)
+        return torch.linalg.solve_triangular(self.factor.mT, columns, upper=True).permute(2, 0, 1)
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {"blocks": self.blocks}
+
+
+class ClassBlockPosterior(BlockPosterior):
+    """Multiclass without the covariances between classes: one block per class."""
+
+    structure = "block"
+
+
+class DiagonalPosterior(Posterior):
+    """Independent weights."""
+
+    structure = "diag"
+
+    def _start(self, prior: Posterior | None) -> None:
+        if prior is not None:
+            self.diagonal = prior.diagonal.to(self.anchor).clone()  # type: ignore[attr-defined]
+        else:
+            self.diagonal = torch.full_like(self.anchor, 1.0 / self.gamma)
+
+    def _add(self, hidden: Tensor, terms: Terms) -> None:
+        self.diagonal = self.diagonal + terms.diagonal(hidden)
+
+    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
+        return terms.diagonal(hidden) * direction
+
+    def times_precision(self, direction: Tensor) -> Tensor:
+        return self.diagonal * direction
+
+    def solve(self, direction: Tensor) -> Tensor:
+        return direction / self.diagonal
+
+    @property
+    def precision(self) -> Tensor:
+        return self.diagonal
+
+    def _covariance(self) -> Tensor:
+        return 1.0 / self.diagonal
+
+    def _sample(self, noise: Tensor) -> Tensor:
+        return noise / self.diagonal.sqrt()
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {"diagonal": self.diagonal}
+
+
+class JointPosterior(Posterior):
+    """Multiclass with all covariances: one [C*P, C*P] precision, class-major."""
+
+    structure = "full"
+
+    def _start(self, prior: Posterior | None) -> None:
+        if prior is not None:
+            self.joint = prior.joint.to(self.anchor).clone()  # type: ignore[attr-defined]
+        else:
+            self.joint = torch.eye(self.anchor.numel()).to(self.anchor) / self.gamma
+
+    def _add(self, hidden: Tensor, terms: Terms) -> None:
+        classes, width = self.anchor.shape
+        blocks = self.joint.view(classes, width, classes, width)
+        probability = terms.probability
+        for c in range(classes):
+            for k in range(c + 1):
+                # Q_ck = [c = k] p_c - p_c p_k: the upper triangle is the lower one's mirror image.
+                weight = probability[:, c] * ((1.0 if c == k else 0.0) - probability[:, k])
+                block = (hidden * weight[:, None]).T @ hidden
+                blocks[c, :, k] += block
+                if k < c:
+                    blocks[k, :, c] += block
+
+    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
+        p = terms.probability
+        along = hidden @ direction.T
+        return (p * along - p * (p * along).sum(1, keepdim=True)).T @ hidden
+
+    def times_precision(self, direction: Tensor) -> Tensor:
+        return (self.joint @ direction.flatten()).view_as(direction)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        return checked_cholesky(self.joint, "multiclass posterior")
+
+    def solve(self, direction: Tensor) -> Tensor:
+        return torch.cholesky_solve(direction.flatten()[:, None], self.factor).view_as(direction)
+
+    @property
+    def precision(self) -> Tensor:
+        return self.joint
+
+    def _covariance(self) -> Tensor:
+        return torch.cholesky_inverse(self.factor)
+
+    def _sample(self, noise: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.factor.mT, noise.flatten(1).T, upper=True).T.view_as(noise)
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {"joint": self.joint}
+
+
+class KroneckerPosterior(Posterior):
+    """Multiclass with precision A (x) G: A from the mean of Q over the examples, G from the sum of h~ h~'.
+
+    The prior's 1/gamma I is shared out between the factors, A + a I and G + b I with a b = 1/gamma and a : b as the
+    factors' mean diagonals (Martens and Grosse, arXiv 1503.05671, section 6.3), so the product is not the exact sum.
+    """
+
+    structure = "kron"
+
+    def _start(self, prior: Posterior | None) -> None:
+        if prior is not None:
+            for name, value in prior._sums().items():
+                setattr(self, name, value.to(self.anchor).clone())
+            return
+        classes, width = self.anchor.shape
+        self.curvature = self.anchor.new_zeros(classes, classes)  # sum of Q
+        self.gram = self.anchor.new_zeros(width, width)  # sum of h~ h~'
+        self.count = self.anchor.new_zeros(())
+
+    def _add(self, hidden: Tensor, terms: Terms) -> None:
+        labelled = terms.labelled.to(hidden)
+        self.curvature = self.curvature + self._curvature_sum(terms)
+        self.gram = self.gram + (hidden * labelled[:, None]).T @ hidden
+        self.count = self.count + labelled.sum()
+
+    @staticmethod
+    def _curvature_sum(terms: Terms) -> Tensor:
+        p = terms.probability
+        return torch.diag(p.sum(0)) - p.T @ p
+
+    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
+        labelled = terms.labelled.to(hidden)
+        gram = (hidden * labelled[:, None]).T @ hidden
+        return self._curvature_sum(terms) / labelled.sum().clamp(min=1) @ direction @ gram
+
+    @property
+    def precision(self) -> tuple[Tensor, Tensor]:
+        classes, width = self.anchor.shape
+        mean_curvature = self.curvature / self.count.clamp(min=1)
+        ratio = (mean_curvature.trace() / classes) / (self.gram.trace() / width)
+        share = torch.where(self.count > 0, ratio, torch.ones_like(ratio)).sqrt() / math.sqrt(self.gamma)
+        other = 1.0 / (self.gamma * share)
+        eye = torch.eye
+        return (
+            mean_curvature + share * eye(classes, out=torch.empty_like(mean_curvature)),
+            self.gram + other * eye(width, out=torch.empty_like(self.gram)),
+        )
+
+    def times_precision(self, direction: Tensor) -> Tensor:
+        classes, features = self.precision
+        return classes @ direction @ features
+
+    @cached_property
+    def factor(self) -> tuple[Tensor, Tensor]:
+        classes, features = self.precision
+        return (
+            checked_cholesky(classes, "multiclass posterior, class factor"),
+            checked_cholesky(features, "multiclass posterior, feature factor"),
+        )
+
+    def solve(self, direction: Tensor) -> Tensor:
+        classes, features = self.factor
+        return torch.cholesky_solve(torch.cholesky_solve(direction, classes).T, features).T
+
+    def _covariance(self) -> tuple[Tensor, Tensor]:
+        classes, features = self.factor
+        return torch.cholesky_inverse(classes), torch.cholesky_inverse(features)
+
+    def _sample(self, noise: Tensor) -> Tensor:
+        classes, features = self.factor
+        left = torch.linalg.solve_triangular(classes.T, noise, upper=True)
+        return torch.linalg.solve_triangular(features.T, left.mT, upper=True).mT
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {"curvature": self.curvature, "gram": self.gram, "count": self.count}
+
+
+def _class_for(likelihood: Likelihood, structure: str) -> type[Posterior]:
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure: expected one of {', '.join(STRUCTURES)}, found {structure!r}")
+    if likelihood == "regression":
+        return BlockPosterior  # exact and shared by the outputs: less structure would save little and cost the mean
+    if structure == "diag":
+        return DiagonalPosterior
+    if likelihood == "binary":
+        return BlockPosterior  # nothing couples one-output tasks: block and kron are full
+    return {"full": JointPosterior, "block": ClassBlockPosterior, "kron": KroneckerPosterior}[structure]
+
+
+def check_gamma(gamma: float) -> None:
+    if not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
+        raise ValueError(f"gamma: expected a finite prior variance above 0, found {gamma!r}")
+
+
+def empty_posterior(
+    likelihood: Likelihood, anchor: Tensor, prior: Posterior | None, gamma: float, structure: str
+) -> Posterior:
+    """The prior as a posterior of no data, to be updated."""
+    check_gamma(gamma)
+    kind = _class_for(likelihood, structure)
+    if prior is not None:
+        if type(prior) is not kind or prior.likelihood != likelihood:
+            raise ValueError(
+                f"prior: expected a {likelihood} posterior of structure {kind.structure!r}, found a "
+                f"{getattr(prior, 'likelihood', type(prior).__name__)} one of structure "
+                f"{getattr(prior, 'structure', None)!r}"
+            )
+        if prior.anchor.shape != anchor.shape:
+            raise ValueError(
+                f"prior: expected weights of shape {list(anchor.shape)}, found {list(prior.anchor.shape)}"
+            )
+        gamma = prior.gamma
+    return kind(likelihood, anchor, prior, gamma)
+
+
+def posterior_from_state(state: dict[str, Any]) -> Posterior:
+    """The inverse of :meth:`Posterior.state`."""
+    kind = _class_for(state["likelihood"], state["structure"])
+    posterior = kind(state["likelihood"], state["anchor"], None, state["gamma"])
+    posterior.residual = state["residual"]
+    posterior._load_sums(state["sums"])
+    return posterior
+
+
+@torch.no_grad()
+def regression_posterior(
+    features: Tensor,
+    targets: Tensor,
+    *,
+    prior: Posterior | None = None,
+    gamma: float = DEFAULT_GAMMA,
+) -> Posterior:
+    """Posterior over [O, D] weights without bias, for targets with unit noise: precision = prior precision + H'H.
+
+    Args:
+        features: [B, D].
+        targets: [B, O] or [B]; NaN where there is no label.
+        prior: another regression posterior; None: N(0, gamma I).
+        gamma: prior variance, where ``prior`` is None.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
+    """
+    targets = check_batch("regression_posterior", "regression", features, targets, None)
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    zero = torch.zeros(targets.shape[1], features.shape[1], dtype=dtype, device=features.device)
+    anchor = zero if prior is None or prior.anchor.shape != zero.shape else prior.mean.to(zero)
+    return empty_posterior("regression", anchor, prior, gamma, "full").update(features, targets)
+
+
+def _classification_posterior(
+    likelihood: Likelihood,
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    prior: Posterior | None,
+    gamma: float,
+    structure: str,
+) -> Posterior:
+    targets = check_batch(f"{likelihood}_posterior", likelihood, features, targets, weight)
+    dtype = torch.float64 if torch.float64 in (features.dtype, weight.dtype) else torch.float32
+    anchor = weight.detach().to(dtype)
+    return empty_posterior(likelihood, anchor, prior, gamma, structure).update(features, targets)
+
+
+@torch.no_grad()
+def binary_posterior(
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    prior: Posterior | None = None,
+    gamma: float = DEFAULT_GAMMA,
+    structure: str = "full",
+) -> Posterior:
+    """Laplace posterior over [O, P] weights of O binary tasks, expanded at ``weight``.
+
+    Args:
+        features: [B, D].
+        targets: [B, O] (or [B] for one output), 0, 1 or between; NaN where there is no label.
+        weight: [O, P], bias last.
+        prior: another binary posterior; None: N(0, gamma I).
+        gamma: prior variance, where ``prior`` is None.
+        structure: "full", one P x P block per output ("block" and "kron" are the same here), or "diag".
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
+    """
+    return _classification_posterior("binary", features, targets, weight, prior, gamma, structure)
+
+
+@torch.no_grad()
+def multiclass_posterior(
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    prior: Posterior | None = None,
+    gamma: float = DEFAULT_GAMMA,
+    structure: str = "full",
+) -> Posterior:
+    """Laplace posterior over [C, P] weights of one softmax task, expanded at ``weight``.
+
+    Args:
+        features: [B, D].
+        targets: [B] int64; -100 where there is no label.
+        weight: [C, P], bias last.
+        prior: another multiclass posterior of the same structure; None: N(0, gamma I).
+        gamma: prior variance, where ``prior`` is None.
+        structure: "full" [C*P, C*P], "block" [C, P, P], "kron" ([C, C], [P, P]) or "diag" [C, P].
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
+    """
+    return _classification_posterior("multiclass", features, targets, weight, prior, gamma, structure)

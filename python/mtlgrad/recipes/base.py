@@ -1,0 +1,139 @@
+"""What every recipe offers, and the settings and errors that the rest of this room shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["regression", "binary", "multiclass"]
+
+
+class TrainError(Exception):
+    """Something the user can put right; its text is the one line that the command line prints."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived; raised between two steps, never inside one."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One head: its kind, the width of its output, and the metric it is judged by."""
+
+    name: str
+    kind: Kind
+    outputs: int
+    metric: str
+    higher_is_better: bool
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split, packed in a given row order: row i's tokens are ``tokens[offsets[i]:offsets[i + 1]]``."""
+
+    tokens: Tensor  #: [K] int64
+    offsets: Tensor  #: [R + 1] int64
+    targets: list[Tensor]  #: per task [R], float32 or (multiclass) int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
+        """Yields (tokens, offsets, targets) of `size` rows each, the last one shorter. Slices, no copies but the offsets."""
+        starts = list(range(0, len(self), size))
+        bounds = [*self.offsets[::size].tolist()[: len(starts)], len(self.tokens)]
+        for i, start in enumerate(starts):
+            stop = min(start + size, len(self))
+            tokens = self.tokens[bounds[i] : bounds[i + 1]]
+            yield tokens, self.offsets[start : stop + 1] - bounds[i], [y[start:stop] for y in self.targets]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run computes; kept in its checkpoint, so that resuming needs no arguments."""
+
+    data: str = "clothing"
+    methods: tuple[str, ...] = ("bayesagg",)
+    seeds: int = 3
+    epochs: int = 8
+    batch_size: int = 128
+    lr: float = 1e-3
+    gamma: float = 0.005
+    power: tuple[float, float] = (0.3, 0.1)  #: regression, classification
+    warmup: int = 2
+    device: str = "cpu"
+    #: A second thread gains a fifth on an idle machine; on a busy one the two wait for each other (30 times slower, seen).
+    threads: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Settings:
+        """The inverse of `to_dict`; raises TypeError for unknown names."""
+        return Settings(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a method on all tasks, or (``task`` given) a single-task net for the comparison."""
+
+    method: str
+    seed: int
+    task: int | None = None
+
+    def title(self, tasks: Sequence[Task]) -> str:
+        """For people: "bayesagg, seed 0" or "rating alone, seed 0"; `tasks` are all of the recipe's."""
+        return f"{self.method if self.task is None else tasks[self.task].name + ' alone'}, seed {self.seed}"
+
+
+@dataclass
+class Result:
+    """What a finished training leaves behind; plain numbers and small tensors, so that a checkpoint can hold all."""
+
+    job: Job
+    tasks: list[str]
+    metrics: list[float]  #: on the test split, per task
+    losses: list[float]  #: on the test split, per task
+    step_ms: list[float]  #: wall time of the timed steps
+    own_ms: list[float]  #: of each of those, what the method itself took
+    epoch_ms: list[float]  #: what the method did between epochs, spread over the epoch's steps
+    history: list[dict[str, Any]] = field(default_factory=list)
+    variance: Tensor | None = None  #: [T, D] mean gradient variance in the last epoch (bayesagg)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Result:
+        return Result(**{**values, "job": Job(**values["job"])})
+
+
+class MultiTaskNet(nn.Module):
+    """A backbone to [B, D] and one linear head a task."""
+
+    def __init__(self, backbone: nn.Module, heads: list[nn.Linear]):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleList(heads)
+
+    def features(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        return self.backbone(tokens, offsets)
+
+    def outputs(self, features: Tensor) -> list[Tensor]:
+        """Per task [B, O]."""
+        return [head(features) for head in self.heads]
+
+
+def task_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """The batch mean of the per-sample loss: squared error, BCE with logits, or cross entropy."""
+    if task.kind == "multiclass":
+        return nn.functional.cross_entropy(output, target)
+    if task.kind == "binary":
+        return nn.functional.binary_cross_entropy_with_logits(output.squeeze(1), target)
+    return torch.mean((output.squeeze(1) - target) ** 2)

@@ -1,0 +1,141 @@
+"""Several trainings, one after another, in one run folder: methods x seeds, and single-task nets as the yardstick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import report
+from .base import Interrupted, Job, Result, Settings, TrainError
+from .clothing import RECIPES, Clothing
+from .folder import CHECKPOINT, RunFolder
+from .training import Trainer
+
+
+class Stop:
+    """Set by a signal, looked at between two steps."""
+
+    requested = False
+
+
+class Watcher(Protocol):
+    """What the trainings tell while they run; see progress.py."""
+
+    def start(self, number: int, trainer: Trainer) -> None: ...
+    def step(self, epoch: int, step: int, losses: Tensor) -> None: ...
+    def epoch_done(self, trainer: Trainer) -> None: ...
+    def done(self, number: int, result: Result) -> None: ...
+
+
+def jobs_of(settings: Settings, recipe: Clothing) -> list[Job]:
+    """Seed by seed, so that what is complete when somebody stops the run can be compared."""
+    jobs = []
+    for seed in range(settings.seeds):
+        jobs += [Job("sum", seed, task) for task in range(len(recipe.tasks))]
+        jobs += [Job(method, seed) for method in settings.methods]
+    return jobs
+
+
+class Comparison:
+    """A run: what is done, what is in progress, and where it is kept."""
+
+    def __init__(self, settings: Settings, recipe: Clothing, folder: RunFolder, state: dict[str, Any] | None = None):
+        self.settings, self.recipe, self.folder = settings, recipe, folder
+        self.jobs = jobs_of(settings, recipe)
+        self.results: list[Result] = [] if state is None else [Result.from_dict(r) for r in state["done"]]
+        self.current: dict[str, Any] | None = None if state is None else state["current"]
+
+    @staticmethod
+    def start(settings: Settings, out: Path, name: str | None) -> Comparison:
+        recipe = _recipe(settings)
+        state = _state(settings, [], None)
+        return Comparison(settings, recipe, RunFolder.create(out, name, settings.data, state))
+
+    @staticmethod
+    def resume(path: Path) -> Comparison:
+        folder, state = RunFolder.open(path)
+        try:
+            settings = Settings.from_dict(state["settings"])
+            return Comparison(settings, _recipe(settings), folder, state)
+        except (TypeError, KeyError) as error:
+            raise TrainError(
+                f"argument --resume: expected a checkpoint of this version, found {folder.path / CHECKPOINT} "
+                f"of another ({error}); start anew without --resume"
+            ) from None
+
+    def run(self, watcher: Watcher, stop: Stop) -> bool:
+        """Trains what is left. True when all is done, False when it was stopped; the files are complete either way."""
+        try:
+            for number in range(len(self.results), len(self.jobs)):
+                self._train(number, watcher, stop)
+        except Interrupted:
+            self.write_tables()
+            return False
+        except BaseException as error:
+            if not self.results and self.current is None:
+                self.folder.discard()
+            elif isinstance(error, TrainError):
+                raise TrainError(f"{error}; what was done is saved: --resume {self.folder.path}") from error
+            raise
+        return True
+
+    def _train(self, number: int, watcher: Watcher, stop: Stop) -> None:
+        job = self.jobs[number]
+        try:
+            trainer = Trainer(self.recipe, job, self.settings)
+            if self.current is not None:
+                trainer.load_state_dict(self.current)
+            watcher.start(number, trainer)
+
+            def watch(epoch: int, step: int, losses: Tensor) -> None:
+                if stop.requested:
+                    raise Interrupted
+                watcher.step(epoch, step, losses)
+
+            while trainer.epoch < self.settings.epochs:
+                trainer.run_epoch(watch)
+                state = trainer.state_dict()
+                self._checkpoint(state)
+                self.current = state
+                watcher.epoch_done(trainer)
+            result = trainer.finish()
+        except (RuntimeError, ValueError) as error:  # of a method that refuses what the training came to, or of torch
+            raise TrainError(f"{job.title(self.recipe.tasks)}: {' '.join(str(error).split())}") from error
+        if job.task is None:
+            self.folder.save(f"model-{job.method}-{job.seed}.pt", _final(trainer))
+        self.results.append(result)
+        self.current = None
+        self._checkpoint(None)
+        self.write_tables()
+        watcher.done(number, result)
+
+    def _checkpoint(self, current: dict[str, Any] | None) -> None:
+        self.folder.save_checkpoint(_state(self.settings, self.results, current))
+
+    def write_tables(self) -> None:
+        """results.csv and history.csv, the latter with the epochs of a training that was stopped halfway."""
+        started = [] if self.current is None else [Result.from_dict(self.current["result"])]
+        self.folder.write("results.csv", report.results_csv(self.results, self.recipe.tasks))
+        self.folder.write("history.csv", report.history_csv([*self.results, *started]))
+
+
+def _state(settings: Settings, results: list[Result], current: dict[str, Any] | None) -> dict[str, Any]:
+    return {"settings": settings.to_dict(), "done": [r.to_dict() for r in results], "current": current}
+
+
+def _final(trainer: Trainer) -> dict[str, Any]:
+    """What is needed to use a trained net: its weights and, for bayesagg, the posterior that predicts."""
+    job = {"method": trainer.job.method, "seed": trainer.job.seed}
+    return {**job, "net": trainer.net.state_dict(), "weighting": trainer.weighting.state_dict()}
+
+
+def _recipe(settings: Settings) -> Clothing:
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise TrainError(f"argument --device: expected a usable device, found {device} and {found} GPUs; take --device cpu")
+    return RECIPES[settings.data](device)

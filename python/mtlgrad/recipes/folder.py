@@ -1,0 +1,151 @@
+"""The folder of one run: whole files or none, and one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base import TrainError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that resume one run are then not told apart
+    fcntl = None  # type: ignore[assignment]
+
+CHECKPOINT = "checkpoint.pt"
+FORMAT = "mtlgrad train 1"  #: raised when an older checkpoint can no longer be continued
+
+
+class RunFolder:
+    """``out/name``; every file is written to a temporary sibling and renamed, so a reader never sees half of one."""
+
+    def __init__(self, path: Path, made: tuple[Path, ...] = ()):
+        self.path = path
+        self._made = made  # the folders above that did not exist before, innermost first
+        self._lock = _lock(path)
+
+    @staticmethod
+    def create(out: Path, name: str | None, fallback: str, state: dict[str, Any]) -> RunFolder:
+        """Makes the folder with its first checkpoint inside, in one rename: two processes never share one.
+
+        Without a name it is date, time and `fallback`, numbered if that is taken.
+        """
+        made = tuple(p for p in (out, *out.parents) if not p.exists())
+        temporary = out / f".new-{os.getpid()}"
+        try:
+            temporary.mkdir(parents=True)
+            _write(temporary / CHECKPOINT, _bytes({"format": FORMAT, **state}))
+            stem = name or time.strftime("%Y%m%d-%H%M%S-") + fallback
+            for number in range(1, 1000):
+                path = out / (stem if number == 1 else f"{stem}-{number}")
+                if not path.exists():
+                    try:
+                        os.rename(temporary, path)
+                        return RunFolder(path, made)
+                    except OSError:
+                        if not path.exists():  # else another process was faster
+                            raise
+                if name is not None:
+                    raise TrainError(f"argument --name: expected a new name, found {path}; take another, or --resume {path}")
+            raise TrainError(f"argument --out: {out} has a thousand runs of this second")
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_empty(made)
+            if isinstance(error, OSError):
+                reason = error.strerror or str(error)
+                raise TrainError(
+                    f"argument --out: expected a folder to write in, found {out}: {reason}; choose another"
+                ) from None
+            raise
+
+    @staticmethod
+    def open(path: Path) -> tuple[RunFolder, dict[str, Any]]:
+        """A run to resume, given its folder or the checkpoint in it."""
+        file = path / CHECKPOINT if path.is_dir() else path
+        expected = f"argument --resume: expected a run folder or its {CHECKPOINT}"
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise TrainError(f"{expected}, found {file}: {error.strerror or error}") from None
+        try:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            sound = state["format"] == FORMAT
+        except Exception:  # damaged bytes raise nearly anything on their way through zip and pickle
+            sound = False
+        if not sound:
+            raise TrainError(f"{expected}, found {file}: damaged, or written by something else; start anew without --resume")
+        folder = RunFolder(file.parent)
+        for leftover in folder.path.glob(".*.tmp"):  # of a process that was killed while writing
+            leftover.unlink(missing_ok=True)
+        return folder, state
+
+    def write(self, name: str, content: bytes | str) -> None:
+        data = content.encode() if isinstance(content, str) else content
+        try:
+            _write(self.path / name, data)
+        except OSError as error:
+            raise TrainError(f"cannot write {self.path / name}: {error.strerror or error}; make room there") from None
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        self.save(CHECKPOINT, {"format": FORMAT, **state})
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        self.write(name, _bytes(state))
+
+    def close(self) -> None:
+        """Lets go of the folder; the end of the process does so too."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def discard(self) -> None:
+        """Removes a run in which nothing was finished, and the folders that were made for it."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        _remove_empty(self._made)
+
+
+def _bytes(state: dict[str, Any]) -> bytes:
+    # Not straight to the file: torch reports a full disk as an unrelated RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _remove_empty(folders: tuple[Path, ...]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _lock(path: Path) -> int | None:
+    """Holds the folder for this process; the system lets go when the process ends, however it ends."""
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise TrainError(f"argument --resume: {path} is being written by another process; stop it or wait") from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle

@@ -1,0 +1,128 @@
+"""What came out: two CSV files and a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..metrics import delta_m
+from .base import Result, Task
+
+SINGLE = "single-task"
+
+
+def method_of(result: Result) -> str:
+    return result.job.method if result.job.task is None else SINGLE
+
+
+def _csv(rows: list[list[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def results_csv(results: Sequence[Result], tasks: Sequence[Task]) -> str:
+    """One row per method, seed and task, on the test split; then one with Delta_m per method and seed."""
+    rows: list[list[object]] = [["method", "seed", "task", "metric", "value", "higher_is_better", "test_loss"]]
+    table = {t.name: t for t in tasks}
+    for result in results:
+        for name, value, loss in zip(result.tasks, result.metrics, result.losses):
+            task = table[name]
+            rows.append(
+                [method_of(result), result.job.seed, name, task.metric, value, int(task.higher_is_better), loss]
+            )
+    base = baseline(results, tasks)
+    for result in results:
+        if base is not None and result.job.task is None:
+            rows.append([method_of(result), result.job.seed, "all", "delta_m", change(result, base, tasks), 0, ""])
+    return _csv(rows)
+
+
+def history_csv(results: Sequence[Result]) -> str:
+    """One row per method, seed, epoch and task."""
+    head = ["method", "seed", "epoch", "task", "train_loss", "validation_loss", "validation_metric", "task_weight", "seconds"]
+    rows: list[list[object]] = [list(head)]
+    for result in results:
+        for line in result.history:
+            for i, task in enumerate(result.tasks):
+                values = [line[k][i] for k in ("train", "validation", "metric", "share")]
+                rows.append([method_of(result), result.job.seed, line["epoch"], task, *values, round(line["seconds"], 4)])
+    return _csv(rows)
+
+
+def baseline(results: Sequence[Result], tasks: Sequence[Task]) -> list[float] | None:
+    """Per task the mean over seeds of the single-task nets' metrics; None while a task has none yet."""
+    found: list[list[float]] = [[r.metrics[0] for r in results if r.job.task == i] for i in range(len(tasks))]
+    return [statistics.mean(values) for values in found] if all(found) else None
+
+
+def change(result: Result, base: Sequence[float], tasks: Sequence[Task]) -> float:
+    return delta_m(result.metrics, base, [t.higher_is_better for t in tasks])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One column of the table: a method over its seeds. Lists hold one number a seed."""
+
+    method: str
+    metrics: list[list[float]]  #: per task
+    delta: list[float]
+    step_ms: float | None  #: median wall time of a step, what the method did between epochs included
+    own_ms: float | None  #: what of that is the method's own work
+
+
+def summaries(results: Sequence[Result], methods: Sequence[str], tasks: Sequence[Task]) -> list[Summary]:
+    """The single-task nets first, then the methods in the order asked for; what has no finished training is left out."""
+    base = baseline(results, tasks)
+    columns = []
+    single = [[r.metrics[0] for r in results if r.job.task == i] for i in range(len(tasks))]
+    if any(single):
+        columns.append(Summary(SINGLE, single, [], None, None))
+    for method in methods:
+        runs = [r for r in results if r.job.task is None and r.job.method == method]
+        if not runs:
+            continue
+        metrics = [list(column) for column in zip(*(r.metrics for r in runs))]
+        delta = [change(r, base, tasks) for r in runs] if base is not None else []
+        columns.append(Summary(method, metrics, delta, *_times(runs)))
+    return columns
+
+
+def _times(runs: Sequence[Result]) -> tuple[float | None, float | None]:
+    steps = [x for r in runs for x in r.step_ms]
+    if not steps:
+        return None, None
+    # Medians: on a busy machine single steps take ten times as long.
+    between = statistics.median([x for r in runs for x in r.epoch_ms])
+    own = statistics.median([x for r in runs for x in r.own_ms]) + between
+    return statistics.median(steps) + between, own
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and, from two seeds on, standard deviation over seeds."""
+    if not values:
+        return "-"
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else mean
+
+
+def rows(columns: Sequence[Summary], tasks: Sequence[Task]) -> list[list[str]]:
+    """The table's cells, the header first: a row a task, then Delta_m and the times."""
+    cells = [["", *(c.method for c in columns)]]
+    for i, task in enumerate(tasks):
+        unit = f" ({task.unit})" if task.unit else ""
+        form = ".2f" if task.unit == "years" else ".4f"
+        label = f"{task.name}: {task.metric}{unit} {'↑' if task.higher_is_better else '↓'}"
+        cells.append([label, *(spread(c.metrics[i], form) for c in columns)])
+    cells.append(["Δm %, + is worse ↓", *(spread(c.delta, "+.2f") for c in columns)])
+    cells.append(["ms a step", *("-" if c.step_ms is None else f"{c.step_ms:.2f}" for c in columns)])
+    own = []
+    for c in columns:
+        if c.own_ms is None or c.step_ms is None or c.method == "sum":
+            own.append("-")
+        else:
+            own.append(f"{c.own_ms:.2f} ({100 * c.own_ms / c.step_ms:.0f} %)")
+    return [*cells, ["  the method's own", *own]]

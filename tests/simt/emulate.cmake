@@ -1,0 +1,46 @@
+# The CUDA sources, compiled for the host by the emulator (cuda_emu.h): once into _C, where the parity tests of
+# tests/test_*.py run them, and once for each sanitizer with the C++ drivers tests/simt/test_*.cpp.
+
+find_path(MTLGRAD_CUDA_INCLUDE cuda_runtime_api.h
+  HINTS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda "${Python_SITELIB}/nvidia/cu13" PATH_SUFFIXES include)
+find_path(MTLGRAD_CUDA_CRT_INCLUDE crt/host_defines.h
+  HINTS "${MTLGRAD_CUDA_INCLUDE}" "${Python_SITELIB}/nvidia/cu13/include")
+if(NOT MTLGRAD_CUDA_INCLUDE OR NOT MTLGRAD_CUDA_CRT_INCLUDE)
+  message(FATAL_ERROR "  mtlgrad: no CUDA headers for the emulator; pip install 'nvidia-cuda-runtime>=13,<14' "
+                      "'nvidia-cuda-crt>=13,<14', or set CUDA_HOME to a CUDA toolkit")
+endif()
+message(STATUS "mtlgrad: emulating CUDA with the headers of ${MTLGRAD_CUDA_INCLUDE}")
+
+set_source_files_properties(${MTLGRAD_CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
+
+function(mtlgrad_emulate target)
+  target_sources(${target} PRIVATE ${MTLGRAD_CUDA_SOURCES} tests/simt/emu_runtime.cpp)
+  target_include_directories(${target} PUBLIC csrc csrc/cuda tests/simt)
+  target_include_directories(${target} SYSTEM PUBLIC "${MTLGRAD_CUDA_INCLUDE}" "${MTLGRAD_CUDA_CRT_INCLUDE}")
+  target_compile_definitions(${target} PUBLIC MTLGRAD_EMULATE MTLGRAD_WITH_CUDA)
+  # Fortified memcpy and longjmp do not know of the fibers' stacks.
+  target_compile_options(${target} PUBLIC ${MTLGRAD_CXX_OPTIONS} -Wno-unknown-pragmas -U_FORTIFY_SOURCE)
+endfunction()
+
+mtlgrad_emulate(_C)
+target_compile_definitions(_C PRIVATE "MTLGRAD_CUDA_ARCHS=\"emulated\"" "MTLGRAD_NVCC=\"\"")
+
+# The CPU kernels come along, so that they meet the sanitizers too; without OpenMP, whose library ThreadSanitizer does
+# not understand.
+file(GLOB MTLGRAD_DRIVERS CONFIGURE_DEPENDS tests/simt/test_*.cpp)
+set(MTLGRAD_SANITIZE_plain "")
+# Undefined behaviour ends the program too; the section is the emulator's shared memory, which gets red zones with it.
+set(MTLGRAD_SANITIZE_asan -fsanitize=address,undefined -fno-sanitize-recover=all -fsanitize-sections=emu_shared)
+set(MTLGRAD_SANITIZE_tsan -fsanitize=thread)
+foreach(variant plain asan tsan)
+  add_library(kernels_${variant} STATIC EXCLUDE_FROM_ALL ${MTLGRAD_CPU_SOURCES})
+  mtlgrad_emulate(kernels_${variant})
+  # -UNDEBUG: assertions in kernels hold here
+  target_compile_options(kernels_${variant} PUBLIC -g -O1 -UNDEBUG -fno-omit-frame-pointer ${MTLGRAD_SANITIZE_${variant}})
+  target_link_options(kernels_${variant} PUBLIC ${MTLGRAD_SANITIZE_${variant}})
+  foreach(source ${MTLGRAD_DRIVERS})
+    get_filename_component(name "${source}" NAME_WE)
+    add_executable(${name}_${variant} "${source}")
+    target_link_libraries(${name}_${variant} PRIVATE kernels_${variant})
+  endforeach()
+endforeach()

@@ -1,0 +1,141 @@
+"""The benchmarks run, check before they time, and leave whole files."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bench import harness, memory
+from bench.harness import Case, Contender, Options, Work
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+QUICK = Options(CPU, rounds=4, seconds=0.05, with_memory=False, flush_bytes=1 << 16)
+
+
+def doubled(**contenders: Contender) -> Case:
+    """A case whose right answer is 2."""
+    work = Work(contenders, lambda value: harness.relative_error(value, torch.tensor(2.0)), bytes=8, flops=1)
+    return Case("double", "of one", lambda small: work)
+
+
+def right(**options) -> Contender:
+    return Contender(lambda: torch.tensor(2.0), 1e-6, **options)
+
+
+def raises() -> torch.Tensor:
+    raise RuntimeError("no compiler\nat all")
+
+
+def test_quick_run_of_the_moments_benchmark(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.bench_moments", "--quick", "--device", "cpu", "--no-memory"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 60  # 20 s on an idle machine
+    with (tmp_path / "moments_cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == harness.COLUMNS
+    steps = [row for row in rows if row["operation"] == "aggregate"]
+    assert {row["shape"].split()[0] for row in steps} == {"cifar-mtl", "utkface", "regression-2048"}
+    for row in steps:
+        assert float(row["median_ms"]) > 0
+        assert math.isfinite(float(row["checked_error"]))
+    assert {"mtlgrad", "reference", "published"} <= {row["contender"] for row in steps}
+
+
+def test_a_wrong_contender_ends_the_run_before_anything_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    calls = []
+
+    def wrong() -> torch.Tensor:
+        calls.append(None)
+        return torch.tensor(2.1)
+
+    case = doubled(fine=right(), wrong=Contender(wrong, 1e-3))
+    with pytest.raises(harness.BenchError, match="wrong is wrong, so nothing was timed"):
+        harness.run_case(case, "", QUICK, [])
+    assert len(calls) == 1
+    arguments = ["--quick", "--no-memory", "--device", "cpu", "--results", str(tmp_path)]
+    assert harness.main("moments", lambda quick, device: [case], arguments) == 1
+    assert "double of one: wrong is wrong" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_are_wrong(value: float) -> None:
+    assert harness.relative_error(torch.tensor([1.0, value]), torch.ones(2)) == math.inf
+
+
+def test_an_optional_contender_may_fail_and_says_why() -> None:
+    rows = harness.run_case(doubled(fine=right(), broken=Contender(raises, 1e-6, optional=True)), "", QUICK, [])
+    broken = next(row for row in rows if row["contender"] == "broken")
+    assert broken["note"] == "failed: RuntimeError: no compiler"
+    assert "median_ms" not in broken
+    with pytest.raises(harness.BenchError, match="broken failed: no compiler"):
+        harness.run_case(doubled(broken=Contender(raises, 1e-6)), "", QUICK, [])
+
+
+def test_an_optional_contender_that_is_wrong_is_not_timed() -> None:
+    wrong = Contender(lambda: torch.tensor(3.0), 1e-6, optional=True)
+    rows = harness.run_case(doubled(fine=right(), wrong=wrong), "", QUICK, [])
+    row = next(row for row in rows if row["contender"] == "wrong")
+    assert row["note"].startswith("wrong, not timed")
+    assert "median_ms" not in row
+
+
+def test_a_slow_contender_is_called_once() -> None:
+    calls = []
+
+    def slow() -> torch.Tensor:
+        calls.append(None)
+        return torch.tensor(2.0)
+
+    rows = harness.run_case(doubled(fine=right(), slow=Contender(slow, 1e-6, once=True)), "", QUICK, [])
+    assert len(calls) == 1
+    assert next(row for row in rows if row["contender"] == "slow")["note"] == "1 runs"
+
+
+def test_turns_are_spread_evenly() -> None:
+    order = list(harness.turns({"often": 6, "seldom": 2}))
+    assert order == ["often"] * 3 + ["seldom"] + ["often"] * 3 + ["seldom"]
+    assert list(harness.turns({})) == []
+
+
+def test_rows_of_other_cases_are_kept_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "moments_cpu.csv"
+    harness.write_rows(path, [{"operation": "a", "shape": "s", "note": "old"}, {"operation": "b", "shape": "s"}], False)
+    harness.write_rows(path, [{"operation": "a", "shape": "s", "note": "new"}], True)
+    with path.open(newline="") as file:
+        assert [(row["operation"], row["note"]) for row in csv.DictReader(file)] == [("b", ""), ("a", "new")]
+    with pytest.raises(ValueError, match="not in fieldnames"):
+        harness.write_rows(path, [{"no such column": 1}], False)
+    assert os.listdir(path.parent) == [path.name]
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_peak_memory_counts_what_is_freed_within_the_call() -> None:
+    script = """
+import torch
+from bench import memory
+from bench.harness import Case, Contender, Work
+def call():
+    torch.ones(10_000_000)
+    return torch.ones(1_000_000)
+work = Work({"x": Contender(call, 1.0)}, lambda value: 0.0, 0, 0)
+print(memory.measure(Case("o", "s", lambda small: work), "x", torch.device("cpu")))
+"""
+    environment = os.environ | memory.ALLOCATOR | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert 39 < float(done.stdout) < 46  # 40 MB and a little

@@ -1,0 +1,370 @@
+"""The recipe, its training loop, and what a run leaves on disk."""
+
+import errno
+import io
+import math
+import os
+
+import pytest
+import torch
+
+import mtlgrad
+from mtlgrad.recipes import figures, folder, report
+from mtlgrad.recipes.base import Interrupted, Job, Part, Result, Settings, Task, TrainError
+from mtlgrad.recipes.clothing import Clothing, auc
+from mtlgrad.recipes.comparison import Comparison, Stop, jobs_of
+from mtlgrad.recipes.folder import RunFolder
+from mtlgrad.recipes.training import Trainer
+from mtlgrad.recipes.weighting import METHODS
+
+BAYES = pytest.param("bayesagg", marks=pytest.mark.skipif(not hasattr(mtlgrad, "BayesAgg"), reason="not built yet"))
+EVERY_METHOD = ["sum", "uncertainty", "logsum", BAYES]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    torch.set_num_threads(1)
+    return Clothing(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The recipe on an eighth of its training rows: an epoch takes a few hundredths of a second."""
+    recipe = Clothing(torch.device("cpu"))
+    recipe.train_rows = recipe.train_rows[::8]
+    return recipe
+
+
+SHORT = Settings(methods=("sum",), seeds=1, epochs=3, batch_size=200, warmup=1)
+
+
+def quiet(epoch, step, losses):
+    pass
+
+
+class Silent:
+    def start(self, number, trainer):
+        pass
+
+    def step(self, epoch, step, losses):
+        pass
+
+    def epoch_done(self, trainer):
+        pass
+
+    def done(self, number, result):
+        pass
+
+
+def on_disk(state):
+    """What comes back from a file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def trained(trainer):
+    """Everything that must repeat, timings left out."""
+    state = trainer.state_dict()
+    history = [{k: v for k, v in line.items() if k != "seconds"} for line in trainer.result.history]
+    return state["net"], state["weighting"], state["optimizer"], state["rng"], history, trainer.evaluate(trainer.recipe.test)
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# ---- pieces
+
+
+def test_auc_against_every_pair():
+    score = torch.randn(60).mul(3).round()  # many ties
+    target = (torch.rand(60) < 0.3).float()
+    positive, negative = score[target == 1], score[target == 0]
+    wins = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()
+    assert auc(score, target) == pytest.approx(float(wins.mean()), abs=1e-12)
+    assert math.isnan(auc(score, torch.zeros(60)))
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 100])
+def test_batches_are_the_rows_in_order(size):
+    lengths = [2, 1, 4, 3, 1, 2, 5]
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    part = Part(torch.arange(18), offsets, [torch.arange(7.0)])
+    texts, targets = [], []
+    for tokens, bounds, (y,) in part.batches(size):
+        assert bounds[0] == 0 and bounds[-1] == len(tokens) and len(y) == len(bounds) - 1 <= size
+        texts += [tokens[bounds[i] : bounds[i + 1]].tolist() for i in range(len(y))]
+        targets += y.tolist()
+    assert texts == [list(range(offsets[i], offsets[i + 1])) for i in range(7)]
+    assert targets == list(range(7))
+
+
+def test_shuffled_depends_on_seed_and_epoch_alone(recipe):
+    a, b = recipe.shuffled(1, 0), recipe.shuffled(1, 0)
+    assert torch.equal(a.tokens, b.tokens) and len(a) == len(recipe.train_rows)
+    assert not torch.equal(a.targets[3], recipe.shuffled(1, 1).targets[3])
+    assert not torch.equal(a.targets[3], recipe.shuffled(2, 0).targets[3])
+    assert a.targets[0].mean().abs() < 1e-5 and abs(a.targets[0].std() - 1) < 1e-4
+
+
+def test_weightings_are_their_formulas(small):
+    losses = [torch.tensor(v, requires_grad=True) for v in (0.5, 0.2, 1.5, 0.9)]
+
+    def gradient(name):
+        weighting = METHODS[name](small.tasks, None, SHORT)
+        return torch.stack(torch.autograd.grad(weighting.total(losses), losses)), weighting
+
+    assert gradient("sum")[0].tolist() == [1.0] * 4
+    weights, weighting = gradient("logsum")
+    values = torch.stack(losses).detach()
+    assert torch.allclose(weights, 1 / values)
+    assert torch.allclose(weighting.shares(values), weights / weights.sum())
+    weights, weighting = gradient("uncertainty")  # at the start: half for regression
+    assert torch.allclose(weights, torch.tensor([0.5, 1.0, 1.0, 0.5]))
+    # The minimum over s of exp(-s) L f + s / 2 is at exp(s) = 2 f L.
+    best = torch.log(2 * weighting.factor * values).requires_grad_()
+    total = (weighting.factor * torch.exp(-best) * values + 0.5 * best).sum()
+    assert torch.autograd.grad(total, best)[0].abs().max() < 1e-6
+
+
+# ---- one training
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_learns(recipe, method):
+    settings = Settings(epochs=2, warmup=1)
+    trainer = Trainer(recipe, Job(method, 0), settings)
+    for _ in range(2):
+        trainer.run_epoch(quiet)
+    result = trainer.finish()
+    rating, recommended, department, age = result.metrics
+    assert rating < 0.85 and recommended > 0.92 and department > 0.7 and age < 12.2  # 1.11, 0.5, 0.46 and 12.3 untrained
+    assert len(result.step_ms) == len(result.own_ms) > 0
+    for line in result.history:
+        assert sum(line["share"]) == pytest.approx(1.0, abs=1e-4)
+    if method == "bayesagg":
+        assert result.variance.shape == (4, recipe.width) and (result.variance >= 0).all()
+    else:
+        assert result.variance is None
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("killed_after", [1, 2])
+def test_resuming_repeats_an_uninterrupted_run_bit_for_bit(small, method, killed_after):
+    whole = Trainer(small, Job(method, 3), SHORT)
+    for _ in range(3):
+        whole.run_epoch(quiet)
+
+    first = Trainer(small, Job(method, 3), SHORT)
+    for _ in range(killed_after):
+        first.run_epoch(quiet)
+    state = on_disk(first.state_dict())
+
+    def kill(epoch, step, losses):
+        if step == 4:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):  # in the middle of the next epoch
+        first.run_epoch(kill)
+    torch.manual_seed(999)  # another process's generator
+    second = Trainer(small, Job(method, 3), SHORT)
+    second.load_state_dict(state)
+    while second.epoch < 3:
+        second.run_epoch(quiet)
+    assert_same(trained(whole), trained(second))
+
+
+def test_single_task_net_has_one_head_and_its_own_target(small):
+    trainer = Trainer(small, Job("sum", 0, task=2), SHORT)
+    trainer.run_epoch(quiet)
+    assert len(trainer.net.heads) == 1 and trainer.net.heads[0].out_features == 6
+    assert len(trainer.finish().metrics) == 1 and trainer.result.tasks == ["department"]
+
+
+def test_a_diverging_training_says_so(small):
+    trainer = Trainer(small, Job("sum", 0), Settings(lr=1e30, batch_size=200))
+    with pytest.raises(TrainError, match=r"sum, seed 0: the loss of \w+ became (nan|inf) in epoch 1; lower --lr, now 1e\+30"):
+        trainer.run_epoch(quiet)
+
+
+# ---- a run on disk
+
+
+@pytest.fixture
+def run(tmp_path, small, monkeypatch):
+    """Starts or resumes comparisons on the small recipe in tmp_path."""
+    monkeypatch.setattr("mtlgrad.recipes.comparison._recipe", lambda settings: small)
+
+    def start(settings=SHORT, name=None, resume=None):
+        return Comparison.resume(resume) if resume else Comparison.start(settings, tmp_path / "runs", name)
+
+    return start
+
+
+class StopAt(Silent):
+    """Asks to stop at the n-th step of the run."""
+
+    def __init__(self, stop, after):
+        self.stop, self.left = stop, after
+
+    def step(self, epoch, step, losses):
+        self.left -= 1
+        self.stop.requested = self.stop.requested or self.left == 0
+
+
+def lines(path, drop=0):
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    return [row[: len(row) - drop] for row in rows]
+
+
+@pytest.mark.parametrize("after", [3, 14, 35, 150])
+def test_stopped_and_resumed_run_equals_an_uninterrupted_one(run, after):
+    settings = Settings(methods=("sum", "uncertainty"), seeds=1, epochs=3, batch_size=200)
+    whole = run(settings, "whole")
+    assert whole.run(Silent(), Stop())
+
+    stopped, stop = run(settings, "stopped"), Stop()
+    assert not stopped.run(StopAt(stop, after), stop)
+    path = stopped.folder.path
+    assert {"checkpoint.pt", "history.csv", "results.csv"} <= set(os.listdir(path))
+    stopped.folder.close()
+    assert run(resume=path).run(Silent(), Stop())
+    for name, timing in (("results.csv", 0), ("history.csv", 1)):
+        assert lines(path / name, timing) == lines(whole.folder.path / name, timing)
+    for method in settings.methods:
+        a, b = (torch.load(p / f"model-{method}-0.pt", weights_only=True) for p in (path, whole.folder.path))
+        assert_same(a, b)
+
+
+def test_csv_has_a_row_per_method_seed_and_task(run):
+    settings = Settings(methods=("sum", "logsum"), seeds=2, epochs=1, batch_size=400)
+    comparison = run(settings, "csv")
+    comparison.run(Silent(), Stop())
+    rows = lines(comparison.folder.path / "results.csv")
+    assert rows[0] == ["method", "seed", "task", "metric", "value", "higher_is_better", "test_loss"]
+    names = {t.name for t in comparison.recipe.tasks}
+    for method in ("single-task", "sum", "logsum"):
+        for seed in ("0", "1"):
+            assert {r[2] for r in rows if r[:2] == [method, seed]} - {"all"} == names
+    assert len(lines(comparison.folder.path / "history.csv")) == 1 + 2 * 4 * 3
+    single = next(c for c in report.summaries(comparison.results, settings.methods, comparison.recipe.tasks))
+    assert single.method == "single-task" and all(len(m) == 2 for m in single.metrics)
+    figures.write(comparison.results, settings, comparison.recipe.tasks, comparison.folder)
+    for name in ("loss_curves.png", "task_weights.png"):
+        assert (comparison.folder.path / name).read_bytes().startswith(b"\x89PNG")
+    assert not [f for f in os.listdir(comparison.folder.path) if f.startswith(".")]
+
+
+def test_delta_m_in_the_table_is_against_the_mean_of_the_single_task_nets():
+    tasks = (Task("a", "regression", 1, "RMSE", False), Task("b", "binary", 1, "AUC", True))
+
+    def result(job, metrics):
+        names = [t.name for t in tasks] if job.task is None else [tasks[job.task].name]
+        return Result(job, names, metrics, metrics, [4.0, 6.0, 5.0], [1.0, 2.0, 90.0], [0.5])
+
+    results = [result(Job("sum", s, 0), [v]) for s, v in enumerate((1.0, 3.0))]
+    results += [result(Job("sum", s, 1), [0.5]) for s in range(2)]
+    results += [result(Job("bayesagg", 0), [2.2, 0.5]), result(Job("bayesagg", 1), [2.0, 0.55])]
+    column = report.summaries(results, ["bayesagg"], tasks)[1]
+    assert column.delta == pytest.approx([5.0, -5.0])
+    assert (column.step_ms, column.own_ms) == (5.5, 2.5)
+    cells = report.rows([column], tasks)
+    assert [row[1] for row in cells[1:]] == [
+        "2.1000 ± 0.1414", "0.5250 ± 0.0354", "+0.00 ± 7.07", "5.50", "2.50 (45 %)",
+    ]  # fmt: skip
+
+
+def test_a_table_of_almost_nothing(small):
+    tasks = small.tasks
+    assert report.summaries([], ["sum"], tasks) == []
+    one = Result(Job("sum", 0, 0), ["rating"], [0.7], [0.4], [], [], [])
+    cells = report.rows(report.summaries([one], ["sum"], tasks), tasks)
+    assert [row[1] for row in cells] == ["single-task", "0.7000", *["-"] * 6]
+
+
+def test_two_runs_of_one_second_get_two_folders(run):
+    a, b = run(), run()
+    assert a.folder.path != b.folder.path and a.folder.path.parent == b.folder.path.parent
+    run(name="mine")
+    with pytest.raises(TrainError, match="argument --name: expected a new name, found .*mine; take another, or --resume"):
+        run(name="mine")
+
+
+def test_one_run_is_not_continued_twice_at_once(run):
+    path = run(name="busy").folder
+    with pytest.raises(TrainError, match="busy is being written by another process"):
+        run(resume=path.path)
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    where = RunFolder.create(tmp_path, "x", "clothing", {})
+    where.write("a.csv", "old")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder.os, "replace", full)
+    with pytest.raises(TrainError, match="cannot write .*a.csv: No space left on device; make room there"):
+        where.write("a.csv", "new")
+    assert sorted(os.listdir(where.path)) == ["a.csv", "checkpoint.pt"] and (where.path / "a.csv").read_text() == "old"
+    # Before anything was finished, a run that cannot be written takes its folders with it.
+    with pytest.raises(TrainError, match="argument --out: .*No space left on device; choose another"):
+        RunFolder.create(tmp_path / "new" / "deep", None, "clothing", {})
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_run_that_fails_at_once_leaves_no_folder(run, tmp_path):
+    comparison = run(Settings(methods=("sum",), seeds=1, epochs=1, lr=1e30, batch_size=200))
+    with pytest.raises(TrainError, match="lower --lr"):
+        comparison.run(Silent(), Stop())
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_fails_late_keeps_what_was_done(run, monkeypatch):
+    comparison = run(name="late")
+
+    def fail(trainer):
+        raise RuntimeError("the matrix\n  is singular")
+
+    monkeypatch.setattr(Trainer, "finish", fail)
+    with pytest.raises(TrainError, match="^rating alone, seed 0: the matrix is singular; what was done is saved: --resume "):
+        comparison.run(Silent(), Stop())
+    assert os.listdir(comparison.folder.path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other", "old"])
+def test_a_damaged_checkpoint_is_named(run, damage):
+    path = run(name="hurt").folder.path
+    file = path / "checkpoint.pt"
+    data = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "noise":
+        file.write_bytes(os.urandom(500))
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "other":
+        torch.save({"net": torch.zeros(3)}, file)
+    else:
+        torch.save({"format": folder.FORMAT, "settings": {"colour": "red"}, "done": [], "current": None}, file)
+    with pytest.raises(TrainError, match="argument --resume: expected .*found .*hurt.checkpoint.pt.*start anew"):
+        run(resume=path)
+
+
+def test_jobs_complete_a_seed_before_the_next(small):
+    jobs = jobs_of(Settings(methods=("sum", "bayesagg"), seeds=2), small)
+    assert [j.seed for j in jobs] == [0] * 6 + [1] * 6
+    assert [j.task for j in jobs[:6]] == [0, 1, 2, 3, None, None]
