@@ -123,7 +123,7 @@ class Clock:
         self.buffer = torch.empty(flush_bytes // 4, device=device)
 
     def __call__(self, call: Callable[[], Any], flush: bool = True) -> tuple[float, Any]:
-        """(milliseconds, what the call returned). On CUDA by events, so that the host's own work is hidden by the flush."""
+        """(milliseconds, what the call returned). On CUDA by events, while the host runs ahead behind the flush."""
         if flush:
             self.buffer.add_(1.0)
         if self.device.type != "cuda":
@@ -183,7 +183,8 @@ def check_and_time(case: Case, work: Work, options: Options, clock: Clock) -> tu
             result.times.append(spent)
         else:
             again, _ = clock(contender.call)  # the first call may have compiled something
-            wanted[name] = max(3, min(options.rounds, int(1e3 * options.seconds / max(again, 1e-3))))
+            quickest = max(min(spent, again), 1e-3)
+            wanted[name] = max(3, min(options.rounds, int(1e3 * options.seconds / quickest)))
 
     calls, copied, multiplied = ceilings(options.device)
     limits: dict[str, list[float]] = {name: [] for name in calls}
@@ -331,7 +332,7 @@ def arguments(stem: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m bench.bench_{stem}", description=f"benchmark of the {stem} stem")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
-    parser.add_argument("--quick", action="store_true", help="toy shapes, a few rounds: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="toy shapes, a few rounds, no memory: does it run?")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--rounds", type=int, help="runs per contender at most")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurements")
@@ -355,7 +356,7 @@ def main(stem: str, cases: Callable[[bool, torch.device], list[Case]], argv: Seq
     if not chosen:
         print(f"bench_{stem}: --only matches none of: {'; '.join(case.title for case in every)}", file=sys.stderr)
         return 2
-    options = Options(device, with_memory=not args.no_memory)
+    options = Options(device, with_memory=not (args.no_memory or args.quick))
     if device.type == "cuda":
         options.flush_bytes = 512 << 20
     if args.quick:

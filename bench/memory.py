@@ -1,8 +1,8 @@
 """Peak extra memory of one call, in a fresh process.
 
-On the CPU it is the kernel's own figure: the high-water mark of resident memory (VmHWM) during the call, less what was
-resident just before. That counts everything: torch's tensors, scratch memory of our kernels, workspaces of LAPACK. Three
-things make it exact:
+On the CPU it is the operating system's own figure: the high-water mark of resident memory (VmHWM) during the call, less
+what was resident just before. That counts everything: torch's tensors, scratch memory of our kernels, workspaces of
+LAPACK. Three things make it exact:
 
 - the process is fresh and has run the contender once at a toy size, so libraries are loaded and threads started;
 - glibc is told to map every block from 64 KiB on its own and to give back what is freed (`MALLOC_MMAP_THRESHOLD_`,

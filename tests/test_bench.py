@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import harness, memory
+
+from bench import harness, memory, moments_cases
 from bench.harness import Case, Contender, Options, Work
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ def raises() -> torch.Tensor:
 
 
 def test_quick_run_of_the_moments_benchmark(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.bench_moments", "--quick", "--device", "cpu", "--no-memory"]
+    command = [sys.executable, "-m", "bench.bench_moments", "--quick", "--device", "cpu"]
     start = time.monotonic()
     done = subprocess.run(
         [*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
@@ -122,7 +123,18 @@ def test_rows_of_other_cases_are_kept_on_request(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 3
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+
+
+@LINUX
+def test_memory_is_measured_in_a_fresh_process() -> None:
+    title = next(case.title for case in moments_cases.cases(True, CPU) if case.operation == "precision_mean")
+    peak = memory.in_fresh_process("bench.bench_moments", title, "mtlgrad", ["--quick", "--device", "cpu"])
+    assert 0 <= peak < 50
+    assert math.isnan(memory.in_fresh_process("bench.bench_moments", "no such case", "mtlgrad", ["--quick"]))
+
+
+@LINUX
 def test_peak_memory_counts_what_is_freed_within_the_call() -> None:
     script = """
 import torch

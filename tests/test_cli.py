@@ -26,7 +26,10 @@ def train(*arguments, cwd):
     ("arguments", "words"),
     [
         ("--method magic", "argument --method: expected one of sum, uncertainty, logsum, bayesagg, found 'magic'"),
-        ("--compare sum magic", "argument --compare: expected one of sum, uncertainty, logsum, bayesagg, found 'magic'"),
+        (
+            "--compare sum magic",
+            "argument --compare: expected one of sum, uncertainty, logsum, bayesagg, found 'magic'",
+        ),
         ("--method sum --compare sum", "argument --compare: not allowed with argument --method"),
         ("--data celeba", "argument --data: expected one of clothing, found 'celeba'"),
         ("--epochs 0", "argument --epochs: expected a whole number from 1 to 100000, found '0'"),
@@ -43,9 +46,15 @@ def train(*arguments, cwd):
         ("--name a/b", "argument --name: expected the plain name of a folder, found 'a/b'"),
         ("--out FILE", "argument --out: expected a folder to write in, found FILE: Not a directory; choose another"),
         ("--out FILE/sub", "argument --out"),
-        ("--resume nowhere", "argument --resume: expected a run folder or its checkpoint.pt, found nowhere: No such file"),
-        ("--resume FILE", "found FILE: damaged, or written by something else; start anew without --resume"),
-        ("--resume . --epochs 3", "argument --resume: takes its settings from the run, found --epochs as well; drop it"),
+        (
+            "--resume nowhere",
+            "argument --resume: expected a run folder or its checkpoint.pt, found nowhere: No such file",
+        ),
+        ("--resume FILE", "found FILE: damaged, or of another program; start anew without --resume"),
+        (
+            "--resume . --epochs 3",
+            "argument --resume: takes its settings from the run, found --epochs as well; drop it",
+        ),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_no_folder(arguments, words, tmp_path, monkeypatch, capsys):
@@ -57,7 +66,10 @@ def test_bad_input_is_one_line_exit_2_and_no_folder(arguments, words, tmp_path, 
         code = stop.code
     out, err = capsys.readouterr()
     assert code == 2
-    assert words in err and err.startswith("mtlgrad") and err.count("\n") == 1 and err.endswith("\n")
+    assert words in err
+    assert err.startswith("mtlgrad")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
     assert out == ""
     assert os.listdir(tmp_path) == ["FILE"]
 
@@ -85,7 +97,8 @@ def test_info(capsys):
 
 def test_a_run_without_a_terminal_is_quiet_not_silent(tmp_path):
     done = train("--compare", "sum", "uncertainty", *FAST, "--name", "x", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0
+    assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert sum(line.startswith("[") for line in lines) == 6  # a line a training
     for word in ("single-task", "uncertainty", "rating: RMSE", "Δm", "ms a step", "runs/x"):
@@ -97,7 +110,8 @@ def test_a_run_without_a_terminal_is_quiet_not_silent(tmp_path):
     ]  # fmt: skip
     # A finished run shows its table again.
     again = train("--resume", "runs/x", cwd=tmp_path)
-    assert again.returncode == 0 and lines[-12:] == again.stdout.splitlines()[-12:]
+    assert again.returncode == 0
+    assert lines[-12:] == again.stdout.splitlines()[-12:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -109,7 +123,8 @@ def test_stopped_by_a_signal_then_resumed(number, tmp_path):
     checkpoint = tmp_path / "runs" / "x" / "checkpoint.pt"
     give_up = time.monotonic() + 120
     while not (checkpoint.exists() and checkpoint.stat().st_size > 100_000):  # the first epoch is saved
-        assert process.poll() is None and time.monotonic() < give_up
+        assert process.poll() is None
+        assert time.monotonic() < give_up
         time.sleep(0.02)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -137,7 +152,9 @@ def test_two_processes_with_one_out(tmp_path):
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):
     arguments = command("train", "--method", "sum", *FAST)
-    with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""

@@ -13,15 +13,19 @@ def data():
 
 def test_shapes_types_and_ranges(data):
     n = 22_628
-    assert data.offsets.shape == (n + 1,) and data.offsets[0] == 0 and data.offsets[-1] == len(data.tokens)
+    assert data.offsets.shape == (n + 1,)
+    assert data.offsets[0] == 0
+    assert data.offsets[-1] == len(data.tokens)
     assert data.tokens.dtype == data.offsets.dtype == data.department.dtype == torch.int64
     assert data.rating.dtype == data.recommended.dtype == data.age.dtype == torch.float32
     assert (data.offsets.diff() > 0).all()
-    assert data.tokens.min() >= 0 and data.tokens.max() < len(data.vocabulary) == 2000
+    assert data.tokens.min() >= 0
+    assert data.tokens.max() < len(data.vocabulary) == 2000
     assert set(data.rating.unique().tolist()) == {1, 2, 3, 4, 5}
     assert set(data.recommended.unique().tolist()) == {0, 1}
     assert set(data.department.unique().tolist()) == set(range(len(data.departments))) == set(range(6))
-    assert 18 <= data.age.min() and data.age.max() <= 99
+    assert data.age.min() >= 18
+    assert data.age.max() <= 99
 
 
 def test_splits_cover_every_row_once(data):
@@ -43,4 +47,5 @@ def test_pack_is_what_slicing_row_by_row_gives(data):
 
 def test_pack_of_nothing(data):
     tokens, offsets = data.pack(torch.empty(0, dtype=torch.int64))
-    assert len(tokens) == 0 and offsets.tolist() == [0]
+    assert len(tokens) == 0
+    assert offsets.tolist() == [0]

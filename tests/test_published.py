@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench.peers import bayesagg_published as published
 from torch import Tensor
 
 import mtlgrad
+from bench.peers import bayesagg_published as published
 from mtlgrad import posterior, reference
 
 EXAMPLES, BATCH, WIDTH, SAMPLES = 200, 16, 7, 128
@@ -157,32 +157,49 @@ def test_precision_mean() -> None:
 def make_layer(problems: list[Problem], moments: str) -> mtlgrad.BayesAgg:
     """Ours, with the posterior of all examples as prior."""
     classes = {"regression": mtlgrad.Regression, "binary": mtlgrad.Binary, "multiclass": mtlgrad.Multiclass}
-    groups = [classes[problem.kind](problem.head(), gamma=GAMMA, power=POWER) for problem in problems]
-    layer = mtlgrad.BayesAgg(groups, moments=moments, num_samples=SAMPLES)
-    layer(problems[0].all_features, [problem.all_targets for problem in problems])
+    heads = [classes[problem.kind](problem.head(), gamma=GAMMA, power=POWER) for problem in problems]
+    layer = mtlgrad.BayesAgg(heads, moments=moments, num_samples=SAMPLES)
+    layer(problems[0].all_features.clone().requires_grad_(), [problem.all_targets for problem in problems])
     layer.refresh()
     return layer
 
 
-def on_shared_features(*kinds: str) -> list[Problem]:
-    """Several groups of heads on the same features."""
-    problems = [Problem(kind, seed=0) for kind in kinds]
-    assert all(torch.equal(problem.all_features, problems[0].all_features) for problem in problems)
-    return problems
+@pytest.mark.parametrize(
+    "kinds", [("regression",), ("binary",), ("multiclass",), ("regression", "binary", "multiclass"), KINDS[::-1]]
+)
+@pytest.mark.parametrize("batch", [1, BATCH, EXAMPLES])  # fewer and more examples than weights
+def test_aggregate(kinds: tuple[str, ...], batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [Problem(kind) for kind in kinds]
+    features = problems[0].all_features[:batch]
+    assert all(torch.equal(problem.all_features[:batch], features) for problem in problems)
+    targets = [problem.all_targets[:batch] for problem in problems]
+    groups, priors = [problem.group for problem in problems], [problem.full_theirs for problem in problems]
+    torch.manual_seed(0)
+    expected = published.published_step(groups, features, targets, priors, num_samples=SAMPLES)
+
+    torch.manual_seed(0)  # the same weight samples again, for our layer in place of its own
+    samples = {}
+    for group, target, prior in zip(groups, targets, priors, strict=True):
+        if group.kind != "regression":
+            law = published.batch_posterior(group, features, target, prior)
+            samples[group.kind] = published.draw_weights(law, group.outputs, SAMPLES, kind=group.kind)
+    layer = make_layer(problems, "sampled")
+    monkeypatch.setattr(posterior.Posterior, "sample", lambda self, n, generator=None: samples[self.likelihood])
+    close(layer.aggregate(features, targets), expected)
 
 
-def step_of(problems: list[Problem]) -> Tensor:
-    """The published aggregate of the batch."""
-    return published.published_step(
-        [problem.group for problem in problems],
-        problems[0].features,
-        [problem.targets for problem in problems],
-        [problem.full_theirs for problem in problems],
-        num_samples=SAMPLES,
-    )
+def test_aggregate_of_regressions_needs_no_samples() -> None:
+    problem = Problem("regression")
+    expected = published.published_step([problem.group], problem.features, [problem.targets], [problem.full_theirs])
+    close(make_layer([problem], "exact").aggregate(problem.features, [problem.targets]), expected)
 
 
-def test_aggregate_of_regressions() -> None:
-    problems = on_shared_features("regression")
-    layer = make_layer(problems, "exact")
-    close(layer.aggregate(problems[0].features, [problems[0].targets]), step_of(problems))
+def test_gradient_that_reaches_the_backbone() -> None:
+    problem = Problem("regression")
+    expected = published.published_step([problem.group], problem.features, [problem.targets], [problem.full_theirs])
+    layer, head = make_layer([problem], "exact"), problem.head()
+    features = problem.features.clone().requires_grad_()
+    loss = (head(layer(features, [problem.targets])) - problem.targets).square().mean()
+    layer.total([loss]).backward()
+    assert features.grad is not None
+    close(features.grad, expected)

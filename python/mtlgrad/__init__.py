@@ -1,7 +1,20 @@
 """mtlgrad: merges the gradients of several tasks that share one backbone."""
 
+from . import metrics, ops, posterior, reference
+from .bayesagg import BayesAgg, Binary, Multiclass, Regression
 from .ops._native import build_info
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build_info"]
+__all__ = [
+    "BayesAgg",
+    "Binary",
+    "Multiclass",
+    "Regression",
+    "__version__",
+    "build_info",
+    "metrics",
+    "ops",
+    "posterior",
+    "reference",
+]

@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=_one_of(RECIPES), metavar="NAME", help=f"{', '.join(RECIPES)} (default: {default.data})")
     which, methods = train.add_mutually_exclusive_group(), ", ".join(METHODS)
     which.add_argument("--method", type=_one_of(METHODS), help=f"{methods} (default: {', '.join(default.methods)})")
-    which.add_argument("--compare", type=_one_of(METHODS), nargs="+", metavar="METHOD", help="several, in one run and table")
+    several = "several of them, in one run and table"
+    which.add_argument("--compare", type=_one_of(METHODS), nargs="+", metavar="METHOD", help=several)
     add("--seeds", type=_whole(1, 1000), metavar="N", help=f"train everything N times (default: {default.seeds})")
     add("--epochs", type=_whole(1, 100_000), metavar="N", help=f"(default: {default.epochs})")
     add("--batch-size", type=_whole(1, 1_000_000), metavar="N", help=f"(default: {default.batch_size})")
@@ -99,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--gamma", type=_positive, help=f"bayesagg: the last layers' prior (default: {default.gamma})")
     power = "bayesagg: exponents of the precisions, regression and classification tasks (default: {} {})"
     add("--power", type=_not_negative, nargs=2, metavar=("R", "C"), help=power.format(*default.power))
-    add("--warmup", type=_whole(1, 100_000), metavar="N", help=f"bayesagg: epochs of plain sum first (default: {default.warmup})")
+    warmup = f"bayesagg: epochs of plain sum first (default: {default.warmup})"
+    add("--warmup", type=_whole(1, 100_000), metavar="N", help=warmup)
     add("--device", type=_device, help=f"cpu, cuda or cuda:N (default: {default.device}: the model is small)")
     add("--threads", type=_whole(1, 1024), metavar="N", help=f"threads on the CPU (default: {default.threads})")
     add("--out", type=Path, metavar="DIR", help="where the run's folder is made (default: runs)")
@@ -189,10 +191,14 @@ def _run(comparison: Comparison, stop: Stop) -> int:
         done, count = len(comparison.results), len(comparison.jobs)
         part = f"; stopped after {done} of {count} trainings" if done < count else ""
         plural = "s" if settings.seeds > 1 else ""
-        say(console, f"{settings.data}, test split, {settings.epochs} epochs, {settings.seeds} seed{plural} (mean ± sd){part}")
+        what = f"{settings.data}, test split, {settings.epochs} epochs, {settings.seeds} seed{plural} (mean ± sd)"
+        say(console, what + part)
         show_table(console, report.rows(columns, tasks))
     if "bayesagg" in settings.methods and settings.epochs <= settings.warmup:
-        say(console, f"bayesagg: all {settings.epochs} epochs were warm-up, so it is the plain sum here; give it more --epochs")
+        say(
+            console,
+            f"bayesagg: all {settings.epochs} epochs were warm-up, that is, the plain sum; give it more --epochs",
+        )
     if not finished:
         say(console, f"stopped; what was done is saved: mtlgrad train --resume {folder.path}")
         return STOPPED

@@ -32,12 +32,12 @@ def delta_m(metrics: Sequence[float], baseline: Sequence[float], higher_is_bette
             f"found {len(metrics)}, {len(baseline)} and {len(higher_is_better)}"
         )
     total = 0.0
-    for k, (ours, base, higher) in enumerate(zip(metrics, baseline, higher_is_better)):
+    for k, (ours, base, higher) in enumerate(zip(metrics, baseline, higher_is_better, strict=True)):
         ours, base = float(ours), float(base)
         if not math.isfinite(ours) or not math.isfinite(base):
             raise ValueError(f"delta_m: entry {k} must be finite, found {ours} against the baseline {base}")
         if base == 0.0:
-            raise ValueError(f"delta_m: baseline[{k}] must not be 0: a relative change is undefined; leave the task out")
+            raise ValueError(f"delta_m: baseline[{k}] must not be 0: no change is relative to it; leave the task out")
         change = (ours - base) / base
         total += -change if higher else change
     return 100.0 * total / len(metrics)

@@ -37,7 +37,7 @@ def _panels(tasks: Sequence[str], curves: Curves, label: str, draw: Any) -> byte
     """One panel a task, one line a method."""
     figure = _figure(3.2 * len(tasks), 3.2)
     axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for i, (task, axis) in enumerate(zip(tasks, axes)):
+    for i, (task, axis) in enumerate(zip(tasks, axes, strict=True)):
         for k, (method, epochs) in enumerate(curves.items()):
             draw(axis, i, method, range(1, len(epochs) + 1), [line[i] for line in epochs], f"C{k}")
         axis.set_title(task)

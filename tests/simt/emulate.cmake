@@ -1,13 +1,13 @@
 # The CUDA sources, compiled for the host by the emulator (cuda_emu.h): once into _C, where the parity tests of
 # tests/test_*.py run them, and once for each sanitizer with the C++ drivers tests/simt/test_*.cpp.
 
-find_path(MTLGRAD_CUDA_INCLUDE cuda_runtime_api.h
+# A CUDA toolkit has all its headers in one folder; so have the wheels of NVIDIA's that mtlgrad[test] installs.
+find_path(MTLGRAD_CUDA_INCLUDE crt/host_defines.h
   HINTS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda "${Python_SITELIB}/nvidia/cu13" PATH_SUFFIXES include)
-find_path(MTLGRAD_CUDA_CRT_INCLUDE crt/host_defines.h
-  HINTS "${MTLGRAD_CUDA_INCLUDE}" "${Python_SITELIB}/nvidia/cu13/include")
-if(NOT MTLGRAD_CUDA_INCLUDE OR NOT MTLGRAD_CUDA_CRT_INCLUDE)
-  message(FATAL_ERROR "  mtlgrad: no CUDA headers for the emulator; pip install 'nvidia-cuda-runtime>=13,<14' "
-                      "'nvidia-cuda-crt>=13,<14', or set CUDA_HOME to a CUDA toolkit")
+if(NOT EXISTS "${MTLGRAD_CUDA_INCLUDE}/cuda_runtime_api.h")
+  unset(MTLGRAD_CUDA_INCLUDE CACHE)
+  message(FATAL_ERROR "  mtlgrad: no CUDA headers for the emulator; pip install 'mtlgrad[test]' brings them, or set "
+                      "CUDA_HOME to a CUDA toolkit")
 endif()
 message(STATUS "mtlgrad: emulating CUDA with the headers of ${MTLGRAD_CUDA_INCLUDE}")
 
@@ -16,7 +16,7 @@ set_source_files_properties(${MTLGRAD_CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
 function(mtlgrad_emulate target)
   target_sources(${target} PRIVATE ${MTLGRAD_CUDA_SOURCES} tests/simt/emu_runtime.cpp)
   target_include_directories(${target} PUBLIC csrc csrc/cuda tests/simt)
-  target_include_directories(${target} SYSTEM PUBLIC "${MTLGRAD_CUDA_INCLUDE}" "${MTLGRAD_CUDA_CRT_INCLUDE}")
+  target_include_directories(${target} SYSTEM PUBLIC "${MTLGRAD_CUDA_INCLUDE}")
   target_compile_definitions(${target} PUBLIC MTLGRAD_EMULATE MTLGRAD_WITH_CUDA)
   # Fortified memcpy and longjmp do not know of the fibers' stacks.
   target_compile_options(${target} PUBLIC ${MTLGRAD_CXX_OPTIONS} -Wno-unknown-pragmas -U_FORTIFY_SOURCE)

@@ -2,8 +2,7 @@
 
 The ``*_cross`` functions are the GEMMs, which torch does well: covariances between each weight and each example's
 logit. What is left, and what the kernels fuse, needs no covariance matrix: the cross covariance, the diagonal
-(``spread``) and the mean. ``run_*`` call a kernel, which writes moments or folds them (see ``Sink``); ``fold_*`` is the
-path of :class:`mtlgrad.BayesAgg`.
+(``spread``) and the mean. ``run_*`` call a kernel, which writes moments or folds them (see ``Sink``).
 """
 
 from __future__ import annotations
@@ -92,6 +91,7 @@ def run_regression(
     features: Tensor, targets: Tensor, mean: Tensor, cross: Tensor, spread: Tensor, sink: Sink
 ) -> None:
     features, targets, mean, cross = dense_rows(features), targets.contiguous(), mean.contiguous(), cross.contiguous()
+    spread = spread.contiguous()
     kernels_for(features.device).regression_moments(
         *_feature_arguments(features),
         targets.data_ptr(),
@@ -107,9 +107,10 @@ def run_regression(
 
 
 def run_binary(
-    features: Tensor, targets: Tensor, mean: Tensor, cross: Tensor, spread: Tensor, sink: Sink, nodes: int
+    features: Tensor, targets: Tensor, mean: Tensor, cross: Tensor, spread: Tensor, sink: Sink, nodes: int = 32
 ) -> None:
     features, targets, mean, cross = dense_rows(features), targets.contiguous(), mean.contiguous(), cross.contiguous()
+    spread = spread.contiguous()
     u, weight = _hermite_on(nodes, features.device, features.dtype)
     kernels_for(features.device).binary_moments(
         *_feature_arguments(features),
@@ -135,10 +136,11 @@ def run_multiclass(
     spread: Tensor,
     class_factor: Tensor | None,
     sink: Sink,
-    num_points: int,
-    seed: int,
+    num_points: int = 256,
+    seed: int = 0,
 ) -> None:
     features, targets, mean, cross = dense_rows(features), targets.contiguous(), mean.contiguous(), cross.contiguous()
+    spread = spread.contiguous()
     classes, code = mean.shape[0], STRUCTURE_CODES[structure]
     points = _sobol_on(num_points, classes, seed, features.device)
     where = place(features.device)

@@ -44,7 +44,7 @@ class Part:
         return len(self.offsets) - 1
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
-        """Yields (tokens, offsets, targets) of `size` rows each, the last one shorter. Slices, no copies but the offsets."""
+        """Yields (tokens, offsets, targets) of `size` rows each, the last one shorter; slices, but for the offsets."""
         starts = list(range(0, len(self), size))
         bounds = [*self.offsets[::size].tolist()[: len(starts)], len(self.tokens)]
         for i, start in enumerate(starts):
@@ -67,7 +67,7 @@ class Settings:
     power: tuple[float, float] = (0.3, 0.1)  #: regression, classification
     warmup: int = 2
     device: str = "cpu"
-    #: A second thread gains a fifth on an idle machine; on a busy one the two wait for each other (30 times slower, seen).
+    #: A second thread gains a fifth on an idle machine; on a busy one the two wait for each other (seen: 30 times).
     threads: int = 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,8 @@ class Settings:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Settings:
         """The inverse of `to_dict`; raises TypeError for unknown names."""
-        return Settings(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
+        return Settings(**known)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,11 @@ class MultiTaskNet(nn.Module):
     def __init__(self, backbone: nn.Module, heads: list[nn.Linear]):
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleList(heads)
+        self._heads = nn.ModuleList(heads)
+
+    @property
+    def heads(self) -> list[nn.Linear]:
+        return [head for head in self._heads if isinstance(head, nn.Linear)]
 
     def features(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         return self.backbone(tokens, offsets)

@@ -12,9 +12,9 @@ from .base import MultiTaskNet, Part, Task
 class TextBackbone(nn.Module):
     """Sum of word embeddings -> ReLU -> dropout -> linear -> ReLU: a 128-64 perceptron over word counts.
 
-    tokens [K] int64, offsets [B + 1] int64 -> [B, 64]. The sum over a bag is a sparse matrix product, so the first layer
-    costs what the words that occur cost (2 ms a step on two cores), not 2,000 inputs. Without dropout the nets learn the
-    training texts by heart, the single-task nets most: the comparison would then show regularisation, not methods.
+    tokens [K] int64, offsets [B + 1] int64 -> [B, 64]. The sum over a bag is a sparse matrix product, so the first
+    layer costs what the words that occur cost, not 2,000 inputs. Without dropout the nets learn the training texts by
+    heart, the single-task nets most: the comparison would then show regularisation, not methods.
     """
 
     def __init__(self, words: int, hidden: int, width: int):
@@ -47,7 +47,7 @@ class Clothing:
         self.data = load_clothing()
         self.device = device
         self.train_rows = self.data.rows("train")
-        # Regression targets are standardised by the training rows, so that losses of the tasks start near one another.
+        # Regression targets are standardised by the training rows, so that the tasks' losses start near one another.
         self.scale = {}
         targets = []
         for task in self.tasks:
@@ -68,13 +68,14 @@ class Clothing:
 
     def shuffled(self, seed: int, epoch: int) -> Part:
         """The training rows in the order of this seed and epoch: no state to keep, so resuming needs none."""
-        order = torch.randperm(len(self.train_rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.train_rows), generator=generator)
         return self._part(self.train_rows[order])
 
     def net(self, tasks: tuple[Task, ...]) -> MultiTaskNet:
-        """A fresh net for these tasks, drawn from the global generator: the same seed gives every method the same start."""
+        """A fresh net for these tasks, drawn from the global generator: a seed gives every method the same start."""
         backbone = TextBackbone(len(self.data.vocabulary), 128, self.width)
-        # Regression heads have no bias: BayesAgg's regression posterior has none, and the targets' mean is 0.
+        # Regression heads have no bias: BayesAgg's regression posterior has none, and the targets average 0.
         heads = [nn.Linear(self.width, task.outputs, bias=task.kind != "regression") for task in tasks]
         return MultiTaskNet(backbone, heads).to(self.device)
 
@@ -88,7 +89,7 @@ class Clothing:
 
 
 def auc(score: Tensor, target: Tensor) -> float:
-    """Area under the ROC curve: how often a positive outranks a negative, ties counting half. Both [R]; target 0 or 1."""
+    """Area under the ROC curve: how often a positive outranks a negative, ties counting half; [R] both."""
     positive, negative = score[target > 0.5], score[target <= 0.5].sort().values
     if not len(positive) or not len(negative):
         return float("nan")

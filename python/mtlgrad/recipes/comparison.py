@@ -61,6 +61,7 @@ class Comparison:
             settings = Settings.from_dict(state["settings"])
             return Comparison(settings, _recipe(settings), folder, state)
         except (TypeError, KeyError) as error:
+            folder.close()
             raise TrainError(
                 f"argument --resume: expected a checkpoint of this version, found {folder.path / CHECKPOINT} "
                 f"of another ({error}); start anew without --resume"
@@ -137,5 +138,5 @@ def _recipe(settings: Settings) -> Clothing:
     device = torch.device(settings.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise TrainError(f"argument --device: expected a usable device, found {device} and {found} GPUs; take --device cpu")
+        raise TrainError(f"argument --device: expected a usable device, found {device} and {found} GPUs; take cpu")
     return RECIPES[settings.data](device)

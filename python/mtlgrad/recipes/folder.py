@@ -53,7 +53,9 @@ class RunFolder:
                         if not path.exists():  # else another process was faster
                             raise
                 if name is not None:
-                    raise TrainError(f"argument --name: expected a new name, found {path}; take another, or --resume {path}")
+                    raise TrainError(
+                        f"argument --name: expected a new name, found {path}; take another, or --resume {path}"
+                    )
             raise TrainError(f"argument --out: {out} has a thousand runs of this second")
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -80,7 +82,7 @@ class RunFolder:
         except Exception:  # damaged bytes raise nearly anything on their way through zip and pickle
             sound = False
         if not sound:
-            raise TrainError(f"{expected}, found {file}: damaged, or written by something else; start anew without --resume")
+            raise TrainError(f"{expected}, found {file}: damaged, or of another program; start anew without --resume")
         folder = RunFolder(file.parent)
         for leftover in folder.path.glob(".*.tmp"):  # of a process that was killed while writing
             leftover.unlink(missing_ok=True)

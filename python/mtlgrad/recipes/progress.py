@@ -59,7 +59,7 @@ class LiveProgress:
 
     def step(self, epoch: int, step: int, losses: Tensor) -> None:
         if step % SHOW_EVERY == 0 and self.bar is not None:
-            text = "  ".join(f"{name} {loss:.3f}" for name, loss in zip(self.names, losses.tolist()))
+            text = "  ".join(f"{name} {loss:.3f}" for name, loss in zip(self.names, losses.tolist(), strict=True))
             self.progress.losses = f"losses  {text}"
             self.progress.update(self.bar, completed=epoch * self.steps + step + 1)
 
@@ -93,7 +93,7 @@ class LineProgress:
 
     def done(self, number: int, result: Result) -> None:
         title = _title(number, len(self.jobs), result.job, self.tasks)
-        losses = "  ".join(f"{n} {loss:.4f}" for n, loss in zip(result.tasks, result.history[-1]["train"]))
+        losses = "  ".join(f"{n} {loss:.4f}" for n, loss in zip(result.tasks, result.history[-1]["train"], strict=True))
         seconds = sum(line["seconds"] for line in result.history)
         say(self.console, f"{title}: {seconds:.1f} s, training losses {losses}")
 
@@ -111,5 +111,3 @@ def show_table(console: Console, cells: list[list[str]]) -> None:
     for row in cells[1:]:
         table.add_row(*row)
     console.print(table)
-
-

@@ -29,27 +29,27 @@ def results_csv(results: Sequence[Result], tasks: Sequence[Task]) -> str:
     rows: list[list[object]] = [["method", "seed", "task", "metric", "value", "higher_is_better", "test_loss"]]
     table = {t.name: t for t in tasks}
     for result in results:
-        for name, value, loss in zip(result.tasks, result.metrics, result.losses):
+        for name, value, loss in zip(result.tasks, result.metrics, result.losses, strict=True):
             task = table[name]
             rows.append(
                 [method_of(result), result.job.seed, name, task.metric, value, int(task.higher_is_better), loss]
             )
     base = baseline(results, tasks)
-    for result in results:
-        if base is not None and result.job.task is None:
-            rows.append([method_of(result), result.job.seed, "all", "delta_m", change(result, base, tasks), 0, ""])
+    if base is not None:
+        joint = [r for r in results if r.job.task is None]
+        rows += [[r.job.method, r.job.seed, "all", "delta_m", change(r, base, tasks), 0, ""] for r in joint]
     return _csv(rows)
 
 
 def history_csv(results: Sequence[Result]) -> str:
     """One row per method, seed, epoch and task."""
-    head = ["method", "seed", "epoch", "task", "train_loss", "validation_loss", "validation_metric", "task_weight", "seconds"]
-    rows: list[list[object]] = [list(head)]
+    values = ("train", "validation", "metric", "share")
+    head = "method,seed,epoch,task,train_loss,validation_loss,validation_metric,task_weight,seconds"
+    rows: list[list[object]] = [[*head.split(",")]]
     for result in results:
         for line in result.history:
-            for i, task in enumerate(result.tasks):
-                values = [line[k][i] for k in ("train", "validation", "metric", "share")]
-                rows.append([method_of(result), result.job.seed, line["epoch"], task, *values, round(line["seconds"], 4)])
+            start, seconds = [method_of(result), result.job.seed, line["epoch"]], round(line["seconds"], 4)
+            rows += [[*start, task, *(line[v][i] for v in values), seconds] for i, task in enumerate(result.tasks)]
     return _csv(rows)
 
 
@@ -75,7 +75,7 @@ class Summary:
 
 
 def summaries(results: Sequence[Result], methods: Sequence[str], tasks: Sequence[Task]) -> list[Summary]:
-    """The single-task nets first, then the methods in the order asked for; what has no finished training is left out."""
+    """The single-task nets, then the methods in the order asked for; what has no finished training is left out."""
     base = baseline(results, tasks)
     columns = []
     single = [[r.metrics[0] for r in results if r.job.task == i] for i in range(len(tasks))]
@@ -85,7 +85,7 @@ def summaries(results: Sequence[Result], methods: Sequence[str], tasks: Sequence
         runs = [r for r in results if r.job.task is None and r.job.method == method]
         if not runs:
             continue
-        metrics = [list(column) for column in zip(*(r.metrics for r in runs))]
+        metrics = [list(column) for column in zip(*(r.metrics for r in runs), strict=True)]
         delta = [change(r, base, tasks) for r in runs] if base is not None else []
         columns.append(Summary(method, metrics, delta, *_times(runs)))
     return columns

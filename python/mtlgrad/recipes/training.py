@@ -63,7 +63,7 @@ class Trainer:
         def work() -> None:
             features = self.weighting.through(self.net.features(tokens, offsets), targets)
             outputs = self.net.outputs(features)
-            losses = [task_loss(t, o, y) for t, o, y in zip(self.tasks, outputs, targets)]
+            losses = [task_loss(t, o, y) for t, o, y in zip(self.tasks, outputs, targets, strict=True)]
             self.optimizer.zero_grad()
             self.weighting.total(losses).backward()
             self.optimizer.step()
@@ -86,17 +86,15 @@ class Trainer:
     def _end_epoch(self, train: Tensor, shares: list[Tensor], variances: list[Tensor], start: float) -> None:
         self.result.epoch_ms.append(timed(self.weighting.end_epoch, self.recipe.device) / self.steps)
         train_losses = train.tolist()
-        for task, loss in zip(self.tasks, train_losses):
+        for task, loss in zip(self.tasks, train_losses, strict=True):
             if not math.isfinite(loss):
+                title, lr = self.job.title(self.recipe.tasks), self.settings.lr
                 raise TrainError(
-                    f"{self.job.title(self.recipe.tasks)}: the loss of {task.name} became {loss} in epoch {self.epoch + 1}; "
-                    f"lower --lr, now {self.settings.lr:g}"
+                    f"{title}: the loss of {task.name} became {loss} in epoch {self.epoch + 1}; lower --lr, now {lr:g}"
                 )
         metrics, losses = self.evaluate(self.recipe.validation)
-        if shares:
-            share = torch.stack(shares).mean(0)
-        else:
-            share = torch.full((len(self.tasks),), 1.0 / len(self.tasks))
+        # In a warm-up no step is timed, and the sum is what runs.
+        share = torch.stack(shares).mean(0) if shares else torch.full((len(self.tasks),), 1.0 / len(self.tasks))
         if variances:
             self.result.variance = torch.stack(variances).mean(0)
         self.epoch += 1
@@ -125,8 +123,8 @@ class Trainer:
         chunks = []
         for tokens, offsets, _ in part.batches(EVALUATION_ROWS):
             chunks.append(self.weighting.predict(self.net, self.net.features(tokens, offsets)))
-        outputs = [torch.cat(column) for column in zip(*chunks)]
-        triples = list(zip(self.tasks, outputs, part.targets))
+        outputs = [torch.cat(column) for column in zip(*chunks, strict=True)]
+        triples = list(zip(self.tasks, outputs, part.targets, strict=True))
         return [self.recipe.metric(*t) for t in triples], [float(task_loss(*t)) for t in triples]
 
     def finish(self) -> Result:

@@ -65,9 +65,10 @@ class _OverLosses(Weighting):
 
 
 class Uncertainty(_OverLosses):
-    """Kendall et al., CVPR 2018: exp(-s) L + s / 2 per task (half the first term for regression), s = log sigma^2 learned."""
+    """Kendall et al., CVPR 2018: exp(-s) L + s / 2 per task (exp(-s) L / 2 for regression), s = log sigma^2 learned."""
 
     name = "uncertainty"
+    factor: Tensor
 
     def __init__(self, tasks: tuple[Task, ...], net: MultiTaskNet, settings: Settings):
         super().__init__(tasks, net, settings)
@@ -103,6 +104,7 @@ class BayesAggregation(Weighting):
     """BayesAgg-MTL, after `warmup` epochs of plain sum."""
 
     name = "bayesagg"
+    refreshes: Tensor
 
     def __init__(self, tasks: tuple[Task, ...], net: MultiTaskNet, settings: Settings):
         super().__init__(tasks, net, settings)
@@ -115,7 +117,7 @@ class BayesAggregation(Weighting):
                 kinds[task.kind](
                     head, gamma=settings.gamma, power=regression if task.kind == "regression" else classification
                 )
-                for task, head in zip(tasks, net.heads)
+                for task, head in zip(tasks, net.heads, strict=True)
             ]
         )
         self.warmup = settings.warmup
@@ -127,7 +129,7 @@ class BayesAggregation(Weighting):
         return int(self.refreshes) > 0
 
     def start_epoch(self, epoch: int) -> None:
-        # The layer learns the full-data posterior from what it sees in the last epoch of the warm-up; before, it is left out.
+        # The last epoch of the warm-up shows the layer the data for its first posterior; before, it is left out.
         self.watching = epoch >= self.warmup - 1
 
     def through(self, features: Tensor, targets: list[Tensor]) -> Tensor:

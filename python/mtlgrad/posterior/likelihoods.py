@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .ops.checks import (
+from ..ops.checks import (
     check_class_range,
     check_class_targets,
     check_finite,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .likelihoods import Likelihood, Terms, augment, check_batch, terms_of
-from .linalg import checked_cholesky
+from .cholesky import checked_cholesky
 
 STRUCTURES = ("full", "block", "kron", "diag")
 DEFAULT_GAMMA = 0.005  # prior variance, the published experiments' value
@@ -134,6 +134,15 @@ class Posterior(ABC):
     def _forget(self) -> None:
         for name in ("mean", "_cached_covariance", "factor"):
             self.__dict__.pop(name, None)
+
+    def to(self, like: Tensor) -> Posterior:
+        """A copy in the dtype and on the device of a tensor, whose mean and covariance were computed before the cast:
+        a covariance made in float64 is worth keeping in float32, a float32 Cholesky of it would not be as good."""
+        copy = posterior_from_state(self.state(), like)
+        covariance = self.covariance()
+        cast = tuple(c.to(like) for c in covariance) if isinstance(covariance, tuple) else covariance.to(like)
+        copy.__dict__.update(mean=self.mean.to(like), _cached_covariance=cast)
+        return copy
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers from which :func:`posterior_from_state` makes an equal posterior."""
@@ -422,11 +431,12 @@ def empty_posterior(
     return kind(likelihood, anchor, prior, gamma)
 
 
-def posterior_from_state(state: dict[str, Any]) -> Posterior:
-    """The inverse of :meth:`Posterior.state`."""
+def posterior_from_state(state: dict[str, Any], like: Tensor | None = None) -> Posterior:
+    """The inverse of :meth:`Posterior.state`, in the dtype and on the device of ``like`` where it is given."""
     kind = _class_for(state["likelihood"], state["structure"])
-    posterior = kind(state["likelihood"], state["anchor"], None, state["gamma"])
-    posterior.residual = state["residual"]
+    anchor = state["anchor"] if like is None else state["anchor"].to(like)
+    posterior = kind(state["likelihood"], anchor, None, state["gamma"])
+    posterior.residual = state["residual"].to(anchor)
     posterior._load_sums(state["sums"])
     return posterior
 

@@ -1,0 +1,162 @@
+"""From a batch to the [B, D] gradient that goes back: posterior, moments and weighted mean, task after task.
+
+The moments of a task are folded into two [B, D] sums as soon as they are known, so that no [B, T, D] tensor exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..ops.fold import Sink, folding, has_kernels, run_binary, run_multiclass, run_regression, run_sampled, weighted_mean
+from ..posterior.likelihoods import augment
+from ..posterior.posteriors import Posterior
+from .conditioning import Conditioned, batch_posterior, condition
+from .heads import Head
+
+SMALLEST_VARIANCE = reference.moments.SMALLEST_VARIANCE
+
+
+class Sampled(NamedTuple):
+    """Weight samples of a head's batch posterior, in place of the posterior itself."""
+
+    first: int
+    last: int
+    samples: Tensor  # [S, R, P]
+
+
+Part = Union[Conditioned, Sampled]
+
+
+class Batch(NamedTuple):
+    """Everything that the aggregate of one batch depends on. ``features`` are in float32 or float64."""
+
+    features: Tensor  # [B, D]
+    targets: Sequence[Tensor]
+    heads: Sequence[Head]
+    weights: Sequence[Tensor | None]  # of the heads, as they stood
+    posteriors: Sequence[Posterior]  # full-data
+    powers: Sequence[Tensor]  # float64 [T_head], on the device
+    num_samples: int  # 0: exact moments
+    seed: int
+    name: str  # for errors
+
+
+def _parts(batch: Batch, index: int) -> Iterator[Part]:
+    """A head's tasks, some at a time, with the batch posterior as their moments need it."""
+    head, prior, weight = batch.heads[index], batch.posteriors[index], batch.weights[index]
+    features, targets = batch.features, batch.targets[index]
+    if batch.num_samples and head.likelihood != "regression":
+        generator = torch.Generator(features.device)
+        generator.manual_seed(batch.seed * 1009 + index)
+        posterior = batch_posterior(prior, features, targets, weight)
+        yield Sampled(0, head.num_tasks, posterior.sample(batch.num_samples, generator))
+        return
+    hidden = augment(features, head.likelihood)
+    yield from condition(prior, features, hidden, targets, weight, f"{batch.name}, heads[{index}] ({head.likelihood})")
+
+
+def _run(batch: Batch, index: int, part: Part, sink: Sink) -> None:
+    likelihood = batch.heads[index].likelihood
+    features, targets = batch.features, batch.targets[index]
+    if likelihood != "multiclass":
+        targets = targets.to(features.dtype)[:, part.first : part.last]
+    if isinstance(part, Sampled):
+        run_sampled(features, targets, part.samples, likelihood, sink)
+    elif likelihood == "regression":
+        run_regression(features, targets, part.mean, part.cross, part.spread, sink)
+    elif likelihood == "binary":
+        run_binary(features, targets, part.mean, part.cross, part.spread, sink)
+    else:
+        run_multiclass(
+            features, targets, part.mean, part.structure, part.cross, part.spread, part.class_factor, sink
+        )
+
+
+def _tasks_of(head: Head, part: Part) -> slice:
+    return slice(0, 1) if head.likelihood == "multiclass" else slice(part.first, part.last)
+
+
+def _fold(batch: Batch) -> tuple[Tensor, Tensor]:
+    numerator, denominator = torch.zeros_like(batch.features), torch.zeros_like(batch.features)
+    for index, head in enumerate(batch.heads):
+        for part in _parts(batch, index):
+            power = batch.powers[index][_tasks_of(head, part)]
+            _run(batch, index, part, folding(numerator, denominator, power))
+    return numerator, denominator
+
+
+@torch.no_grad()
+def aggregate(batch: Batch) -> Tensor:
+    """The inverse-variance weighted mean of the tasks' gradients, divided by B: [B, D]."""
+    with torch.autocast(batch.features.device.type, enabled=False):
+        if not has_kernels(batch.features.device):
+            return _aggregate_by_reference(batch)
+        return weighted_mean(*_fold(batch))
+
+
+def _aggregate_by_reference(batch: Batch) -> Tensor:
+    """Where no kernel was compiled for the device: the same in plain PyTorch, all tasks at once."""
+    moments = [_reference_moments(batch, index) for index in range(len(batch.heads))]
+    means, variances = (torch.cat(part, 1) for part in zip(*moments))
+    return reference.precision_mean(means, variances, torch.cat(list(batch.powers)))
+
+
+def _reference_moments(batch: Batch, index: int) -> tuple[Tensor, Tensor]:
+    head, features, targets = batch.heads[index], batch.features, batch.targets[index]
+    posterior = batch_posterior(batch.posteriors[index], features, targets, batch.weights[index])
+    if head.likelihood != "multiclass":
+        targets = targets.to(features.dtype)
+    if batch.num_samples and head.likelihood != "regression":
+        part = next(_parts(batch, index))
+        assert isinstance(part, Sampled)
+        return reference.sampled_moments(features, targets, part.samples, kind=head.likelihood)
+    compute = getattr(reference, f"{head.likelihood}_moments")
+    result: tuple[Tensor, Tensor] = compute(features, targets, posterior.mean, posterior.covariance())
+    return result
+
+
+@torch.no_grad()
+def diagnose(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Each task's share of the weights, averaged over examples and dimensions, [T]; and the variance of its gradient,
+    averaged over the examples that have its label, [T, D]. Computes the moments once more, one task at a time."""
+    shares, variances = [], []
+    with torch.autocast(batch.features.device.type, enabled=False):
+        if has_kernels(batch.features.device):
+            _, denominator = _fold(batch)
+        else:
+            denominator = _reference_denominator(batch)
+        for index, head in enumerate(batch.heads):
+            for variance, power in _written_variances(batch, index, head):
+                labelled = variance < torch.inf
+                weight = variance.clamp(min=SMALLEST_VARIANCE) ** -power.to(variance)[:, None]
+                share = torch.where(labelled, weight, 0.0) / denominator[:, None]
+                shares.append(share.nanmean(0).mean(-1))  # 0 / 0: an example without any label
+                total = torch.where(labelled, variance, 0.0).sum(0)
+                variances.append(total / labelled.sum(0))
+    return torch.cat(shares), torch.cat(variances)
+
+
+def _written_variances(batch: Batch, index: int, head: Head) -> Iterator[tuple[Tensor, Tensor]]:
+    """(variances [B, t, D], powers [t]) of a head's tasks, some at a time."""
+    if not has_kernels(batch.features.device):
+        yield _reference_moments(batch, index)[1], batch.powers[index]
+        return
+    for part in _parts(batch, index):
+        tasks = _tasks_of(head, part)
+        sink = Sink.write(batch.features, tasks.stop - tasks.start)
+        _run(batch, index, part, sink)
+        yield sink.second, batch.powers[index][tasks]
+
+
+def _reference_denominator(batch: Batch) -> Tensor:
+    total = torch.zeros_like(batch.features)
+    for index in range(len(batch.heads)):
+        variance = _reference_moments(batch, index)[1]
+        weight = variance.clamp(min=SMALLEST_VARIANCE) ** -batch.powers[index].to(variance)[:, None]
+        total += torch.where(variance < torch.inf, weight, 0.0).sum(1)
+    return total

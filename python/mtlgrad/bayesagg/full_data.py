@@ -1,0 +1,69 @@
+"""What one head has seen in an epoch, for its full-data posterior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..posterior.posteriors import Posterior, empty_posterior, posterior_from_state
+from .heads import Head
+
+STATISTICS = ("stored", "streaming")
+ROWS = 8192  # of stored features in float64 at a time
+
+
+class FullData:
+    """``stored``: the features and targets themselves, as published; ``streaming``: sums, in a posterior that is updated
+    batch by batch and expanded at the weights that each batch met. Both end in float64."""
+
+    def __init__(self, head: Head, structure: str, statistics: str):
+        self.head = head
+        self.structure = structure
+        self.statistics = statistics
+        self.features: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self.running: Posterior | None = None
+        self.count = 0
+
+    def clear(self) -> None:
+        self.features, self.targets, self.running, self.count = [], [], None, 0
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        self.count += features.shape[0]
+        if self.statistics == "stored":
+            self.features.append(features)
+            self.targets.append(targets)
+            return
+        features = features.double()
+        weight = self.head.weight(features)
+        if self.running is None:
+            self.running = self._empty(features)
+        self.running.update(features, targets, weight)
+
+    def posterior(self) -> Posterior:
+        if self.running is not None:
+            return self.running
+        features, targets = torch.cat(self.features), torch.cat(self.targets)
+        posterior = self._empty(features[:0].double())
+        for rows, labels in zip(features.split(ROWS), targets.split(ROWS)):
+            posterior.update(rows.double(), labels)
+        return posterior
+
+    def _empty(self, like: Tensor) -> Posterior:
+        weight = self.head.weight(like)
+        anchor = like.new_zeros(self.head.outputs, self.head.width) if weight is None else weight
+        return empty_posterior(self.head.likelihood, anchor, None, self.head.gamma, self.structure)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "features": self.features,
+            "targets": self.targets,
+            "running": None if self.running is None else self.running.state(),
+            "count": self.count,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.features, self.targets, self.count = list(state["features"]), list(state["targets"]), state["count"]
+        self.running = None if state["running"] is None else posterior_from_state(state["running"])

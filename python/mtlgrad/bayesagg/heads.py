@@ -1,0 +1,102 @@
+"""The heads of a model as BayesAgg sees them: which layers, which likelihood, which prior and exponent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.moments import power_tensor
+from ..posterior.likelihoods import Likelihood, check_batch
+from ..posterior.posteriors import DEFAULT_GAMMA, check_gamma
+
+
+class Head:
+    """Common to the three kinds.
+
+    Args:
+        layers: one ``nn.Linear(D, O)``, or several, whose outputs are stacked.
+        gamma: variance of the weights' prior N(0, gamma I).
+        power: exponent of the task's inverse variance in the weighted mean; 1 is the equation's, the published code's
+            experiments use 0.1 to 0.5. One number, or one for each output.
+    """
+
+    likelihood: Likelihood
+
+    def __init__(
+        self,
+        layers: nn.Linear | Sequence[nn.Linear],
+        gamma: float = DEFAULT_GAMMA,
+        power: float | Sequence[float] = 1.0,
+    ):
+        name = type(self).__name__
+        self.layers = (layers,) if isinstance(layers, nn.Module) else tuple(layers)
+        if not self.layers:
+            raise ValueError(f"{name}: layers: expected at least one nn.Linear, found none")
+        for layer in self.layers:
+            if not isinstance(layer, nn.Linear):
+                raise ValueError(f"{name}: layers: expected nn.Linear, found {type(layer).__name__}")
+            if layer.bias is None and self.likelihood != "regression":
+                raise ValueError(f"{name}: layers: expected a bias, found bias=False; the logit's posterior includes it")
+        widths = {layer.in_features for layer in self.layers}
+        if len(widths) > 1:
+            raise ValueError(f"{name}: layers: expected one number of input features, found {sorted(widths)}")
+        self.width = widths.pop()
+        self.outputs = sum(layer.out_features for layer in self.layers)
+        check_gamma(gamma)
+        self.gamma = float(gamma)
+        self.power = power_tensor(name, power, self.num_tasks, torch.device("cpu"))
+
+    @property
+    def num_tasks(self) -> int:
+        return self.outputs
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.width} -> {self.outputs}, gamma={self.gamma}, power={self.power.tolist()})"
+
+    def weight(self, like: Tensor) -> Tensor | None:
+        """[R, P] as they stand, bias last, in the dtype of ``like``; None for regression, whose posterior is exact."""
+        rows = [torch.cat([layer.weight, layer.bias[:, None]], 1) for layer in self.layers]
+        return torch.cat(rows).detach().to(like)
+
+    def check(self, op: str, features: Tensor, targets: Tensor) -> Tensor:
+        """The targets, [B, O] or [B] for classes, or an error that names what is wrong with them."""
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"{op}: targets: expected a tensor, found {type(targets).__name__}")
+        columns = 1 if self.likelihood == "multiclass" else self.outputs
+        weight = self.layers[0].weight.detach().new_empty(self.outputs, self.width + 1)
+        checked = check_batch(op, self.likelihood, features, targets, weight)
+        if self.likelihood != "multiclass" and checked.shape[1] != columns:
+            raise RuntimeError(
+                f"{op}: targets: expected shape [{features.shape[0]}, {columns}], found {list(targets.shape)}"
+            )
+        return checked.detach()
+
+    def predict(self, features: Tensor) -> Tensor:
+        return torch.cat([layer(features) for layer in self.layers], -1)
+
+
+class Regression(Head):
+    """Squared error (w.h - y)^2, each output a task. The posterior has no bias, as published."""
+
+    likelihood = "regression"
+
+    def weight(self, like: Tensor) -> None:
+        return None
+
+
+class Binary(Head):
+    """Binary cross entropy with logits, each output a task."""
+
+    likelihood = "binary"
+
+
+class Multiclass(Head):
+    """Softmax cross entropy; all classes are one task."""
+
+    likelihood = "multiclass"
+
+    @property
+    def num_tasks(self) -> int:
+        return 1

@@ -1,0 +1,312 @@
+"""The layer: identity forward, the aggregated gradient backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.checks import check_shape
+from ..posterior.posteriors import STRUCTURES, Posterior, posterior_from_state
+from .aggregation import Batch, aggregate, diagnose
+from .full_data import STATISTICS, FullData
+from .heads import Head
+
+
+class _Step:
+    """One pass through the layer: what its backward needs."""
+
+    def __init__(self, number: int, features: Tensor, targets: list[Tensor]):
+        self.number = number
+        self.features = features
+        self.targets = targets
+        self.scale: Tensor | None = None  # what BayesAgg.total's sum was multiplied by
+
+
+class _ReplaceGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, layer: BayesAgg, step: _Step) -> Tensor:
+        ctx.layer, ctx.step = layer, step
+        return features.view_as(features)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.layer._replacement(ctx.step, gradient), None, None
+
+
+class _RecordScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, step: _Step) -> Tensor:
+        ctx.step = step
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.step.scale = gradient.detach()
+        return gradient, None
+
+
+class BayesAgg(nn.Module):
+    """A layer between the backbone and the heads: identity forward, the paper's aggregated gradient backward.
+
+    A Gaussian posterior over each head's weights induces a distribution over the task's gradient at the shared
+    features; each dimension of the gradient is averaged over the tasks by inverse variance. Heads get their ordinary
+    gradients. Until :meth:`refresh` is first called the layer is plain summation (warm-up), and so it is in evaluation
+    mode, under ``no_grad``, and for features that need no gradient.
+
+    Example::
+
+        bayes = BayesAgg([Regression(age_head), Multiclass(race_head)])
+        for features, targets in ...:
+            features = bayes(backbone(inputs), targets)
+            bayes.total([mse(age_head(features), age), cross_entropy(race_head(features), race)]).backward()
+        bayes.refresh()  # once per epoch
+
+    Args:
+        heads: :class:`Regression`, :class:`Binary`, :class:`Multiclass`, in the order of the targets. Every output of a
+            regression or binary head is a task, a multiclass head is one. Their losses are the batch means of
+            (w.h - y)^2, binary cross entropy with logits, and cross entropy.
+        moments: "exact" (closed form and quadrature) or "sampled" (the published estimator, for classification).
+        covariance: of classification posteriors: "full", "block", "kron" or "diag"; they differ for multiclass, and
+            "diag" for binary. Regression posteriors are exact and full.
+        num_samples: of the weights, for ``moments="sampled"``.
+        statistics: for the full-data posterior: "stored" keeps the epoch's features, as published, and expands at the
+            weights of the moment of ``refresh()``; "streaming" keeps sums alone, memory independent of the data set's
+            size, and expands each batch at the weights it met.
+        seed: of the weight samples.
+
+    The scale of the loss (``GradScaler``, division for gradient accumulation) reaches the aggregated gradient through
+    :meth:`total`; without it a scale of one is assumed.
+
+    Labels that are NaN (multiclass: -100) contribute nothing; an example without any has a zero gradient.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices, at forward. ValueError: options; on the CPU also values.
+
+    Source: arXiv 2402.04005, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[Head],
+        moments: str = "exact",
+        covariance: str = "full",
+        num_samples: int = 1024,
+        statistics: str = "stored",
+        seed: int = 0,
+    ):
+        super().__init__()
+        _check_choice("moments", moments, ("exact", "sampled"))
+        _check_choice("covariance", covariance, STRUCTURES)
+        _check_choice("statistics", statistics, STATISTICS)
+        if not isinstance(num_samples, int) or num_samples < 2:
+            raise ValueError(f"BayesAgg: num_samples: expected at least 2, found {num_samples!r}")
+        self.heads = tuple(heads)  # a tuple, not modules: the heads' parameters stay the model's own
+        if not self.heads:
+            raise ValueError("BayesAgg: heads: expected at least one head, found none")
+        for i, head in enumerate(self.heads):
+            if not isinstance(head, Head):
+                raise ValueError(
+                    f"BayesAgg: heads[{i}]: expected Regression, Binary or Multiclass, found {type(head).__name__}"
+                )
+        widths = [head.width for head in self.heads]
+        if len(set(widths)) > 1:
+            raise ValueError(f"BayesAgg: heads: expected one width of the features for all, found {widths}")
+        self.width = widths[0]
+        self.moments, self.covariance, self.num_samples, self.seed = moments, covariance, num_samples, seed
+        self.num_tasks = sum(head.num_tasks for head in self.heads)
+        self._full_data = [FullData(head, covariance, statistics) for head in self.heads]
+        self._posteriors: list[Posterior] | None = None
+        self._working: list[Posterior] = []  # the posteriors as the batches use them: dtype and device
+        self._powers: list[Tensor] = []
+        self._number = 0  # of passes; seeds the samples, names the batch in errors
+        self._current: _Step | None = None
+        self._last: Batch | None = None  # what task_weights and gradient_variance tell of
+        self._diagnosis: tuple[Tensor, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        return f"heads={list(self.heads)}, moments={self.moments!r}, covariance={self.covariance!r}"
+
+    # ---- forward and backward
+
+    def forward(self, features: Tensor, targets: Sequence[Tensor] | None = None) -> Tensor:
+        """The features themselves, [B, D].
+
+        Args:
+            features: [B, D], the backbone's output.
+            targets: one tensor per head: Regression and Binary [B, O] (or [B]) float, Multiclass [B] int64. Not looked
+                at, and may be left out, where the layer is plain identity.
+        """
+        if not (self.training and torch.is_grad_enabled() and features.requires_grad):
+            self._current = None
+            return features
+        checked = self._check(features, targets)
+        self._number += 1
+        step = _Step(self._number, features.detach(), checked)
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            for full_data, target in zip(self._full_data, checked):
+                full_data.add(step.features, target)
+        self._current = step
+        return _ReplaceGradient.apply(features, self, step)
+
+    def _check(self, features: Tensor, targets: Sequence[Tensor] | None) -> list[Tensor]:
+        if targets is None or isinstance(targets, Tensor) or len(targets) != len(self.heads):
+            found = "none" if targets is None else "one tensor" if isinstance(targets, Tensor) else str(len(targets))
+            raise ValueError(f"BayesAgg: targets: expected a sequence of {len(self.heads)}, one per head, found {found}")
+        check_shape("BayesAgg", "features", features, ("B", self.width))
+        return [head.check(f"BayesAgg: heads[{i}]", features, t) for i, (head, t) in enumerate(zip(self.heads, targets))]
+
+    def total(self, losses: Sequence[Tensor] | Mapping[Any, Tensor]) -> Tensor:
+        """The sum of the task losses, through which the scale of the loss reaches this layer's backward.
+
+        Belongs to the last call of the layer; whatever the sum is multiplied by before ``backward()`` multiplies the
+        aggregated gradient.
+        """
+        values = list(losses.values()) if isinstance(losses, Mapping) else list(losses)
+        if not values:
+            raise ValueError("BayesAgg.total: losses: expected at least one, found none")
+        for i, loss in enumerate(values):
+            if loss.numel() != 1:
+                raise ValueError(
+                    f"BayesAgg.total: losses: expected scalars, found shape {list(loss.shape)} at {i}; take the batch mean"
+                )
+        total = torch.stack([loss.reshape(()) for loss in values]).sum()
+        if self._current is None or not total.requires_grad:
+            return total
+        return _RecordScale.apply(total, self._current)
+
+    def _replacement(self, step: _Step, gradient: Tensor) -> Tensor:
+        if self._posteriors is None:
+            return gradient
+        batch = self._batch(step)
+        result = aggregate(batch)
+        self._refuse_nan(result, step)
+        self._last, self._diagnosis = batch, None
+        if step.scale is not None:
+            result = result * step.scale.to(result.dtype)
+        return result.to(gradient.dtype)
+
+    @staticmethod
+    def _refuse_nan(result: Tensor, step: _Step) -> None:
+        """On the CPU. Reading a device's values would hold up its queue: there NaN goes on into the gradients."""
+        if result.device.type == "cpu" and bool(result.sum().isnan()) and bool(result.isnan().any()):
+            at = torch.nonzero(result.isnan())[0].tolist()
+            raise ValueError(
+                f"BayesAgg: batch {step.number}: expected finite moments of the gradients, found NaN at [example, "
+                f"dimension] {at}; a head's weight or target is NaN, or a variance is out of the dtype's range"
+            )
+
+    # ---- the full-data posterior
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes the full-data posterior, the prior of every batch's, from the batches since the last call; float64.
+
+        Call it once per epoch, after the last step.
+        """
+        if not self._full_data[0].count:
+            raise RuntimeError(
+                "BayesAgg.refresh: expected at least one training batch since the last refresh, found none"
+            )
+        self._posteriors = [full_data.posterior() for full_data in self._full_data]
+        self._working = []
+        for full_data in self._full_data:
+            full_data.clear()
+
+    @property
+    def posteriors(self) -> list[Posterior] | None:
+        """The full-data posterior of every head, float64; None before the first :meth:`refresh`."""
+        return self._posteriors
+
+    def _batch(self, step: _Step) -> Batch:
+        assert self._posteriors is not None
+        features = step.features if step.features.dtype == torch.float64 else step.features.float()
+        ready = self._working
+        if not ready or ready[0].anchor.dtype != features.dtype or ready[0].anchor.device != features.device:
+            self._working = [posterior.to(features) for posterior in self._posteriors]
+            self._powers = [head.power.to(features.device) for head in self.heads]
+        return Batch(
+            features=features,
+            targets=step.targets,
+            heads=self.heads,
+            weights=[head.weight(features) for head in self.heads],
+            posteriors=self._working,
+            powers=self._powers,
+            num_samples=self.num_samples if self.moments == "sampled" else 0,
+            seed=self.seed * 1_000_003 + step.number,
+            name=f"BayesAgg: batch {step.number}",
+        )
+
+    # ---- what the layer tells
+
+    def aggregate(self, features: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """The gradient that the layer would send back for a batch whose loss is not scaled, [B, D]."""
+        if self._posteriors is None:
+            raise RuntimeError("BayesAgg.aggregate: expected a full-data posterior, found none; call refresh() first")
+        step = _Step(self._number, features.detach(), self._check(features, targets))
+        result = aggregate(self._batch(step))
+        self._refuse_nan(result, step)
+        return result
+
+    @property
+    def task_weights(self) -> Tensor | None:
+        """[T]: each task's share of the weights in the last aggregated batch, averaged over examples and dimensions;
+        None before. Computed when it is read, at about the cost of two aggregations."""
+        return None if self._last is None else self._diagnose()[0]
+
+    @property
+    def gradient_variance(self) -> Tensor | None:
+        """[T, D]: the variance of each task's gradient in the last aggregated batch, averaged over examples; None
+        before. Computed with :attr:`task_weights`."""
+        return None if self._last is None else self._diagnose()[1]
+
+    def _diagnose(self) -> tuple[Tensor, Tensor]:
+        assert self._last is not None
+        if self._diagnosis is None:
+            self._diagnosis = diagnose(self._last)
+        return self._diagnosis
+
+    @torch.no_grad()
+    def predict(self, features: Tensor) -> list[Tensor]:
+        """The heads' outputs, [B, O] or [B, C] each; regression by the full-data posterior's mean once there is one, as
+        published (no bias), else by the head."""
+        outputs = []
+        for i, head in enumerate(self.heads):
+            if self._posteriors is not None and head.likelihood == "regression":
+                outputs.append(features @ self._posteriors[i].mean.to(features).T)
+            else:
+                outputs.append(head.predict(features))
+        return outputs
+
+    # ---- state
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The posteriors, the epoch's statistics so far and the pass number: a resumed run repeats an uninterrupted one
+        bit for bit."""
+        return {
+            "version": 1,
+            "number": self._number,
+            "posteriors": None if self._posteriors is None else [p.state() for p in self._posteriors],
+            "full_data": [full_data.state() for full_data in self._full_data],
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state.get("version") != 1 or len(state["full_data"]) != len(self.heads):
+            raise ValueError(
+                f"BayesAgg.load_state_dict: expected the state of {len(self.heads)} heads, found one of "
+                f"{len(state.get('full_data', []))} (version {state.get('version')})"
+            )
+        self._number = state["number"]
+        posteriors = state["posteriors"]
+        self._posteriors = None if posteriors is None else [posterior_from_state(p) for p in posteriors]
+        self._working, self._current, self._last, self._diagnosis = [], None, None, None
+        for full_data, saved in zip(self._full_data, state["full_data"]):
+            full_data.load_state(saved)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"BayesAgg: {name}: expected one of {', '.join(choices)}, found {value!r}")
