@@ -46,7 +46,7 @@ $(VENV)/installed: $(shell find csrc -type f) CMakeLists.txt pyproject.toml cons
 	  { echo "$(PYTHON) has no headers to build an extension with: apt install python3-dev" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing torch and building mtlgrad in $(VENV) (the first time takes some minutes)"
-	@$(INSTALL) scikit-build-core pybind11 cmake ninja
+	@$(INSTALL) pip scikit-build-core pybind11 cmake ninja
 	@$(EDITABLE) '.[train]'
 	@touch $@
 

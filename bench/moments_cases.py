@@ -120,8 +120,10 @@ def layer(data: Data, moments: str) -> Callable[[], Tensor]:
     return lambda: bayes.aggregate(features, targets)
 
 
-def eager(data: Data) -> Callable[[], Tensor]:
-    """The specification: posteriors, then the plain PyTorch moments, then the mean over tasks."""
+def eager(data: Data, prepare: Callable[..., Any] = lambda function: function) -> Callable[[], Tensor]:
+    """The specification: posteriors, then the plain PyTorch moments, then the mean over tasks. `prepare` is applied to
+    the functions of the reference: torch.compile, or nothing. (Posteriors check their input's values, which would only
+    break graphs.)"""
     heads = list(zip(data.shape.heads, data.weights, strict=True))
 
     def posterior_of(kind: str, features: Tensor, target: Tensor, weight: Tensor, **prior: Any) -> Any:
@@ -135,11 +137,8 @@ def eager(data: Data) -> Callable[[], Tensor]:
         posterior_of(kind, data.features, target, weight, gamma=GAMMA)
         for ((kind, _), weight), target in zip(heads, data.targets, strict=True)
     ]
-    moments = {
-        "regression": reference.regression_moments,
-        "binary": reference.binary_moments,
-        "multiclass": reference.multiclass_moments,
-    }
+    moments = {kind: prepare(getattr(reference, f"{kind}_moments")) for kind in POWER}
+    mean_over_tasks = prepare(reference.precision_mean)
     powers = [POWER[kind] for kind, outputs in data.shape.heads for _ in range(1 if kind == "multiclass" else outputs)]
 
     def step(features: Tensor, targets: Sequence[Tensor]) -> Tensor:
@@ -149,7 +148,7 @@ def eager(data: Data) -> Callable[[], Tensor]:
             mean, variance = moments[kind](features, target, after.mean, after.covariance())
             means.append(mean)
             variances.append(variance)
-        return reference.precision_mean(torch.cat(means, 1), torch.cat(variances, 1), powers)
+        return mean_over_tasks(torch.cat(means, 1), torch.cat(variances, 1), powers)
 
     features, targets = data.batch()
     return lambda: step(features, targets)
@@ -194,7 +193,12 @@ def build_step(shape: Shape, device: torch.device, quick: bool, small: bool) -> 
         contenders["mtlgrad sampled"] = Contender(layer(data, "sampled"), bound, "the paper's Monte Carlo")
     contenders["reference"] = Contender(eager(data), FLOAT32)
     if not quick:
-        contenders["compiled"] = Contender(torch.compile(eager(data)), FLOAT32, "torch.compile of it", optional=True)
+        contenders["compiled"] = Contender(
+            eager(data, functools.partial(torch.compile, dynamic=False)),
+            FLOAT32,
+            "torch.compile of the reference's functions",
+            optional=True,
+        )
     contenders["published"] = Contender(literal(data), bound, "literal transcription", once=data.shape.literal_once)
 
     @functools.cache

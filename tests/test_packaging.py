@@ -18,8 +18,8 @@ import mtlgrad
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def python(code: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **kwargs)  # type: ignore[call-overload, no-any-return]
+def python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
 
 
 def test_import_touches_no_cuda_and_is_light() -> None:
@@ -27,7 +27,6 @@ def test_import_touches_no_cuda_and_is_light() -> None:
         "import sys, torch\n"
         "import mtlgrad\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert not any('nvidia' in line or 'libcuda' in line for line in open('/proc/self/maps')) or torch.version.cuda\n"
         "print(sorted({'matplotlib', 'rich', 'torch._dynamo'} & set(sys.modules)))"
     )
     assert result.returncode == 0, result.stderr
@@ -65,7 +64,9 @@ def test_source_tree_that_was_never_built(tmp_path: Path) -> None:
 
 
 def test_no_compiler(tmp_path: Path) -> None:
-    cmake, ninja = (shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") for tool in ("cmake", "ninja"))
+    cmake, ninja = (
+        shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") for tool in ("cmake", "ninja")
+    )
     assert cmake
     assert ninja
     (tmp_path / "bin").mkdir()
@@ -100,5 +101,7 @@ def test_sdist_builds_a_complete_wheel(tmp_path: Path) -> None:
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"mtlgrad"}
     installed = {name for name in names if name.startswith("mtlgrad/")}
     package = ROOT / "python"
-    assert {str(p.relative_to(package)) for p in package.rglob("*") if p.suffix in (".py", ".typed", ".npz")} <= installed
+    assert {
+        str(p.relative_to(package)) for p in package.rglob("*") if p.suffix in (".py", ".typed", ".npz")
+    } <= installed
     assert sum(name.startswith("mtlgrad/_C.") for name in installed) == 1

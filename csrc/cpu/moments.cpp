@@ -32,8 +32,7 @@ MTLGRAD_INLINE void binary_row(const T* h, T target, const T* m, const T* k, con
     math::add_node(one, at, deviation, nodes[i], weights[i]);
     d += one.d, du += one.du, dh += one.dh, dd += one.dd, ddu += one.ddu, ddh += one.ddh;
   }
-  // The target's distance from the logistic without cancellation: p - y, and -q where y = 1.
-  const T r0 = target == T(1) ? -at.q : at.p - target;
+  const T r0 = math::binary_residual(at, target);
   const auto c = math::binary_coefficients(math::BinarySums<T>{d, du, dh, dd, ddu, ddh}, r0, z);
   emit(out, 0, width, [=](int64_t i) __attribute__((always_inline)) { return math::binary(c, m[i], k[i], s[i]); });
 }

@@ -1,40 +1,23 @@
 #include "cpu/sink.h"
 #include "kernels.h"
 #include "math/multiclass.h"
+#include "math/moments.h"
 
 namespace mtlgrad::cpu {
 namespace {
 
 constexpr int64_t kTile = 64;  // features at a time: the sums over phi stay in registers
 
-// One example; see math/multiclass.h for the stages and the form of the result.
+// One example and its slice of the workspace; see math/multiclass.h for the stages and the form of the result.
 template <typename T>
-struct Example {
-  const T* h;
-  int64_t width, target;
-  int64_t index, batch;
-  MulticlassPosterior posterior;
+struct Example : math::MulticlassExample<T> {
   const double* points;
   int64_t num_points;
   math::MulticlassSlice slice;
 
-  // Row i of the vectors a_d, d running: the means, then the cross covariances.
-  MTLGRAD_INLINE const T* row(int64_t i) const {
-    const int64_t classes = posterior.num_classes, augmented = width + 1;
-    if (i < classes) return static_cast<const T*>(posterior.mean) + i * augmented;
-    const T* cross = static_cast<const T*>(posterior.cross);
-    i -= classes;
-    switch (posterior.structure) {
-      case Structure::full: {
-        const int64_t c = i / classes, k = i % classes;
-        return cross + ((k * batch + index) * classes + c) * augmented;
-      }
-      case Structure::block: return cross + (i * batch + index) * augmented;
-      default: return cross + index * augmented;
-    }
+  MTLGRAD_INLINE double logit(const T* w) const {
+    return dot(w, this->h, this->width) + static_cast<double>(w[this->width]);
   }
-
-  MTLGRAD_INLINE double logit(const T* w) const { return dot(w, h, width) + static_cast<double>(w[width]); }
 };
 
 // The rounding error of h~.S h~ from the standard deviations of the weights.
@@ -47,24 +30,23 @@ MTLGRAD_INLINE double slack_of(const Example<T>& e, const T* spread) {
 template <typename T>
 MTLGRAD_INLINE double fill_factor(const Example<T>& e) {
   const auto& s = e.slice;
-  const int64_t classes = e.posterior.num_classes, augmented = e.width + 1;
-  const T* spread = static_cast<const T*>(e.posterior.spread);
+  const int64_t classes = e.posterior.num_classes;
   double scale = 0;
   for (int64_t c = 0; c < classes; ++c) s.mu[c] = e.logit(e.row(c));
   if (e.posterior.structure == Structure::full) {
     for (int64_t c = 0; c < classes; ++c) {
-      s.slack[c] = slack_of(e, spread + (c * classes + c) * augmented);
+      s.slack[c] = slack_of(e, e.variances(c));
       for (int64_t k = 0; k < classes; ++k) s.factor[c * classes + k] = e.logit(e.row(classes + c * classes + k));
     }
   } else if (e.posterior.structure == Structure::block) {
     for (int64_t c = 0; c < classes; ++c) {
-      s.slack[c] = slack_of(e, spread + c * augmented);
+      s.slack[c] = slack_of(e, e.variances(c));
       s.factor[c] = e.logit(e.row(classes + c));
     }
   } else {
     const T* a = static_cast<const T*>(e.posterior.classes);
     scale = e.logit(e.row(classes));
-    const double slack = slack_of(e, spread);
+    const double slack = slack_of(e, e.variances(0));
     scale = scale >= -slack ? (scale > 0.0 ? scale : 0.0) : math::not_a_number<double>();
     for (int64_t c = 0; c < classes; ++c) s.slack[c] = slack * static_cast<double>(a[c * classes + c]);
     for (int64_t i = 0; i < classes * classes; ++i) s.factor[i] = scale * static_cast<double>(a[i]);
@@ -127,7 +109,7 @@ MTLGRAD_INLINE void evaluate(const Example<T>& e, const SinkRow<T>& out) {
     T spread_sum[kTile] = {};
     for (int64_t q = 0; q < sizes.spread; ++q) {
       const T weight = static_cast<T>(s.spread[q]);
-      const T* spread = static_cast<const T*>(e.posterior.spread) + q * (e.width + 1) + begin;
+      const T* spread = e.spread(q) + begin;
 #pragma omp simd
       for (int64_t d = 0; d < m; ++d) spread_sum[d] += weight * spread[d];
     }
@@ -140,7 +122,7 @@ MTLGRAD_INLINE void evaluate(const Example<T>& e, const SinkRow<T>& out) {
 
 template <typename T>
 MTLGRAD_INLINE void example_row(const Example<T>& e, const SinkRow<T>& out) {
-  if (e.target == -100) return emit_no_label(out, 0, e.width);
+  if (e.target == math::kNoClass) return emit_no_label(out, 0, e.width);
   integrate(e, fill_factor(e));
   evaluate(e, out);
 }
@@ -161,8 +143,11 @@ void multiclass_moments(DType dtype, Features features, const int64_t* targets, 
       const auto slice = math::multiclass_slice(workspace + slot * size, posterior.structure, posterior.num_classes,
                                                 num_points);
       for (int64_t b = slot * features.batch / slots; b < (slot + 1) * features.batch / slots; ++b)
-        example_row_of(Example<T>{static_cast<const T*>(features.data) + b * features.stride, features.width,
-                                  targets[b], b, features.batch, posterior, points, num_points, slice},
+        example_row_of(Example<T>{{static_cast<const T*>(features.data) + b * features.stride, features.width,
+                                   targets[b], b, features.batch, posterior},
+                                  points,
+                                  num_points,
+                                  slice},
                        sink_row<T>(sink, b, 0, 1, features.width));
     });
   });

@@ -10,40 +10,16 @@ namespace {
 // ---- residuals -----------------------------------------------------------------------------------------------------
 
 template <typename T>
-MTLGRAD_INLINE T binary_residual(T logit, T target) {
-  const math::Logistic<T> at = math::logistic(logit);
-  return target == T(1) ? -at.q : at.p - target;  // p - 1 would cancel
-}
-
-template <typename T>
 MTLGRAD_INLINE void binary_residuals(T* z, const T* target, int64_t samples, int64_t classes) {
   if (classes < 8) {  // too few to fill a vector: run along the samples
     for (int64_t c = 0; c < classes; ++c)
 #pragma omp simd
-      for (int64_t s = 0; s < samples; ++s) z[s * classes + c] = binary_residual(z[s * classes + c], target[c]);
+      for (int64_t s = 0; s < samples; ++s) z[s * classes + c] = math::binary_residual(math::logistic(z[s * classes + c]), target[c]);
     return;
   }
   for (int64_t s = 0; s < samples; ++s)
 #pragma omp simd
-    for (int64_t c = 0; c < classes; ++c) z[s * classes + c] = binary_residual(z[s * classes + c], target[c]);
-}
-
-template <typename T>
-MTLGRAD_INLINE void multiclass_residuals(T* z, int64_t target, int64_t samples, int64_t classes) {
-  for (int64_t s = 0; s < samples; ++s, z += classes) {
-    T largest = z[0];
-    for (int64_t c = 1; c < classes; ++c) largest = z[c] > largest ? z[c] : largest;
-    T sum = 0;
-    for (int64_t c = 0; c < classes; ++c) sum += z[c] = math::exp_pair(z[c] - largest).exp;
-    const T label = static_cast<T>(target == -100 ? NAN : 1);
-    T others = 0;  // the target's own residual is minus the others' sum: no cancellation
-    for (int64_t c = 0; c < classes; ++c) {
-      z[c] /= sum;
-      others += c == target ? T(0) : z[c];
-    }
-    if (target >= 0 && target < classes) z[target] = -others;
-    if (label != label) z[0] = label;
-  }
+    for (int64_t c = 0; c < classes; ++c) z[s * classes + c] = math::binary_residual(math::logistic(z[s * classes + c]), target[c]);
 }
 
 // ---- moments over the samples --------------------------------------------------------------------------------------
@@ -167,7 +143,7 @@ MTLGRAD_INLINE void examples(const Samples<T>& in, const Sink& sink, bool binary
     binary_residuals(z, target, samples, classes);                                                                 \
   }                                                                                                                \
   MTLGRAD_CLONES void multiclass_residuals_of(T* z, int64_t target, int64_t samples, int64_t classes) {            \
-    multiclass_residuals(z, target, samples, classes);                                                             \
+    for (int64_t s = 0; s < samples; ++s) math::multiclass_residuals(z + s * classes, target, classes);             \
   }                                                                                                                \
   MTLGRAD_CLONES void examples_of(const Samples<T>& in, const Sink& sink, bool binary, int64_t batch,              \
                                   int64_t example, int64_t begin) {                                                \

@@ -1,4 +1,3 @@
-// Placeholder.
 #include "moments.cuh"
 
 #include "kernels.h"
@@ -6,12 +5,64 @@
 
 namespace mtlgrad::cuda {
 
-void row_sum(const float* x, float* out, int64_t rows, int64_t cols, int64_t stride, void* stream, int device) {
-  if (rows == 0) return;
-  constexpr int kThreads = 256;
-  DeviceGuard guard(device);
-  KERNEL_LAUNCH((row_sum_kernel<kThreads>), static_cast<unsigned>(rows), kThreads, 0, static_cast<cudaStream_t>(stream),
-                x, out, cols, stride);
+namespace {
+constexpr int kThreads = 128;
+}
+
+void regression_moments(DType dtype, Features features, const void* targets, const void* mean, const void* cross,
+                        int64_t cross_stride, const void* spread, int64_t spread_stride, int64_t outputs, Sink sink,
+                        Place place) {
+  if (features.batch == 0 || outputs == 0 || features.width == 0) return;
+  DeviceGuard guard(place.device);
+  const dim3 grid(static_cast<unsigned>(features.batch), task_blocks(sink, outputs));
+  for_dtype("regression_moments", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    KERNEL_LAUNCH((regression_kernel<T, kThreads>), grid, kThreads, 0, static_cast<cudaStream_t>(place.stream),
+                  features, static_cast<const T*>(targets), static_cast<const T*>(mean), static_cast<const T*>(cross),
+                  cross_stride, static_cast<const T*>(spread), spread_stride, outputs, sink);
+  });
+  MTLGRAD_CUDA_CHECK(cudaGetLastError());
+}
+
+void binary_moments(DType dtype, Features features, const void* targets, const void* mean, const void* cross,
+                    const void* spread, const void* nodes, const void* weights, int64_t num_nodes, int64_t outputs,
+                    Sink sink, Place place) {
+  if (features.batch == 0 || outputs == 0 || features.width == 0) return;
+  DeviceGuard guard(place.device);
+  const dim3 grid(static_cast<unsigned>(features.batch), task_blocks(sink, outputs));
+  for_dtype("binary_moments", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    KERNEL_LAUNCH((binary_kernel<T, kThreads>), grid, kThreads, 0, static_cast<cudaStream_t>(place.stream), features,
+                  static_cast<const T*>(targets), static_cast<const T*>(mean), static_cast<const T*>(cross),
+                  static_cast<const T*>(spread), static_cast<const T*>(nodes), static_cast<const T*>(weights),
+                  num_nodes, outputs, sink);
+  });
+  MTLGRAD_CUDA_CHECK(cudaGetLastError());
+}
+
+void precision_mean(DType dtype, const void* means, const void* variances, const double* power, void* out,
+                    int64_t batch, int64_t tasks, int64_t width, Place place) {
+  if (batch == 0 || width == 0) return;
+  DeviceGuard guard(place.device);
+  for_dtype("precision_mean", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    KERNEL_LAUNCH((precision_mean_kernel<T, kThreads>), blocks_for(batch * width, kThreads), kThreads, 0,
+                  static_cast<cudaStream_t>(place.stream), static_cast<const T*>(means),
+                  static_cast<const T*>(variances), power, static_cast<T*>(out), batch, tasks, width);
+  });
+  MTLGRAD_CUDA_CHECK(cudaGetLastError());
+}
+
+void weighted_mean(DType dtype, const void* numerator, const void* denominator, void* out, int64_t batch,
+                   int64_t width, Place place) {
+  if (batch == 0 || width == 0) return;
+  DeviceGuard guard(place.device);
+  for_dtype("weighted_mean", dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    KERNEL_LAUNCH((weighted_mean_kernel<T, kThreads>), blocks_for(batch * width, kThreads), kThreads, 0,
+                  static_cast<cudaStream_t>(place.stream), static_cast<const T*>(numerator),
+                  static_cast<const T*>(denominator), static_cast<T*>(out), batch, width);
+  });
   MTLGRAD_CUDA_CHECK(cudaGetLastError());
 }
 

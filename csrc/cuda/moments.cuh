@@ -1,19 +1,101 @@
-// Placeholder.
+// Device code of the `moments` stem: regression, binary, and the weighted mean.
 #pragma once
-#include <cstdint>
-
+#include "compat.cuh"
 #include "reduce.cuh"
+#include "sink.cuh"
 
 namespace mtlgrad::cuda {
 
-template <int kThreads>
+// A block works on one example; its threads stride over the features. First the dot products that an output's scalars
+// need (float sums of at most width / threads terms each, then a tree: the rounding error grows with the logarithm),
+// then one pass over the features. Writing moments, outputs are spread over blockIdx.y; folding, one block does all
+// outputs of its example, since every (example, feature) has one owner.
+template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
-    row_sum_kernel(const float* __restrict__ x, float* __restrict__ out, int64_t cols, int64_t stride) {
-  const int64_t r = blockIdx.x;
-  float sum = 0.0f;
-  for (int64_t c = threadIdx.x; c < cols; c += kThreads) sum += x[r * stride + c];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) out[r] = sum;
+regression_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
+                  const T* __restrict__ cross, int64_t cross_stride, const T* __restrict__ spread,
+                  int64_t spread_stride, int64_t outputs, Sink sink) {
+  const int64_t b = blockIdx.x, width = features.width;
+  const T* h = static_cast<const T*>(features.data) + b * features.stride;
+  for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
+    const T target = targets[b * outputs + o];
+    const T *m = mean + o * width, *c = cross + o * cross_stride + b * width, *s = spread + o * spread_stride;
+    const math::Power<T> power = power_of<T>(sink, o);
+    T prediction = 0, v = 0, scale = 0;
+    for (int64_t d = threadIdx.x; d < width; d += kThreads) {
+      prediction += m[d] * h[d];
+      v += c[d] * h[d];
+      scale += fabs(h[d]) * sqrt(s[d]);
+    }
+    // Every thread takes part in the sums, also where there is no label: the barriers in them are the block's.
+    const T r = block_sum(prediction) - target;
+    const T variance = block_sum(v);
+    const math::LogitVariance<T> z = math::logit_variance(variance, block_sum(scale));
+    for (int64_t d = threadIdx.x; d < width; d += kThreads)
+      emit(sink, b, o, outputs, d, width, power,
+           target != target ? math::no_label<T>() : math::regression(m[d], c[d], s[d], r, z));
+  }
+}
+
+// As above; the quadrature in between is done by every warp for itself, a node a lane, so that its sums need no barrier.
+template <typename T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+binary_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
+              const T* __restrict__ cross, const T* __restrict__ spread, const T* __restrict__ nodes,
+              const T* __restrict__ weights, int64_t num_nodes, int64_t outputs, Sink sink) {
+  const int64_t b = blockIdx.x, width = features.width, augmented = width + 1;
+  const T* h = static_cast<const T*>(features.data) + b * features.stride;
+  for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
+    const T target = targets[b * outputs + o];
+    const T *m = mean + o * augmented, *k = cross + (o * features.batch + b) * augmented, *s = spread + o * augmented;
+    const math::Power<T> power = power_of<T>(sink, o);
+    T logit = 0, v = 0, scale = 0;
+    for (int64_t d = threadIdx.x; d < width; d += kThreads) {
+      logit += m[d] * h[d];
+      v += k[d] * h[d];
+      scale += fabs(h[d]) * sqrt(s[d]);
+    }
+    const math::Logistic<T> at = math::logistic(block_sum(logit) + m[width]);
+    const T variance = block_sum(v) + k[width];
+    const math::LogitVariance<T> z = math::logit_variance(variance, block_sum(scale) + T(sqrt(s[width])));
+    const T deviation = sqrt(z.v);
+    math::BinarySums<T> sums{};
+    for (int64_t i = threadIdx.x % kWarp; i < num_nodes; i += kWarp)
+      math::add_node(sums, at, deviation, nodes[i], weights[i]);
+    sums.d = warp_sum(sums.d), sums.du = warp_sum(sums.du), sums.dh = warp_sum(sums.dh);
+    sums.dd = warp_sum(sums.dd), sums.ddu = warp_sum(sums.ddu), sums.ddh = warp_sum(sums.ddh);
+    const auto c = math::binary_coefficients(sums, math::binary_residual(at, target), z);
+    for (int64_t d = threadIdx.x; d < width; d += kThreads)
+      emit(sink, b, o, outputs, d, width, power,
+           target != target ? math::no_label<T>() : math::binary(c, m[d], k[d], s[d]));
+  }
+}
+
+// A thread an output element: T pairs in, one number out; neighbouring threads read neighbouring features.
+template <typename T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+precision_mean_kernel(const T* __restrict__ means, const T* __restrict__ variances, const double* __restrict__ power,
+                      T* __restrict__ out, int64_t batch, int64_t tasks, int64_t width) {
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < batch * width; i += step) {
+    const int64_t first = i / width * tasks * width + i % width;
+    T numerator = 0, denominator = 0;
+    for (int64_t t = 0; t < tasks; ++t) {
+      const T weight = math::precision_weight(variances[first + t * width], math::Power<T>(power[t]));
+      numerator += weight * means[first + t * width];
+      denominator += weight;
+    }
+    out[i] = math::weighted_mean(numerator, denominator, static_cast<T>(batch));
+  }
+}
+
+template <typename T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+weighted_mean_kernel(const T* __restrict__ numerator, const T* __restrict__ denominator, T* __restrict__ out,
+                     int64_t batch, int64_t width) {
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < batch * width; i += step)
+    out[i] = math::weighted_mean(numerator[i], denominator[i], static_cast<T>(batch));
 }
 
 }  // namespace mtlgrad::cuda

@@ -111,6 +111,31 @@ MTLGRAD_INLINE Moments<T> binary(const BinaryCoefficients<T>& c, T m, T k, T s) 
   return checked(mean, if_possible(variance, k, s, c.limit));
 }
 
+// The residual of a binary logit, without the cancellation of p - 1.
+template <typename T>
+MTLGRAD_INLINE T binary_residual(Logistic<T> at, T target) {
+  return target == T(1) ? -at.q : at.p - target;
+}
+
+constexpr int64_t kNoClass = -100;  // the target of an example without a label
+
+// softmax(z) - onehot(target) in place. The target's own residual is minus the others' sum: no cancellation. All NaN
+// where there is no label, or where the target is no class.
+template <typename T>
+MTLGRAD_INLINE void multiclass_residuals(T* z, int64_t target, int64_t classes) {
+  T largest = z[0];
+  for (int64_t c = 1; c < classes; ++c) largest = z[c] > largest ? z[c] : largest;
+  T sum = 0;
+  for (int64_t c = 0; c < classes; ++c) sum += z[c] = exp_pair(z[c] - largest).exp;
+  const T scale = target >= 0 && target < classes ? T(1) / sum : not_a_number<T>();
+  T others = 0;
+  for (int64_t c = 0; c < classes; ++c) {
+    z[c] *= scale;
+    others += c == target ? T(0) : z[c];
+  }
+  if (scale == scale) z[target] = -others;
+}
+
 // The weight of a task at one dimension. float and double differ in how the power is held.
 template <typename T>
 struct Power;

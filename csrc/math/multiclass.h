@@ -26,6 +26,36 @@ MTLGRAD_INLINE MulticlassSizes multiclass_sizes(Structure structure, int64_t cla
   return {classes + 1, 1, square};
 }
 
+// One example, and where its vectors lie.
+template <typename T>
+struct MulticlassExample {
+  const T* h;
+  int64_t width, target;
+  int64_t index, batch;
+  MulticlassPosterior posterior;
+
+  // Row i of the vectors a_d, d running: the means, then the cross covariances; the bias's entry last.
+  MTLGRAD_INLINE const T* row(int64_t i) const {
+    const int64_t classes = posterior.num_classes, augmented = width + 1;
+    if (i < classes) return static_cast<const T*>(posterior.mean) + i * augmented;
+    const T* cross = static_cast<const T*>(posterior.cross);
+    i -= classes;
+    if (posterior.structure == Structure::full)
+      return cross + ((i % classes * batch + index) * classes + i / classes) * augmented;
+    return cross + ((posterior.structure == Structure::block ? i * batch : 0) + index) * augmented;
+  }
+
+  // Row q of the (co)variances s_d.
+  MTLGRAD_INLINE const T* spread(int64_t q) const {
+    return static_cast<const T*>(posterior.spread) + q * (width + 1);
+  }
+  // The variances of class c's weights among them.
+  MTLGRAD_INLINE const T* variances(int64_t c) const {
+    const bool full = posterior.structure == Structure::full, block = posterior.structure == Structure::block;
+    return spread(full ? c * posterior.num_classes + c : (block ? c : 0));
+  }
+};
+
 // One example's slice of the workspace.
 struct MulticlassSlice {
   double *mu, *slack;              // [C] logits at the posterior mean; rounding error of V_cc

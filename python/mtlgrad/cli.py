@@ -20,6 +20,7 @@ from .recipes.clothing import RECIPES
 from .recipes.comparison import Comparison, Stop
 from .recipes.weighting import METHODS
 
+COVARIANCES = ("full", "block", "kron", "diag")
 BAD_INPUT, STOPPED = 2, 130
 
 
@@ -100,8 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--gamma", type=_positive, help=f"bayesagg: the last layers' prior (default: {default.gamma})")
     power = "bayesagg: exponents of the precisions, regression and classification tasks (default: {} {})"
     add("--power", type=_not_negative, nargs=2, metavar=("R", "C"), help=power.format(*default.power))
-    warmup = f"bayesagg: epochs of plain sum first (default: {default.warmup})"
+    warmup = f"bayesagg: epochs of plain sum first (default: {default.warmup}, at most half)"
     add("--warmup", type=_whole(1, 100_000), metavar="N", help=warmup)
+    structures = ", ".join(COVARIANCES)
+    covariance = f"bayesagg: structure of the multiclass posterior, {structures} (default: {default.covariance})"
+    add("--covariance", type=_one_of(COVARIANCES), help=covariance)
     add("--device", type=_device, help=f"cpu, cuda or cuda:N (default: {default.device}: the model is small)")
     add("--threads", type=_whole(1, 1024), metavar="N", help=f"threads on the CPU (default: {default.threads})")
     add("--out", type=Path, metavar="DIR", help="where the run's folder is made (default: runs)")
@@ -117,6 +121,8 @@ def _settings(given: dict[str, Any]) -> Settings:
         given["methods"] = tuple(dict.fromkeys(methods))
     if "power" in given:
         given["power"] = tuple(given["power"])
+    # A short run is not all warm-up, unless that is asked for.
+    given.setdefault("warmup", max(1, min(Settings.warmup, given.get("epochs", Settings.epochs) // 2)))
     return Settings(**given)
 
 

@@ -1,6 +1,6 @@
-"""Builds what runs the CUDA sources without a GPU (see emulate.cmake) into build/simt. Ninja rebuilds only what changed.
+"""Builds what runs the CUDA sources without a GPU (see emulate.cmake) into build/simt; Ninja rebuilds what changed.
 
-python tests/simt/build.py builds everything, the emulated extension and the drivers under all sanitizers.
+``python tests/simt/build.py`` builds everything: the emulated extension, and the drivers under all sanitizers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _run(*command: str) -> None:
 
 
 def build(target: str) -> Path:
-    """The path of an up-to-date ``_C`` or ``DRIVER_VARIANT``; RuntimeError with the compiler's words if there is none."""
+    """The path of ``_C`` or ``DRIVER_VARIANT``, up to date; RuntimeError with the compiler's words if it fails."""
     import pybind11
 
     BUILD.mkdir(parents=True, exist_ok=True)

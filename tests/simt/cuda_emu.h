@@ -10,11 +10,8 @@
 // cooperative groups, mma, cp.async, TMA, inline PTX.
 #pragma once
 #include <math.h>  // not <cmath> alone: device code calls expf, isnan and their like without std::
-#include <sys/mman.h>
 
-#include <algorithm>
-#include <climits>
-#include <cstdarg>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -22,20 +19,10 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-#endif
 
 #include <cuda_runtime_api.h>  // dim3, cudaError_t, cudaStream_t: the toolkit's own plain C declarations
 #include <vector_functions.h>
@@ -70,49 +57,10 @@
   ((void)(stream), emu::launch(reinterpret_cast<const void*>(&EMU_UNPAREN kernel), grid, block, smem, \
                                [&] { EMU_UNPAREN kernel(__VA_ARGS__); }))
 
-extern "C" {
-extern char __start_emu_shared[] __attribute__((weak, visibility("hidden")));
-extern char __stop_emu_shared[] __attribute__((weak, visibility("hidden")));
-}
-
 #if defined(__SANITIZE_THREAD__)
 #define EMU_INTERNAL __attribute__((no_sanitize("thread")))  // the emulator's own data, not the kernel's
 #else
 #define EMU_INTERNAL
-#endif
-
-// Switching stacks: 15 instructions on x86-64; ucontext elsewhere, with two system calls a switch.
-#if defined(__x86_64__) && !defined(EMU_UCONTEXT)
-__attribute__((naked, noinline, no_sanitize("address", "thread", "undefined"))) inline void emu_switch(void**, void*) {
-  asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
-      "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
-      "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
-}
-namespace emu {
-struct Context {
-  void* sp = nullptr;
-  EMU_INTERNAL void make(char* stack, size_t bytes, void (*f)()) {
-    auto top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t(15));
-    *--top = nullptr;                     // keeps the stack aligned as after a call
-    *--top = reinterpret_cast<void*>(f);  // where the first switch returns to
-    sp = top - 6;
-  }
-};
-EMU_INTERNAL inline void switch_context(Context& from, Context& to) { emu_switch(&from.sp, to.sp); }
-}  // namespace emu
-#else
-#include <ucontext.h>
-namespace emu {
-struct Context {
-  ucontext_t c;
-  EMU_INTERNAL void make(char* stack, size_t bytes, void (*f)()) {
-    getcontext(&c);
-    c.uc_stack.ss_sp = stack, c.uc_stack.ss_size = bytes, c.uc_link = nullptr;
-    makecontext(&c, f, 0);
-  }
-};
-EMU_INTERNAL inline void switch_context(Context& from, Context& to) { swapcontext(&from.c, &to.c); }
-}  // namespace emu
 #endif
 
 namespace emu {
@@ -130,362 +78,42 @@ struct Error : std::runtime_error {
 };
 
 constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 256 << 10, kPage = 4096;
 constexpr size_t kMaxDynamicShared = 48 << 10, kMaxDynamicSharedOptIn = 227 << 10;
+inline std::map<const void*, size_t> dynamic_shared_limit;  // of kernels that opted in to more than 48 KiB
 
 struct Site {  // where a barrier or a shuffle stands in the source
   const char *what = nullptr, *file = nullptr;
   int line = 0;
-  EMU_INTERNAL bool operator==(const Site& o) const {
-    return line == o.line && (what == o.what || !std::strcmp(what, o.what)) &&
-           (file == o.file || !std::strcmp(file, o.file));
-  }
-};
-
-struct alignas(16) Slot {
-  uint64_t word[2];
-};
-
-struct Warp {
-  Slot posted[kWarp];  // what each lane brought to the shuffle that it waits in
-  Slot result[kWarp];  // what the lanes of the last complete shuffle brought
 };
 
 struct Thread {
   uint3 tid;
   int lane, warp;
-  Context context;
-  char* stack = nullptr;
-  bool done = false, waits = false;
-  unsigned mask = 0;  // of the lanes waited for; 0: the whole block
-  Site site;
-#if defined(__SANITIZE_THREAD__)
-  void* tsan = nullptr;
-#endif
 };
 
 struct Block {
   dim3 grid, dim;
   uint3 id;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  std::vector<int> runnable;
-  int live = 0, at_barrier = 0;
-  int votes = 0, votes_result = 0;
+  Thread* self = nullptr;  // the one that runs
   std::unique_ptr<char[]> dynamic;
-  std::function<void()> body;
-  Context scheduler;
-  const void* sched_stack = nullptr;
-  size_t sched_stack_size = 0;
-  Thread* self = nullptr;
-  bool failed = false;
-  std::string error;
-#if defined(__SANITIZE_THREAD__)
-  void* tsan_scheduler = nullptr;
-  // A block starts after what the host did, and the host goes on after it: two edges, as with one a thread that starts
-  // late would come after those that ended early.
-  char tsan_block = 0, tsan_warp[kWarp] = {}, tsan_start = 0, tsan_end = 0;
-#endif
 };
-inline Block* block = nullptr;
-inline std::mutex one_launch_at_a_time;
-inline std::map<const void*, size_t> dynamic_shared_limit;  // of kernels that opted in to more than 48 KiB
-
-struct Fiber {  // what is costly to make, kept from launch to launch
-  char* stack;
-  void* tsan;
-};
-inline std::vector<Fiber> pool;
-
-inline Fiber new_fiber() {
-  void* p =
-      mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw Error("no memory for a thread's stack");
-  mprotect(p, kPage, PROT_NONE);  // a kernel that needs more stack faults, instead of writing into another's
-  Fiber f{static_cast<char*>(p) + kPage, nullptr};
-#if defined(__SANITIZE_THREAD__)
-  f.tsan = __tsan_create_fiber(0);
-#endif
-  return f;
-}
+inline Block* block = nullptr;  // the one that runs
 
 EMU_INTERNAL inline Thread& self() { return *block->self; }
 EMU_INTERNAL inline void* dynamic_shared() { return block->dynamic.get(); }
 
-inline std::string where(const Thread& t) {
-  char s[160];
-  std::snprintf(s, sizeof s, "block (%u,%u,%u) thread (%u,%u,%u)", block->id.x, block->id.y, block->id.z, t.tid.x,
-                t.tid.y, t.tid.z);
-  return s;
-}
-
-inline std::string name(const Site& s) {
-  const char* slash = std::strrchr(s.file, '/');
-  return std::string(s.what) + " at " + (slash ? slash + 1 : s.file) + ":" + std::to_string(s.line);
-}
-
-EMU_INTERNAL inline void to_scheduler([[maybe_unused]] bool last = false) {
-  Thread& t = self();
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(last ? nullptr : &fake, block->sched_stack, block->sched_stack_size);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(block->tsan_scheduler, __tsan_switch_to_fiber_no_sync);
-#endif
-  switch_context(t.context, block->scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
-}
-
-EMU_INTERNAL inline void finish() {
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(&block->tsan_end);
-#endif
-  self().done = true;
-  --block->live;
-  to_scheduler(true);
-}
-
-inline void set_error(Block& b, const std::string& text) {
-  b.failed = true;
-  b.error = text;
-}
-
-// From inside a fiber: ends the launch. The fiber's stack is never unwound.
-[[noreturn]] EMU_INTERNAL inline void fail(const char* format, ...) {
-  char s[256];
-  va_list args;
-  va_start(args, format);
-  std::vsnprintf(s, sizeof s, format, args);
-  va_end(args);
-  set_error(*block, where(self()) + ": " + s);
-  finish();
-  std::abort();
-}
-
-EMU_INTERNAL inline void wait(const Site& site, unsigned mask) {
-  Thread& t = self();
-  t.waits = true, t.mask = mask, t.site = site;
-  if (!mask) ++block->at_barrier;
-  to_scheduler();
-  if (block->failed) finish();
-}
-
-// A barrier orders memory; a shuffle or a vote does not, and the race detector is not told that it does.
-EMU_INTERNAL inline void barrier(const Site& site, unsigned mask) {
-#if defined(__SANITIZE_THREAD__)
-  char* sync = mask ? &block->tsan_warp[self().warp] : &block->tsan_block;
-  __tsan_release(sync);
-#endif
-  wait(site, mask);
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(sync);
-#endif
-}
-
-EMU_INTERNAL inline void entry() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &block->sched_stack, &block->sched_stack_size);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&block->tsan_start);
-#endif
-  if (block->failed) finish();
-  try {
-    block->body();
-  } catch (const std::exception& e) {
-    set_error(*block, where(self()) + ": " + e.what());
-  }
-  finish();
-}
-
-EMU_INTERNAL inline void resume(Thread& t) {
-  block->self = &t;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, t.stack, kStackBytes);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(t.tsan, __tsan_switch_to_fiber_no_sync);
-#endif
-  switch_context(block->scheduler, t.context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
-}
-
-inline void check_barrier(Block& b) {
-  const Thread* first = nullptr;
-  for (const Thread& t : b.threads) {
-    if (t.done || !t.waits || t.mask) continue;
-    if (!first) first = &t;
-    if (!(first->site == t.site)) {
-      return set_error(b,
-                       where(t) + ": barrier divergence: " + name(t.site) + ", another thread in " + name(first->site));
-    }
-  }
-  const int gone = static_cast<int>(b.threads.size()) - b.live;
-  if (b.at_barrier == b.live && gone)
-    set_error(b, where(*first) + ": " + name(first->site) + " after " + std::to_string(gone) +
-                     " threads of the block returned");
-}
-
-inline void report_deadlock(Block& b) {
-  std::string text = "deadlock:";
-  for (const Thread& t : b.threads)
-    if (!t.done && text.size() < 400) text += " [" + where(t) + " in " + name(t.site) + "]";
-  set_error(b, text);
-}
-
-// Every live thread waits. Makes those runnable whose group is complete.
-EMU_INTERNAL inline void release(Block& b) {
-  const int n = static_cast<int>(b.threads.size());
-  if (b.at_barrier) {
-    check_barrier(b);
-    if (b.failed) return;
-    if (b.at_barrier == b.live) {
-      for (int i = 0; i < n; ++i) b.threads[i].waits = false, b.runnable.push_back(i);
-      b.at_barrier = 0;
-      b.votes_result = b.votes, b.votes = 0;
-      return;
-    }
-  }
-  for (int w = 0; w < static_cast<int>(b.warps.size()); ++w) {
-    Thread* lanes = &b.threads[w * kWarp];
-    const int count = std::min(kWarp, n - w * kWarp);
-    for (int l = 0; l < count; ++l) {
-      const unsigned mask = lanes[l].mask;
-      if (lanes[l].done || !lanes[l].waits || !mask) continue;
-      bool complete = true;
-      for (int k = 0; k < kWarp && complete; ++k)
-        if (mask >> k & 1)
-          complete =
-              k < count && !lanes[k].done && lanes[k].waits && lanes[k].mask == mask && lanes[k].site == lanes[l].site;
-      if (!complete) continue;
-      for (int k = 0; k < count; ++k)
-        if (mask >> k & 1) {
-          b.warps[w].result[k] = b.warps[w].posted[k];
-          lanes[k].waits = false;
-          b.runnable.push_back(w * kWarp + k);
-        }
-    }
-  }
-  if (b.runnable.empty()) report_deadlock(b);
-}
-
-__attribute__((no_sanitize("address", "thread"))) inline void poison_static_shared() {
-  if (!__start_emu_shared) return;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)  // whose memset would object
-  for (volatile char* p = __start_emu_shared; p != __stop_emu_shared; ++p) *p = '\xff';
-#else
-  std::memset(__start_emu_shared, 0xff, __stop_emu_shared - __start_emu_shared);  // NaN for float and double
-#endif
-}
-
-EMU_INTERNAL inline void run_block(Block& b, size_t smem, std::mt19937& rng) {
-  const int n = static_cast<int>(b.threads.size());
-  b.dynamic.reset(new char[smem ? smem : 1]);  // exact size: AddressSanitizer sees overruns
-  std::memset(b.dynamic.get(), 0xff, smem);
-  poison_static_shared();
-  b.live = n, b.at_barrier = 0, b.votes = 0;
-  b.runnable.clear();
-  for (int i = 0; i < n; ++i) {
-    Thread& t = b.threads[i];
-    t.done = t.waits = false;
-    // Stacks that all began at the same offset into a page would fight for the same lines of the cache.
-    t.context.make(t.stack, kStackBytes - i * 7 % 64 * 64, entry);
-    b.runnable.push_back(i);
-  }
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(&b.tsan_start);
-#endif
-  std::vector<int> now;
-  while (b.live && !b.failed) {
-    now.swap(b.runnable);
-    b.runnable.clear();
-    if (options.order == Order::backward) std::reverse(now.begin(), now.end());
-    if (options.order == Order::random) std::shuffle(now.begin(), now.end(), rng);
-    for (int i : now) {
-      resume(b.threads[i]);
-      if (b.failed) break;
-    }
-    if (b.live && !b.failed) release(b);
-  }
-  for (Thread& t : b.threads)  // after an error: each thread leaves its stack, as far as the sanitizers are concerned
-    if (!t.done) resume(t);
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&b.tsan_end);
-#endif
-}
-
-template <typename F>
-EMU_INTERNAL void launch(const void* kernel, dim3 grid, dim3 dim, size_t smem, F&& body) {
-  std::lock_guard<std::mutex> lock(one_launch_at_a_time);
-  const uint64_t threads = uint64_t(dim.x) * dim.y * dim.z;
-  if (threads == 0 || threads > 1024) throw Error("launch: " + std::to_string(threads) + " threads in a block");
-  if (dim.z > 64) throw Error("launch: blockDim.z over 64");
-  if (!grid.x || !grid.y || !grid.z) throw Error("launch: empty grid");
-  if (grid.x > unsigned(INT_MAX)) throw Error("launch: grid.x over 2^31 - 1");
-  if (grid.y > 65535 || grid.z > 65535) throw Error("launch: grid.y or grid.z over 65535");
-  const auto limit = dynamic_shared_limit.find(kernel);
-  if (smem > (limit == dynamic_shared_limit.end() ? kMaxDynamicShared : limit->second))
-    throw Error("launch: " + std::to_string(smem) + " bytes of dynamic shared memory without opting in");
-  const int n = static_cast<int>(threads);
-  Block b;
-  b.grid = grid, b.dim = dim, b.body = std::ref(body);
-  b.threads.resize(n);
-  b.warps.resize((n + kWarp - 1) / kWarp);
-  b.runnable.reserve(n);
-#if defined(__SANITIZE_THREAD__)
-  b.tsan_scheduler = __tsan_get_current_fiber();
-#endif
-  for (int i = 0; i < n; ++i) {
-    if (i == static_cast<int>(pool.size())) pool.push_back(new_fiber());
-    Thread& t = b.threads[i];
-    t.tid = make_uint3(i % dim.x, i / dim.x % dim.y, i / (dim.x * dim.y));
-    t.lane = i % kWarp, t.warp = i / kWarp;
-    t.stack = pool[i].stack;
-#if defined(__SANITIZE_THREAD__)
-    t.tsan = pool[i].tsan;
-#endif
-  }
-  std::mt19937 rng(options.seed);
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  std::vector<uint64_t> shuffled;
-  if (options.order == Order::random) {
-    for (uint64_t i = 0; i < blocks; ++i) shuffled.push_back(i);
-    std::shuffle(shuffled.begin(), shuffled.end(), rng);
-  }
-  block = &b;
-  for (uint64_t i = 0; i < blocks && !b.failed; ++i) {
-    const uint64_t k = options.order == Order::forward    ? i
-                       : options.order == Order::backward ? blocks - 1 - i
-                                                          : shuffled[i];
-    b.id = make_uint3(k % grid.x, k / grid.x % grid.y, k / (uint64_t(grid.x) * grid.y));
-    run_block(b, smem, rng);
-  }
-  block = nullptr;
-  if (!b.failed) return;
-#if defined(__SANITIZE_ADDRESS__)  // frames that were never left are still marked on these stacks
-  for (const Thread& t : b.threads) __asan_unpoison_memory_region(t.stack, kStackBytes);
-#endif
-  throw Error(b.error);
-}
+// emu_scheduler.cpp
+void launch(const void* kernel, dim3 grid, dim3 dim, size_t smem, const std::function<void()>& body);
+void barrier(const Site& site, unsigned mask);                                          // mask 0: the whole block
+void exchange(const Site& site, unsigned mask, void* value, size_t bytes, int source);  // source < 0: the caller's own
+unsigned ballot(const Site& site, unsigned mask, bool p);
+int count(const Site& site, bool p);
+[[noreturn]] void fail(const char* format, ...);
 
 template <typename T>
 EMU_INTERNAL T exchange(const Site& site, unsigned mask, T v, int source) {
-  static_assert(sizeof(T) <= sizeof(Slot) && std::is_trivially_copyable_v<T>);
-  Thread& t = self();
-  if (!(mask >> t.lane & 1)) fail("%s at line %d: the calling lane is not in the mask", site.what, site.line);
-  Warp& w = block->warps[t.warp];
-  __builtin_memcpy(&w.posted[t.lane], &v, sizeof v);
-  wait(site, mask);
-  if (source < 0) return v;
-  if (!(mask >> source & 1))
-    fail("%s at line %d reads lane %d, which does not take part", site.what, site.line, source);
-  __builtin_memcpy(&v, &w.result[source], sizeof v);
+  static_assert(sizeof(T) <= 16 && std::is_trivially_copyable_v<T>);
+  exchange(site, mask, &v, sizeof v, source);
   return v;
 }
 
@@ -493,21 +121,6 @@ EMU_INTERNAL T exchange(const Site& site, unsigned mask, T v, int source) {
 EMU_INTERNAL inline int in_segment(int source, int width) {
   const int first = self().lane / width * width;
   return source >= first && source < first + width ? source : -1;
-}
-
-EMU_INTERNAL inline unsigned ballot(const Site& site, unsigned mask, bool p) {
-  exchange(site, mask, static_cast<unsigned char>(p), -1);
-  const Warp& w = block->warps[self().warp];
-  unsigned r = 0;
-  for (int l = 0; l < kWarp; ++l)
-    if (mask >> l & 1) r |= static_cast<unsigned>(w.result[l].word[0] & 1) << l;
-  return r;
-}
-
-EMU_INTERNAL inline int count(const Site& site, bool p) {
-  block->votes += p;
-  barrier(site, 0);
-  return block->votes_result;
 }
 
 template <typename T, typename F>

@@ -14,7 +14,8 @@ message(STATUS "mtlgrad: emulating CUDA with the headers of ${MTLGRAD_CUDA_INCLU
 set_source_files_properties(${MTLGRAD_CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
 
 function(mtlgrad_emulate target)
-  target_sources(${target} PRIVATE ${MTLGRAD_CUDA_SOURCES} tests/simt/emu_runtime.cpp)
+  target_sources(${target} PRIVATE ${MTLGRAD_CUDA_SOURCES} tests/simt/emu_runtime.cpp
+    tests/simt/emu_scheduler.cpp)
   target_include_directories(${target} PUBLIC csrc csrc/cuda tests/simt)
   target_include_directories(${target} SYSTEM PUBLIC "${MTLGRAD_CUDA_INCLUDE}")
   target_compile_definitions(${target} PUBLIC MTLGRAD_EMULATE MTLGRAD_WITH_CUDA)

@@ -52,7 +52,7 @@ def _parts(batch: Batch, index: int) -> Iterator[Part]:
     features, targets = batch.features, batch.targets[index]
     if batch.num_samples and head.likelihood != "regression":
         generator = torch.Generator(features.device)
-        generator.manual_seed(batch.seed * 1009 + index)
+        generator.manual_seed((batch.seed * 1009 + index) % 2**63)
         posterior = batch_posterior(prior, features, targets, weight)
         yield Sampled(0, head.num_tasks, posterior.sample(batch.num_samples, generator))
         return

@@ -42,7 +42,7 @@ class Conditioned(NamedTuple):
 def batch_posterior(prior: Posterior, features: Tensor, targets: Tensor, weight: Tensor | None) -> Posterior:
     """The batch posterior as an object, with its precision: for sampling, and where the lemma does not pay."""
     anchor = prior.mean if weight is None else weight
-    return empty_posterior(prior.likelihood, anchor, prior, prior.gamma, prior.structure).update(features, targets)
+    return empty_posterior(prior.likelihood, anchor, prior, prior.gamma, prior.structure).add(features, targets)
 
 
 def condition(
@@ -102,7 +102,9 @@ def _condition_blocks(
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)
         covariance = blocks if shared else blocks.expand(rows, -1, -1)[first:last]
-        curvature = None if terms.curvature is None else terms.curvature.T[slice(None) if shared else slice(first, last)]
+        curvature = None
+        if terms.curvature is not None:
+            curvature = terms.curvature.T if shared else terms.curvature.T.expand(rows, -1)[first:last]
         drift = anchor[first:last] - prior.mean[first:last]
         mean, cross, spread = _condition_rows(
             covariance, hidden, curvature, terms.gradient[first:last], anchor[first:last], drift, name
@@ -152,7 +154,8 @@ def _condition_rows(
         step = x - torch.linalg.solve_triangular(factor[0], along, upper=False).T @ r[0]
     else:
         x = torch.einsum("ow,owv->ov", gradient, covariance) + drift
-        along = root * torch.matmul(hidden, x[..., None])
+        along = torch.matmul(hidden, x[..., None])
+        along = along if curvature is None else root * along
         step = x - torch.matmul(r.mT, torch.linalg.solve_triangular(factor, along, upper=False))[..., 0]
     return anchor - step, cross, spread
 

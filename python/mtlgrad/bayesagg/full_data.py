@@ -31,6 +31,7 @@ class FullData:
         self.features, self.targets, self.running, self.count = [], [], None, 0
 
     def add(self, features: Tensor, targets: Tensor) -> None:
+        """A batch that was checked. ``stored`` keeps the tensors, which the caller must leave as they are."""
         self.count += features.shape[0]
         if self.statistics == "stored":
             self.features.append(features)
@@ -40,15 +41,19 @@ class FullData:
         weight = self.head.weight(features)
         if self.running is None:
             self.running = self._empty(features)
-        self.running.update(features, targets, weight)
+        elif self.running.anchor.device != features.device:  # resumed from a checkpoint that was mapped elsewhere
+            self.running = posterior_from_state(self.running.state(), features)
+        self.running.add(features, targets, weight)
 
     def posterior(self) -> Posterior:
         if self.running is not None:
             return self.running
-        features, targets = torch.cat(self.features), torch.cat(self.targets)
+        device = self.features[-1].device  # a checkpoint's may have been mapped elsewhere
+        features = torch.cat([rows.to(device) for rows in self.features])
+        targets = torch.cat([labels.to(device) for labels in self.targets])
         posterior = self._empty(features[:0].double())
         for rows, labels in zip(features.split(ROWS), targets.split(ROWS)):
-            posterior.update(rows.double(), labels)
+            posterior.add(rows.double(), labels)
         return posterior
 
     def _empty(self, like: Tensor) -> Posterior:
@@ -58,8 +63,8 @@ class FullData:
 
     def state(self) -> dict[str, Any]:
         return {
-            "features": self.features,
-            "targets": self.targets,
+            "features": list(self.features),
+            "targets": list(self.targets),
             "running": None if self.running is None else self.running.state(),
             "count": self.count,
         }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import check_same_device
 from ..ops.moments import power_tensor
 from ..posterior.likelihoods import Likelihood, check_batch
 from ..posterior.posteriors import DEFAULT_GAMMA, check_gamma
@@ -16,7 +17,7 @@ class Head:
     """Common to the three kinds.
 
     Args:
-        layers: one ``nn.Linear(D, O)``, or several, whose outputs are stacked.
+        layers: one ``nn.Linear(D, O)``, or several (a sequence or ``nn.ModuleList``), whose outputs are stacked.
         gamma: variance of the weights' prior N(0, gamma I).
         power: exponent of the task's inverse variance in the weighted mean; 1 is the equation's, the published code's
             experiments use 0.1 to 0.5. One number, or one for each output.
@@ -26,17 +27,20 @@ class Head:
 
     def __init__(
         self,
-        layers: nn.Linear | Sequence[nn.Linear],
+        layers: nn.Linear | Sequence[nn.Linear] | nn.ModuleList,
         gamma: float = DEFAULT_GAMMA,
-        power: float | Sequence[float] = 1.0,
+        power: float | Sequence[float] | Tensor = 1.0,
     ):
         name = type(self).__name__
-        self.layers = (layers,) if isinstance(layers, nn.Module) else tuple(layers)
+        several = isinstance(layers, (Sequence, nn.ModuleList))
+        self.layers: tuple[nn.Linear, ...] = tuple(layers) if several else (layers,)
         if not self.layers:
             raise ValueError(f"{name}: layers: expected at least one nn.Linear, found none")
         for layer in self.layers:
             if not isinstance(layer, nn.Linear):
                 raise ValueError(f"{name}: layers: expected nn.Linear, found {type(layer).__name__}")
+            if layer.out_features < 1 or layer.in_features < 1:
+                raise ValueError(f"{name}: layers: expected at least one feature and one output, found {layer}")
             if layer.bias is None and self.likelihood != "regression":
                 raise ValueError(f"{name}: layers: expected a bias, found bias=False; the logit's posterior includes it")
         widths = {layer.in_features for layer in self.layers}
@@ -46,7 +50,8 @@ class Head:
         self.outputs = sum(layer.out_features for layer in self.layers)
         check_gamma(gamma)
         self.gamma = float(gamma)
-        self.power = power_tensor(name, power, self.num_tasks, torch.device("cpu"))
+        values = power.tolist() if isinstance(power, Tensor) else power
+        self.power = power_tensor(name, values, self.num_tasks, torch.device("cpu"))
 
     @property
     def num_tasks(self) -> int:
@@ -62,16 +67,9 @@ class Head:
 
     def check(self, op: str, features: Tensor, targets: Tensor) -> Tensor:
         """The targets, [B, O] or [B] for classes, or an error that names what is wrong with them."""
-        if not isinstance(targets, Tensor):
-            raise ValueError(f"{op}: targets: expected a tensor, found {type(targets).__name__}")
-        columns = 1 if self.likelihood == "multiclass" else self.outputs
-        weight = self.layers[0].weight.detach().new_empty(self.outputs, self.width + 1)
-        checked = check_batch(op, self.likelihood, features, targets, weight)
-        if self.likelihood != "multiclass" and checked.shape[1] != columns:
-            raise RuntimeError(
-                f"{op}: targets: expected shape [{features.shape[0]}, {columns}], found {list(targets.shape)}"
-            )
-        return checked.detach()
+        check_same_device(op, "features", features=features, **{"the head's weight": self.layers[0].weight})
+        width = self.width + (self.likelihood != "regression")
+        return check_batch(op, self.likelihood, features, targets, (self.outputs, width)).detach()
 
     def predict(self, features: Tensor) -> Tensor:
         return torch.cat([layer(features) for layer in self.layers], -1)

@@ -18,9 +18,8 @@ from .heads import Head
 class _Step:
     """One pass through the layer: what its backward needs."""
 
-    def __init__(self, number: int, features: Tensor, targets: list[Tensor]):
+    def __init__(self, number: int, targets: list[Tensor]):
         self.number = number
-        self.features = features
         self.targets = targets
         self.scale: Tensor | None = None  # what BayesAgg.total's sum was multiplied by
 
@@ -29,12 +28,14 @@ class _ReplaceGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, layer: BayesAgg, step: _Step) -> Tensor:
         ctx.layer, ctx.step = layer, step
+        ctx.save_for_backward(features)  # autograd then refuses features that were changed in place since
         return features.view_as(features)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.layer._replacement(ctx.step, gradient), None, None
+        (features,) = ctx.saved_tensors
+        return ctx.layer._replacement(ctx.step, features.detach(), gradient), None, None
 
 
 class _RecordScale(torch.autograd.Function):
@@ -104,6 +105,8 @@ class BayesAgg(nn.Module):
         _check_choice("statistics", statistics, STATISTICS)
         if not isinstance(num_samples, int) or num_samples < 2:
             raise ValueError(f"BayesAgg: num_samples: expected at least 2, found {num_samples!r}")
+        if not isinstance(heads, Sequence):
+            raise ValueError(f"BayesAgg: heads: expected a sequence of heads, found {type(heads).__name__}")
         self.heads = tuple(heads)  # a tuple, not modules: the heads' parameters stay the model's own
         if not self.heads:
             raise ValueError("BayesAgg: heads: expected at least one head, found none")
@@ -115,8 +118,11 @@ class BayesAgg(nn.Module):
         widths = [head.width for head in self.heads]
         if len(set(widths)) > 1:
             raise ValueError(f"BayesAgg: heads: expected one width of the features for all, found {widths}")
+        if not isinstance(seed, int):
+            raise ValueError(f"BayesAgg: seed: expected an integer, found {seed!r}")
         self.width = widths[0]
         self.moments, self.covariance, self.num_samples, self.seed = moments, covariance, num_samples, seed
+        self.statistics = statistics
         self.num_tasks = sum(head.num_tasks for head in self.heads)
         self._full_data = [FullData(head, covariance, statistics) for head in self.heads]
         self._posteriors: list[Posterior] | None = None
@@ -141,14 +147,16 @@ class BayesAgg(nn.Module):
                 at, and may be left out, where the layer is plain identity.
         """
         if not (self.training and torch.is_grad_enabled() and features.requires_grad):
-            self._current = None
             return features
         checked = self._check(features, targets)
         self._number += 1
-        step = _Step(self._number, features.detach(), checked)
+        step = _Step(self._number, checked)
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            # Copies: the batch may be a view of something much larger, or a buffer that the next one overwrites.
+            stored = self.statistics == "stored"
+            rows = features.detach().clone() if stored else features.detach()
             for full_data, target in zip(self._full_data, checked):
-                full_data.add(step.features, target)
+                full_data.add(rows, target.clone() if stored else target)
         self._current = step
         return _ReplaceGradient.apply(features, self, step)
 
@@ -165,10 +173,16 @@ class BayesAgg(nn.Module):
         Belongs to the last call of the layer; whatever the sum is multiplied by before ``backward()`` multiplies the
         aggregated gradient.
         """
+        if not isinstance(losses, (Mapping, Sequence)):
+            raise ValueError(f"BayesAgg.total: losses: expected a sequence or a dict, found {type(losses).__name__}")
         values = list(losses.values()) if isinstance(losses, Mapping) else list(losses)
         if not values:
             raise ValueError("BayesAgg.total: losses: expected at least one, found none")
         for i, loss in enumerate(values):
+            if not isinstance(loss, Tensor):
+                raise ValueError(
+                    f"BayesAgg.total: losses: expected scalar tensors, found {type(loss).__name__} at {i}"
+                )
             if loss.numel() != 1:
                 raise ValueError(
                     f"BayesAgg.total: losses: expected scalars, found shape {list(loss.shape)} at {i}; take the batch mean"
@@ -178,24 +192,24 @@ class BayesAgg(nn.Module):
             return total
         return _RecordScale.apply(total, self._current)
 
-    def _replacement(self, step: _Step, gradient: Tensor) -> Tensor:
+    def _replacement(self, step: _Step, features: Tensor, gradient: Tensor) -> Tensor:
         if self._posteriors is None:
             return gradient
-        batch = self._batch(step)
+        batch = self._batch(features, step.targets, step.number)
         result = aggregate(batch)
-        self._refuse_nan(result, step)
+        self._refuse_nan(result, step.number)
         self._last, self._diagnosis = batch, None
         if step.scale is not None:
             result = result * step.scale.to(result.dtype)
         return result.to(gradient.dtype)
 
     @staticmethod
-    def _refuse_nan(result: Tensor, step: _Step) -> None:
+    def _refuse_nan(result: Tensor, number: int) -> None:
         """On the CPU. Reading a device's values would hold up its queue: there NaN goes on into the gradients."""
         if result.device.type == "cpu" and bool(result.sum().isnan()) and bool(result.isnan().any()):
             at = torch.nonzero(result.isnan())[0].tolist()
             raise ValueError(
-                f"BayesAgg: batch {step.number}: expected finite moments of the gradients, found NaN at [example, "
+                f"BayesAgg: batch {number}: expected finite moments of the gradients, found NaN at [example, "
                 f"dimension] {at}; a head's weight or target is NaN, or a variance is out of the dtype's range"
             )
 
@@ -221,23 +235,23 @@ class BayesAgg(nn.Module):
         """The full-data posterior of every head, float64; None before the first :meth:`refresh`."""
         return self._posteriors
 
-    def _batch(self, step: _Step) -> Batch:
+    def _batch(self, features: Tensor, targets: list[Tensor], number: int) -> Batch:
         assert self._posteriors is not None
-        features = step.features if step.features.dtype == torch.float64 else step.features.float()
+        features = features if features.dtype == torch.float64 else features.float()
         ready = self._working
         if not ready or ready[0].anchor.dtype != features.dtype or ready[0].anchor.device != features.device:
             self._working = [posterior.to(features) for posterior in self._posteriors]
             self._powers = [head.power.to(features.device) for head in self.heads]
         return Batch(
             features=features,
-            targets=step.targets,
+            targets=targets,
             heads=self.heads,
             weights=[head.weight(features) for head in self.heads],
             posteriors=self._working,
             powers=self._powers,
             num_samples=self.num_samples if self.moments == "sampled" else 0,
-            seed=self.seed * 1_000_003 + step.number,
-            name=f"BayesAgg: batch {step.number}",
+            seed=self.seed * 1_000_003 + number,
+            name=f"BayesAgg: batch {number}",
         )
 
     # ---- what the layer tells
@@ -246,9 +260,8 @@ class BayesAgg(nn.Module):
         """The gradient that the layer would send back for a batch whose loss is not scaled, [B, D]."""
         if self._posteriors is None:
             raise RuntimeError("BayesAgg.aggregate: expected a full-data posterior, found none; call refresh() first")
-        step = _Step(self._number, features.detach(), self._check(features, targets))
-        result = aggregate(self._batch(step))
-        self._refuse_nan(result, step)
+        result = aggregate(self._batch(features.detach(), self._check(features, targets), self._number))
+        self._refuse_nan(result, self._number)
         return result
 
     @property
@@ -288,16 +301,24 @@ class BayesAgg(nn.Module):
         bit for bit."""
         return {
             "version": 1,
+            "heads": self._signature(),
             "number": self._number,
             "posteriors": None if self._posteriors is None else [p.state() for p in self._posteriors],
             "full_data": [full_data.state() for full_data in self._full_data],
         }
 
+    def _signature(self) -> list[str]:
+        """What a saved state must agree on with the layer."""
+        heads = [f"{head.likelihood} {head.width} -> {head.outputs}" for head in self.heads]
+        return [*heads, f"covariance {self.covariance}", f"statistics {self.statistics}"]
+
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        if state.get("version") != 1 or len(state["full_data"]) != len(self.heads):
+        if state.get("version") != 1:
+            raise ValueError(f"BayesAgg.load_state_dict: expected version 1, found {state.get('version')}")
+        if state["heads"] != self._signature():
             raise ValueError(
-                f"BayesAgg.load_state_dict: expected the state of {len(self.heads)} heads, found one of "
-                f"{len(state.get('full_data', []))} (version {state.get('version')})"
+                f"BayesAgg.load_state_dict: expected a state of {', '.join(self._signature())}; found one of "
+                f"{', '.join(state['heads'])}"
             )
         self._number = state["number"]
         posteriors = state["posteriors"]

@@ -17,13 +17,13 @@ from ._native import _C
 DTYPE_CODES = {torch.float32: 0, torch.float64: 3}
 
 
+# By device type; tests of the CUDA sources without a GPU put their emulated kernels in place of the host's.
+KERNELS: dict[str, ModuleType | None] = {"cpu": _C.cpu, "cuda": _C.cuda if _C.cuda_compiled else None}
+
+
 def kernels_for(device: torch.device) -> ModuleType | None:
     """The compiled kernels that can work on this device's memory; None where there are none (then: the reference)."""
-    if device.type == "cpu":
-        return _C.cpu
-    if device.type == "cuda" and _C.cuda_compiled:
-        return _C.cuda
-    return None
+    return KERNELS.get(device.type)
 
 
 def place(device: torch.device) -> tuple[int, int, int]:

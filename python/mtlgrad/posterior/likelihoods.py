@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,10 +31,6 @@ class Terms(NamedTuple):
     probability: Tensor  # [B, C], multiclass only: Q = diag(p) - p p'
     labelled: Tensor  # [B], multiclass only
 
-    def rows(self) -> Iterator[Tensor]:
-        assert self.curvature is not None
-        return iter(self.curvature.T)
-
     def diagonal(self, hidden: Tensor) -> Tensor:
         """The diagonal of sum_b J_b' Q_b J_b, [R, W]; classification only."""
         assert self.curvature is not None
@@ -47,33 +43,68 @@ def augment(features: Tensor, likelihood: Likelihood) -> Tensor:
 
 
 def check_batch(
-    op: str, likelihood: Likelihood, features: Tensor, targets: Tensor, weight: Tensor | None
+    op: str,
+    likelihood: Likelihood,
+    features: Tensor,
+    targets: Tensor,
+    weight_shape: Sequence[int] | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Shapes, dtypes, devices and, on the CPU, values. Returns the targets with their column of outputs."""
-    check_shape(op, "features", features, ("B", "D"))
+    """Shapes, dtypes, devices and, on the CPU, values. Returns the targets with their column of outputs.
+
+    ``weight_shape`` is the posterior's [R, W] where that is known, ``weight`` where to expand."""
+    needed = {"features": features, "targets": targets}
+    if weight is not None or (weight_shape is None and likelihood != "regression"):
+        needed["weight"] = weight
+    for name, tensor in needed.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{op}: {name}: expected a tensor, found {type(tensor).__name__}")
+    rows: int | str = "C" if likelihood == "multiclass" else "O"
+    width: int | str = "D"
+    if weight_shape is not None:
+        rows, width = weight_shape[0], weight_shape[1] - (likelihood != "regression")
+    check_shape(op, "features", features, ("B", width))
     batch, width = features.shape
     check_not_empty(op, "features", "example", batch)
+    check_not_empty(op, "features", "dimension", width)
     check_floating(op, features=features)
     check_same_device(op, "features", features=features, targets=targets)
     if weight is not None:
-        check_shape(op, "weight", weight, ("C" if likelihood == "multiclass" else "O", width + 1))
+        check_shape(op, "weight", weight, (rows, width + 1))
+        rows = weight.shape[0]
+        check_not_empty(op, "weight", "class" if likelihood == "multiclass" else "output", rows)
         check_floating(op, weight=weight)
         check_same_device(op, "features", features=features, weight=weight)
     if likelihood == "multiclass":
-        assert weight is not None
         check_shape(op, "targets", targets, (batch,))
         check_class_targets(op, targets)
     else:
         if targets.dim() == 1:
             targets = targets[:, None]
-        check_shape(op, "targets", targets, (batch, "O" if weight is None else weight.shape[0]))
+        check_shape(op, "targets", targets, (batch, rows))
+        check_not_empty(op, "targets", "output", targets.shape[1])
         check_floating(op, targets=targets)
     if features.device.type == "cpu":
         check_finite(op, features=features)
-        if likelihood == "multiclass":
-            assert weight is not None
-            check_class_range(op, targets, weight.shape[0], IGNORE)
+        if weight is not None:
+            check_finite(op, weight=weight)
+        _check_target_values(op, likelihood, targets, rows)
     return targets
+
+
+def _check_target_values(op: str, likelihood: Likelihood, targets: Tensor, rows: int | str) -> None:
+    """Reads values: host tensors only."""
+    if likelihood == "multiclass":
+        assert isinstance(rows, int)
+        check_class_range(op, targets, rows, IGNORE)
+        return
+    outside = targets.isinf() if likelihood == "regression" else (targets < 0) | (targets > 1)
+    if bool(outside.any()):
+        at = torch.nonzero(outside)[0].tolist()
+        expected = "finite values" if likelihood == "regression" else "values from 0 to 1"
+        raise ValueError(
+            f"{op}: targets: expected {expected}, or NaN for no label, found {targets[tuple(at)].item():g} at {at}"
+        )
 
 
 def terms_of(likelihood: Likelihood, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:

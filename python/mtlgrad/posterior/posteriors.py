@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .likelihoods import Likelihood, Terms, augment, check_batch, terms_of
+from ..ops.checks import check_same_device
 from .cholesky import checked_cholesky
+from .likelihoods import Likelihood, Terms, augment, check_batch, terms_of
 
 STRUCTURES = ("full", "block", "kron", "diag")
 DEFAULT_GAMMA = 0.005  # prior variance, the published experiments' value
@@ -101,8 +102,8 @@ class Posterior(ABC):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` weights from the posterior, [n, R, W]."""
-        if n < 1:
-            raise ValueError(f"sample: n: expected at least 1, found {n}")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"sample: n: expected an integer of at least 1, found {n!r}")
         shape = (n, *self.anchor.shape)
         noise = torch.randn(shape, generator=generator, dtype=self.anchor.dtype, device=self.anchor.device)
         return self.mean + self._sample(noise)
@@ -112,18 +113,25 @@ class Posterior(ABC):
         """Takes in another batch, in place; the result is that of all batches at once.
 
         Args:
-            features: [B, D].
+            features: [B, D], computed in the posterior's dtype.
             targets: as for the function that made this posterior.
             weight: where to expand, classification only; None: where the first batch was. Batches may be expanded at
                 different weights (they are while a network trains): each contributes its own quadratic.
+
+        Raises:
+            As the function that made this posterior.
         """
+        if weight is not None and self.likelihood == "regression":
+            raise ValueError("update: weight: expected none, a regression posterior is exact wherever expanded")
+        targets = check_batch("update", self.likelihood, features, targets, self.anchor.shape, weight)
+        check_same_device("update", "posterior", posterior=self.anchor, features=features)
+        return self.add(features, targets, weight)
+
+    def add(self, features: Tensor, targets: Tensor, weight: Tensor | None = None) -> Posterior:
+        """:meth:`update` for a batch that was checked."""
         with torch.autocast(features.device.type, enabled=False):
             hidden = augment(features.to(self.anchor), self.likelihood)
             at = self.anchor if weight is None else weight.detach().to(self.anchor)
-            if at.shape != self.anchor.shape:
-                raise ValueError(
-                    f"update: weight: expected shape {list(self.anchor.shape)}, found {list(at.shape)}"
-                )
             terms = terms_of(self.likelihood, hidden, targets, at)
             self._add(hidden, terms)
             moved = self._curvature_times(hidden, terms, self.anchor - at) if weight is not None else 0.0
@@ -145,14 +153,15 @@ class Posterior(ABC):
         return copy
 
     def state(self) -> dict[str, Any]:
-        """Tensors and numbers from which :func:`posterior_from_state` makes an equal posterior."""
+        """Tensors and numbers from which :func:`posterior_from_state` makes an equal posterior; later batches change
+        the sums in place, but not those handed out here."""
         return {
             "likelihood": self.likelihood,
             "structure": self.structure,
             "gamma": self.gamma,
             "anchor": self.anchor,
             "residual": self.residual,
-            "sums": self._sums(),
+            "sums": {name: value.clone() for name, value in self._sums().items()},
         }
 
     @abstractmethod
@@ -160,7 +169,7 @@ class Posterior(ABC):
 
     def _load_sums(self, sums: dict[str, Tensor]) -> None:
         for name, value in sums.items():
-            setattr(self, name, value.to(self.anchor))
+            setattr(self, name, value.to(self.anchor, copy=True))
 
 
 class BlockPosterior(Posterior):
@@ -182,7 +191,7 @@ class BlockPosterior(Posterior):
             return
         if terms.curvature.shape[1] > self.blocks.shape[0]:  # labels missing for some outputs: they part ways
             self.blocks = self.blocks.repeat(terms.curvature.shape[1], 1, 1)
-        for block, curvature in zip(self.blocks, terms.rows()):
+        for block, curvature in zip(self.blocks, terms.curvature.T.expand(len(self.blocks), -1)):
             block.addmm_((hidden * curvature[:, None]).T, hidden)
 
     def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
@@ -321,6 +330,7 @@ class KroneckerPosterior(Posterior):
 
     The prior's 1/gamma I is shared out between the factors, A + a I and G + b I with a b = 1/gamma and a : b as the
     factors' mean diagonals (Martens and Grosse, arXiv 1503.05671, section 6.3), so the product is not the exact sum.
+    The mean of batches expanded at different weights depends a little on which came first, for the same reason.
     """
 
     structure = "kron"
@@ -356,6 +366,7 @@ class KroneckerPosterior(Posterior):
         classes, width = self.anchor.shape
         mean_curvature = self.curvature / self.count.clamp(min=1)
         ratio = (mean_curvature.trace() / classes) / (self.gram.trace() / width)
+        ratio = ratio.clamp(min=torch.finfo(ratio.dtype).eps ** 2)  # saturated logits have no curvature at all
         share = torch.where(self.count > 0, ratio, torch.ones_like(ratio)).sqrt() / math.sqrt(self.gamma)
         other = 1.0 / (self.gamma * share)
         eye = torch.eye
@@ -418,10 +429,11 @@ def empty_posterior(
     kind = _class_for(likelihood, structure)
     if prior is not None:
         if type(prior) is not kind or prior.likelihood != likelihood:
+            found = type(prior).__name__
+            if isinstance(prior, Posterior):
+                found = f"a {prior.likelihood} one of structure {prior.structure!r}"
             raise ValueError(
-                f"prior: expected a {likelihood} posterior of structure {kind.structure!r}, found a "
-                f"{getattr(prior, 'likelihood', type(prior).__name__)} one of structure "
-                f"{getattr(prior, 'structure', None)!r}"
+                f"prior: expected a {likelihood} posterior of structure {kind.structure!r}, found {found}"
             )
         if prior.anchor.shape != anchor.shape:
             raise ValueError(
@@ -460,11 +472,12 @@ def regression_posterior(
     Raises:
         RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
     """
-    targets = check_batch("regression_posterior", "regression", features, targets, None)
+    targets = check_batch("regression_posterior", "regression", features, targets)
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     zero = torch.zeros(targets.shape[1], features.shape[1], dtype=dtype, device=features.device)
-    anchor = zero if prior is None or prior.anchor.shape != zero.shape else prior.mean.to(zero)
-    return empty_posterior("regression", anchor, prior, gamma, "full").update(features, targets)
+    fits = isinstance(prior, Posterior) and prior.anchor.shape == zero.shape
+    anchor = prior.mean.to(zero) if fits else zero
+    return empty_posterior("regression", anchor, prior, gamma, "full").add(features, targets)
 
 
 def _classification_posterior(
@@ -476,10 +489,10 @@ def _classification_posterior(
     gamma: float,
     structure: str,
 ) -> Posterior:
-    targets = check_batch(f"{likelihood}_posterior", likelihood, features, targets, weight)
+    targets = check_batch(f"{likelihood}_posterior", likelihood, features, targets, weight=weight)
     dtype = torch.float64 if torch.float64 in (features.dtype, weight.dtype) else torch.float32
-    anchor = weight.detach().to(dtype)
-    return empty_posterior(likelihood, anchor, prior, gamma, structure).update(features, targets)
+    anchor = weight.detach().to(dtype, copy=True)  # the caller's weights go on training
+    return empty_posterior(likelihood, anchor, prior, gamma, structure).add(features, targets)
 
 
 @torch.no_grad()

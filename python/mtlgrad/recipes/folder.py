@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,8 @@ import torch
 
 from .base import TrainError
 
-try:
+if sys.platform != "win32":  # there, two processes that resume one run are not told apart
     import fcntl
-except ImportError:  # Windows: two processes that resume one run are then not told apart
-    fcntl = None  # type: ignore[assignment]
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = "mtlgrad train 1"  #: raised when an older checkpoint can no longer be continued
@@ -139,7 +138,7 @@ def _remove_empty(folders: tuple[Path, ...]) -> None:
 
 def _lock(path: Path) -> int | None:
     """Holds the folder for this process; the system lets go when the process ends, however it ends."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return None
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -14,7 +14,7 @@ from .base import Job, Part, Result, Settings, TrainError, task_loss
 from .clothing import Clothing
 from .weighting import METHODS, timed
 
-TIME_EVERY = 10  # steps: enough for a steady median, and the extra work that is timed stays a small part of the run
+TIME_EVERY = 20  # steps: enough for a steady median, and the extra work that is timed stays a small part of the run
 EVALUATION_ROWS = 4096
 
 Watch = Callable[[int, int, Tensor], None]  # epoch, step, per-task losses [T], the mean over the epoch so far
@@ -69,7 +69,9 @@ class Trainer:
             self.optimizer.step()
             kept.extend((features.detach(), losses))
 
-        if step % TIME_EVERY or not self.weighting.working:
+        # The last of every 20 steps, for the first of an epoch sets things up.
+        timing = step % self.steps % TIME_EVERY == min(TIME_EVERY, self.steps) - 1
+        if not timing or not self.weighting.working:
             work()
         else:
             milliseconds = timed(work, self.recipe.device)

@@ -6,7 +6,7 @@ A training step is: ``features = w.through(features, targets)``, heads, losses, 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,14 +111,14 @@ class BayesAggregation(Weighting):
         from .. import BayesAgg, Binary, Multiclass, Regression
 
         kinds = {"regression": Regression, "binary": Binary, "multiclass": Multiclass}
-        regression, classification = settings.power
+        power = dict(zip(kinds, (settings.power[0], settings.power[1], settings.power[1]), strict=True))
+        heads = cast("list[nn.Linear]", list(net.heads))
         self.bayes = BayesAgg(
             [
-                kinds[task.kind](
-                    head, gamma=settings.gamma, power=regression if task.kind == "regression" else classification
-                )
-                for task, head in zip(tasks, net.heads, strict=True)
-            ]
+                kinds[task.kind](head, gamma=settings.gamma, power=power[task.kind])
+                for task, head in zip(tasks, heads, strict=True)
+            ],
+            covariance=settings.covariance,
         )
         self.warmup = settings.warmup
         self.watching = False  # whether this epoch's batches go through the layer
