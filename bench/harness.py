@@ -3,7 +3,7 @@
 A benchmark is a list of `Case`s: one operation at one shape, with several contenders that compute it.
 
 - **Checked first.** A contender's output is compared with a float64 reference before any timing. One that is wrong ends
-  the run with nothing written: a fast wrong number is no result. (An optional one is reported wrong, and not timed.)
+  the run, and its case gets no row: a fast wrong number is no result. (An optional one is reported wrong, not timed.)
 - **In turns.** Contenders run round robin, so a slow moment of a shared machine hits all of them; medians and ratios
   within a run are to be trusted, absolute times less. The machine's ceilings (copy bandwidth, float32 matrix rate)
   take their turns in the same rounds.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import logging
 import math
 import os
 import platform
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,7 @@ COLUMNS = (
     *("contender", "median_ms", "p20_ms", "p80_ms", "bytes", "flops", "gb_per_s", "share_of_copy", "gflop_per_s"),
     *("share_of_gemm", "peak_extra_mb", "checked_error", "note"),
 )
+Row = dict[str, Any]  # by COLUMNS
 
 
 class BenchError(Exception):
@@ -254,7 +257,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def rows_of(case: Case, work: Work, results: dict[str, Result], copy_rate: float, gemm_rate: float) -> list[dict]:
+def rows_of(case: Case, work: Work, results: dict[str, Result], copy_rate: float, gemm_rate: float) -> list[Row]:
     """One row a contender. Rates count the formula's bytes and operations, whatever a contender really does."""
     rows = []
     for name, result in results.items():
@@ -275,7 +278,7 @@ def rows_of(case: Case, work: Work, results: dict[str, Result], copy_rate: float
     return rows
 
 
-def write_rows(path: Path, rows: Sequence[dict], keep: bool) -> None:
+def write_rows(path: Path, rows: Sequence[Row], keep: bool) -> None:
     """Writes beside the target, then renames, so a reader never sees half a file. `keep`: other cases' rows stay."""
     rows = list(rows)
     if keep and path.exists():
@@ -317,12 +320,14 @@ def report(case: Case, work: Work, results: dict[str, Result], gemm_rate: float)
 # Running -------------------------------------------------------------------------------------------------------------
 
 
-def run_case(case: Case, module: str, options: Options, extra: Sequence[str]) -> list[dict]:
+def run_case(case: Case, module: str, options: Options, extra: Sequence[str]) -> list[Row]:
     work = case.build(False)
     results, copy_rate, gemm_rate = check_and_time(case, work, options, Clock(options.device, options.flush_bytes))
     if options.with_memory:
         for name, result in results.items():
-            if result.times:
+            if result.times and options.device.type == "cuda":
+                result.peak_mb = memory.on_cuda(work.contenders[name].call, options.device)
+            elif result.times:
                 result.peak_mb = memory.in_fresh_process(module, case.title, name, extra)
     report(case, work, results, gemm_rate)
     return rows_of(case, work, results, copy_rate, gemm_rate)
@@ -346,11 +351,13 @@ def main(stem: str, cases: Callable[[bool, torch.device], list[Case]], argv: Seq
     args = arguments(stem, argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    torch._logging.set_logs(dynamo=logging.CRITICAL, inductor=logging.CRITICAL)  # type: ignore[attr-defined]
+    warnings.filterwarnings("ignore", module="torch")
     device = torch.device(args.device)
     every = cases(args.quick, device)
     if args.memory_of:
         title, name = args.memory_of
-        print(memory.measure(next(case for case in every if case.title == title), name, device))
+        print(memory.measure(next(case for case in every if case.title == title), name))
         return 0
     chosen = [case for case in every if not args.only or any(text in case.title for text in args.only)]
     if not chosen:
@@ -364,16 +371,18 @@ def main(stem: str, cases: Callable[[bool, torch.device], list[Case]], argv: Seq
     options.rounds = args.rounds or options.rounds
     extra = ["--device", args.device, "--threads", str(args.threads), *(["--quick"] if args.quick else [])]
 
-    shared, rows = facts(device), []
+    shared = facts(device)
+    folder = args.results or (None if args.quick else ROOT / "bench" / "results")
+    path = None if folder is None else folder / f"{stem}_{slug(shared['device'])}.csv"
+    rows: list[Row] = []
     try:
         for case in chosen:
             rows += [shared | row for row in run_case(case, f"bench.bench_{stem}", options, extra)]
+            if path is not None:  # after each case: a run that is cut short keeps what it has
+                write_rows(path, rows, keep=bool(args.only))
     except BenchError as error:
         print(f"bench_{stem}: {error}", file=sys.stderr)
         return 1
-    folder = args.results or (None if args.quick else ROOT / "bench" / "results")
-    if folder is not None:
-        path = folder / f"{stem}_{slug(shared['device'])}.csv"
-        write_rows(path, rows, keep=bool(args.only))
+    if path is not None:
         print(f"\nwritten: {path}")
     return 0

@@ -1,8 +1,8 @@
-"""Peak extra memory of one call, in a fresh process.
+"""Peak extra memory of one call.
 
-On the CPU it is the operating system's own figure: the high-water mark of resident memory (VmHWM) during the call, less
-what was resident just before. That counts everything: torch's tensors, scratch memory of our kernels, workspaces of
-LAPACK. Three things make it exact:
+On the CPU, in a fresh process, it is the operating system's own figure: the high-water mark of resident memory (VmHWM)
+during the call, less what was resident just before. That counts everything: torch's tensors, scratch memory of our
+kernels, workspaces of LAPACK. Three things make it exact:
 
 - the process is fresh and has called the contender before, so libraries are loaded, threads started, and what a method
   keeps between steps (a prior's covariance, say) is there. Contenders that take minutes (`once`) have run at a toy size
@@ -26,9 +26,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,24 +47,27 @@ def resident(field: str) -> float:
     return int(match.group(1)) * 1024 / 1e6
 
 
-def measure(case: Case, name: str, device: torch.device) -> float:
-    """Peak extra memory of the contender in MB; to be called once, in a process of its own."""
+def on_cuda(call: Callable[[], Any], device: torch.device) -> float:
+    """Peak extra device memory in MB, by torch's allocator; after a first call."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    kept = call()
+    torch.cuda.synchronize(device)
+    del kept
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def measure(case: Case, name: str) -> float:
+    """Peak extra memory of the contender in MB on the CPU; to be called once, in a process of its own."""
     case.build(True).contenders[name].call()
     contender = case.build(False).contenders[name]
     if not contender.once:
         contender.call()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        kept = contender.call()
-        torch.cuda.synchronize(device)
-        del kept
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     marks = Path("/proc/self/clear_refs")
     if not marks.exists():
         return math.nan
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     marks.write_text("5")
     before = resident("VmRSS")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
 
 import mtlgrad
 from bench import moments_counts as counts
@@ -37,7 +38,7 @@ class Shape:
     """One aggregation: heads as (kind, outputs) on B x width features, with a full-data posterior of `examples`."""
 
     name: str
-    heads: tuple[tuple[str, int], ...]
+    heads: tuple[tuple[published.Kind, int], ...]
     width: int
     batch: int = BATCH
     samples: int = SAMPLES
@@ -261,7 +262,7 @@ def published_moments(operation: str, arguments: tuple[Any, ...], options: dict[
         return lambda: published.sampled_moments(*arguments, **options)
     if operation == "regression_moments" and arguments[0].shape[1] <= 512:
         features, targets, mean, covariance = arguments
-        law = published.MultivariateNormal(mean, scale_tril=torch.linalg.cholesky(covariance)[None])
+        law = MultivariateNormal(mean, scale_tril=torch.linalg.cholesky(covariance)[None])
         return lambda: published.regression_moments(features, targets, law)
     return None
 

@@ -144,7 +144,7 @@ def call():
     torch.ones(10_000_000)
     return torch.ones(1_000_000)
 work = Work({"x": Contender(call, 1.0)}, lambda value: 0.0, 0, 0)
-print(memory.measure(Case("o", "s", lambda small: work), "x", torch.device("cpu")))
+print(memory.measure(Case("o", "s", lambda small: work), "x"))
 """
     environment = os.environ | memory.ALLOCATOR | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(

@@ -144,15 +144,14 @@ def classification_posterior(
 
 def full_data_posterior(group: Group, features: Tensor, targets: Tensor) -> MultivariateNormal:
     """The group's posterior given all the data, from the prior N(0, gamma I)."""
-    like = {"dtype": features.dtype, "device": features.device}
     if group.kind == "regression":
         dim = features.shape[1]
-        prior_precision = torch.eye(dim, **like) / group.gamma
-        return regression_posterior(features, targets, torch.zeros(group.outputs, dim, **like), prior_precision)
+        prior_precision = torch.eye(dim).to(features) / group.gamma
+        return regression_posterior(features, targets, features.new_zeros(group.outputs, dim), prior_precision)
     assert group.weight is not None
     size = group.weight.numel()
-    prior_precision = torch.eye(size, **like) / group.gamma
-    prior_mean = torch.zeros(size, **like)
+    prior_precision = torch.eye(size).to(features) / group.gamma
+    prior_mean = features.new_zeros(size)
     return classification_posterior(features, targets, group.weight, prior_mean, prior_precision, kind=group.kind)
 
 

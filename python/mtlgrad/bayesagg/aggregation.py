@@ -6,13 +6,22 @@ The moments of a task are folded into two [B, D] sums as soon as they are known,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..ops.fold import Sink, folding, has_kernels, run_binary, run_multiclass, run_regression, run_sampled, weighted_mean
+from ..ops.fold import (
+    Sink,
+    folding,
+    has_kernels,
+    run_binary,
+    run_multiclass,
+    run_regression,
+    run_sampled,
+    weighted_mean,
+)
 from ..posterior.likelihoods import augment
 from ..posterior.posteriors import Posterior
 from .conditioning import Conditioned, batch_posterior, condition
@@ -29,7 +38,7 @@ class Sampled(NamedTuple):
     samples: Tensor  # [S, R, P]
 
 
-Part = Union[Conditioned, Sampled]
+Part = Conditioned | Sampled
 
 
 class Batch(NamedTuple):
@@ -50,14 +59,15 @@ def _parts(batch: Batch, index: int) -> Iterator[Part]:
     """A head's tasks, some at a time, with the batch posterior as their moments need it."""
     head, prior, weight = batch.heads[index], batch.posteriors[index], batch.weights[index]
     features, targets = batch.features, batch.targets[index]
+    name = f"{batch.name}, heads[{index}] ({head.likelihood})"
     if batch.num_samples and head.likelihood != "regression":
         generator = torch.Generator(features.device)
         generator.manual_seed((batch.seed * 1009 + index) % 2**63)
-        posterior = batch_posterior(prior, features, targets, weight)
+        posterior = batch_posterior(prior, features, targets, weight, name)
         yield Sampled(0, head.num_tasks, posterior.sample(batch.num_samples, generator))
         return
     hidden = augment(features, head.likelihood)
-    yield from condition(prior, features, hidden, targets, weight, f"{batch.name}, heads[{index}] ({head.likelihood})")
+    yield from condition(prior, features, hidden, targets, weight, name)
 
 
 def _run(batch: Batch, index: int, part: Part, sink: Sink) -> None:
@@ -72,9 +82,7 @@ def _run(batch: Batch, index: int, part: Part, sink: Sink) -> None:
     elif likelihood == "binary":
         run_binary(features, targets, part.mean, part.cross, part.spread, sink)
     else:
-        run_multiclass(
-            features, targets, part.mean, part.structure, part.cross, part.spread, part.class_factor, sink
-        )
+        run_multiclass(features, targets, part.mean, part.structure, part.cross, part.spread, part.class_factor, sink)
 
 
 def _tasks_of(head: Head, part: Part) -> slice:

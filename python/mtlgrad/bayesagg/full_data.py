@@ -15,8 +15,8 @@ ROWS = 8192  # of stored features in float64 at a time
 
 
 class FullData:
-    """``stored``: the features and targets themselves, as published; ``streaming``: sums, in a posterior that is updated
-    batch by batch and expanded at the weights that each batch met. Both end in float64."""
+    """``stored``: the features and targets themselves, as published; ``streaming``: sums, in a posterior that is
+    updated batch by batch and expanded at the weights that each batch met. Both end in float64."""
 
     def __init__(self, head: Head, structure: str, statistics: str):
         self.head = head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ class Head:
         power: float | Sequence[float] | Tensor = 1.0,
     ):
         name = type(self).__name__
-        several = isinstance(layers, (Sequence, nn.ModuleList))
-        self.layers: tuple[nn.Linear, ...] = tuple(layers) if several else (layers,)
+        listed: Any = layers if isinstance(layers, (Sequence, nn.ModuleList)) else (layers,)
+        self.layers: tuple[nn.Linear, ...] = tuple(listed)
         if not self.layers:
             raise ValueError(f"{name}: layers: expected at least one nn.Linear, found none")
         for layer in self.layers:
@@ -42,7 +43,7 @@ class Head:
             if layer.out_features < 1 or layer.in_features < 1:
                 raise ValueError(f"{name}: layers: expected at least one feature and one output, found {layer}")
             if layer.bias is None and self.likelihood != "regression":
-                raise ValueError(f"{name}: layers: expected a bias, found bias=False; the logit's posterior includes it")
+                raise ValueError(f"{name}: layers: expected a bias, which the logit's posterior has, found bias=False")
         widths = {layer.in_features for layer in self.layers}
         if len(widths) > 1:
             raise ValueError(f"{name}: layers: expected one number of input features, found {sorted(widths)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class BayesAgg(nn.Module):
         _check_choice("statistics", statistics, STATISTICS)
         if not isinstance(num_samples, int) or num_samples < 2:
             raise ValueError(f"BayesAgg: num_samples: expected at least 2, found {num_samples!r}")
-        if not isinstance(heads, Sequence):
+        if not isinstance(heads, Iterable):
             raise ValueError(f"BayesAgg: heads: expected a sequence of heads, found {type(heads).__name__}")
         self.heads = tuple(heads)  # a tuple, not modules: the heads' parameters stay the model's own
         if not self.heads:
@@ -163,29 +163,29 @@ class BayesAgg(nn.Module):
     def _check(self, features: Tensor, targets: Sequence[Tensor] | None) -> list[Tensor]:
         if targets is None or isinstance(targets, Tensor) or len(targets) != len(self.heads):
             found = "none" if targets is None else "one tensor" if isinstance(targets, Tensor) else str(len(targets))
-            raise ValueError(f"BayesAgg: targets: expected a sequence of {len(self.heads)}, one per head, found {found}")
+            expected = f"a sequence of {len(self.heads)}, one per head"
+            raise ValueError(f"BayesAgg: targets: expected {expected}, found {found}")
         check_shape("BayesAgg", "features", features, ("B", self.width))
-        return [head.check(f"BayesAgg: heads[{i}]", features, t) for i, (head, t) in enumerate(zip(self.heads, targets))]
+        pairs = enumerate(zip(self.heads, targets))
+        return [head.check(f"BayesAgg: heads[{i}]", features, target) for i, (head, target) in pairs]
 
-    def total(self, losses: Sequence[Tensor] | Mapping[Any, Tensor]) -> Tensor:
+    def total(self, losses: Iterable[Tensor] | Mapping[Any, Tensor]) -> Tensor:
         """The sum of the task losses, through which the scale of the loss reaches this layer's backward.
 
         Belongs to the last call of the layer; whatever the sum is multiplied by before ``backward()`` multiplies the
         aggregated gradient.
         """
-        if not isinstance(losses, (Mapping, Sequence)):
+        if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
             raise ValueError(f"BayesAgg.total: losses: expected a sequence or a dict, found {type(losses).__name__}")
         values = list(losses.values()) if isinstance(losses, Mapping) else list(losses)
         if not values:
             raise ValueError("BayesAgg.total: losses: expected at least one, found none")
         for i, loss in enumerate(values):
             if not isinstance(loss, Tensor):
-                raise ValueError(
-                    f"BayesAgg.total: losses: expected scalar tensors, found {type(loss).__name__} at {i}"
-                )
+                raise ValueError(f"BayesAgg.total: losses: expected scalar tensors, found {type(loss).__name__} at {i}")
             if loss.numel() != 1:
                 raise ValueError(
-                    f"BayesAgg.total: losses: expected scalars, found shape {list(loss.shape)} at {i}; take the batch mean"
+                    f"BayesAgg.total: losses: expected scalars (batch means), found shape {list(loss.shape)} at {i}"
                 )
         total = torch.stack([loss.reshape(()) for loss in values]).sum()
         if self._current is None or not total.requires_grad:
@@ -225,8 +225,13 @@ class BayesAgg(nn.Module):
             raise RuntimeError(
                 "BayesAgg.refresh: expected at least one training batch since the last refresh, found none"
             )
-        self._posteriors = [full_data.posterior() for full_data in self._full_data]
-        self._working = []
+        posteriors = []
+        for i, full_data in enumerate(self._full_data):
+            posterior = full_data.posterior()
+            posterior.name = f"BayesAgg.refresh: heads[{i}] ({posterior.likelihood})"
+            posterior.covariance()  # where it cannot be had, say so now and not in the next backward
+            posteriors.append(posterior)
+        self._posteriors, self._working = posteriors, []
         for full_data in self._full_data:
             full_data.clear()
 

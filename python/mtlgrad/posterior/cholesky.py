@@ -33,7 +33,8 @@ def checked_cholesky(matrix: Tensor, name: str) -> Tensor:
         lifted.diagonal(dim1=-2, dim2=-1).add_((failed * jitter * mean_diagonal)[..., None])
         factor, info = torch.linalg.cholesky_ex(lifted)
         if not bool(info.any()):
-            warnings.warn(f"{name}: precision not positive definite, added {jitter:.0e} of its mean diagonal", stacklevel=2)
+            message = f"{name}: precision not positive definite, added {jitter:.0e} of its mean diagonal"
+            warnings.warn(message, stacklevel=2)
             return factor
         info = info + failed.to(info)  # what needed jitter goes on needing it
     which, pivot, value = _failed_pivot(matrix)

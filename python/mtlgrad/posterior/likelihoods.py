@@ -26,10 +26,23 @@ IGNORE = -100
 class Terms(NamedTuple):
     """Of one batch, at given weights; rows without a label are zero throughout."""
 
-    gradient: Tensor  # [R, W], sum over the batch of the loss gradient (regression: of half the squared error)
+    residual: Tensor  # [B, R], derivative of the loss in the logits (regression: of half the squared error)
     curvature: Tensor | None  # [B, R], diagonal of Q; None: one everywhere
     probability: Tensor  # [B, C], multiclass only: Q = diag(p) - p p'
     labelled: Tensor  # [B], multiclass only
+
+    def gradient(self, hidden: Tensor) -> Tensor:
+        """Of the loss, summed over the batch, [R, W]."""
+        return self.residual.T @ hidden
+
+    def curved(self, logits: Tensor) -> Tensor:
+        """Q_b logits_b for every example, [B, R], with the diagonal of Q alone."""
+        return logits if self.curvature is None else logits * self.curvature
+
+    def jointly_curved(self, logits: Tensor) -> Tensor:
+        """Q_b logits_b with all of Q; multiclass only."""
+        p = self.probability
+        return p * logits - p * (p * logits).sum(1, keepdim=True)
 
     def diagonal(self, hidden: Tensor) -> Tensor:
         """The diagonal of sum_b J_b' Q_b J_b, [R, W]; classification only."""
@@ -53,7 +66,7 @@ def check_batch(
     """Shapes, dtypes, devices and, on the CPU, values. Returns the targets with their column of outputs.
 
     ``weight_shape`` is the posterior's [R, W] where that is known, ``weight`` where to expand."""
-    needed = {"features": features, "targets": targets}
+    needed: dict[str, object] = {"features": features, "targets": targets}
     if weight is not None or (weight_shape is None and likelihood != "regression"):
         needed["weight"] = weight
     for name, tensor in needed.items():
@@ -115,16 +128,13 @@ def terms_of(likelihood: Likelihood, hidden: Tensor, targets: Tensor, weight: Te
         labelled = targets != IGNORE
         probability = torch.softmax(logits, 1) * labelled[:, None]
         onehot = functional.one_hot(targets.masked_fill(~labelled, 0), weight.shape[0]) * labelled[:, None]
-        gradient = (probability - onehot).T @ hidden
-        return Terms(gradient, probability * (1 - probability), probability, labelled)
+        return Terms(probability - onehot, probability * (1 - probability), probability, labelled)
     targets = (targets[:, None] if targets.dim() == 1 else targets).to(hidden)
     missing = targets.isnan()
     if likelihood == "regression":
-        gradient = (logits - targets).masked_fill(missing, 0.0).T @ hidden
-        return Terms(gradient, _shared_curvature(missing, hidden), nothing, nothing)
+        return Terms((logits - targets).masked_fill(missing, 0.0), _shared_curvature(missing, hidden), nothing, nothing)
     p = torch.sigmoid(logits)
-    gradient = (p - targets).masked_fill(missing, 0.0).T @ hidden
-    return Terms(gradient, (p * (1 - p)).masked_fill(missing, 0.0), nothing, nothing)
+    return Terms((p - targets).masked_fill(missing, 0.0), (p * (1 - p)).masked_fill(missing, 0.0), nothing, nothing)
 
 
 def _shared_curvature(missing: Tensor, hidden: Tensor) -> Tensor | None:

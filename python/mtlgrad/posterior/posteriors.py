@@ -6,12 +6,12 @@ at the weights that the caller gives (arXiv 2402.04005, section 4 and appendix; 
     precision = prior precision + sum_b J_b' Q_b J_b,   Q = diag(p) - p p'  (binary p (1 - p), regression 1)
     mean = w - precision^-1 (loss gradient + prior precision (w - prior mean))
 
-The Jacobians are never formed: J_b' Q_b J_b = Q_b (x) h_b h_b'. Precisions are kept and added to; covariances come from
-their Cholesky factors. A batch only adds sums, so :meth:`Posterior.update` may follow batch after batch, and the mean is
-solved for when it is read.
+The Jacobians are never formed: J_b' Q_b J_b = Q_b (x) h_b h_b'. Precisions are kept and added to; covariances come
+from their Cholesky factors. A batch only adds sums, so :meth:`Posterior.update` may follow batch after batch, and the
+mean is solved for when it is read.
 
-B examples, D features, P = D + 1 (bias last), O outputs, C classes. float64 features are computed in float64, all others
-in float32. Labels that are NaN (class: -100) are missing and contribute nothing.
+B examples, D features, P = D + 1 (bias last), O outputs, C classes. float64 features are computed in float64, all
+others in float32. Labels that are NaN (class: -100) are missing and contribute nothing.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class Posterior(ABC):
     """
 
     structure: str
+    exact: Posterior | None = None  # of a copy in less than float64: the original
 
     def __init__(self, likelihood: Likelihood, anchor: Tensor, prior: Posterior | None, gamma: float):
         self.likelihood = likelihood
+        self.name = f"{likelihood} posterior"  # in errors and warnings
         self.gamma = gamma
         # The mean is anchor - precision^-1 residual: sums in deviations from a point nearby lose no digits.
         self.anchor = anchor
@@ -135,7 +137,7 @@ class Posterior(ABC):
             terms = terms_of(self.likelihood, hidden, targets, at)
             self._add(hidden, terms)
             moved = self._curvature_times(hidden, terms, self.anchor - at) if weight is not None else 0.0
-            self.residual = self.residual + terms.gradient + moved
+            self.residual = self.residual + terms.gradient(hidden) + moved
             self._forget()
         return self
 
@@ -150,6 +152,8 @@ class Posterior(ABC):
         covariance = self.covariance()
         cast = tuple(c.to(like) for c in covariance) if isinstance(covariance, tuple) else covariance.to(like)
         copy.__dict__.update(mean=self.mean.to(like), _cached_covariance=cast)
+        if like.dtype != torch.float64 and self.anchor.dtype == torch.float64:
+            copy.exact = self
         return copy
 
     def state(self) -> dict[str, Any]:
@@ -195,15 +199,14 @@ class BlockPosterior(Posterior):
             block.addmm_((hidden * curvature[:, None]).T, hidden)
 
     def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
-        along = hidden @ direction.T
-        return (along if terms.curvature is None else along * terms.curvature).T @ hidden
+        return terms.curved(hidden @ direction.T).T @ hidden
 
     def times_precision(self, direction: Tensor) -> Tensor:
         return torch.einsum("ovw,ow->ov", self.blocks.expand(direction.shape[0], -1, -1), direction)
 
     @cached_property
     def factor(self) -> Tensor:
-        return checked_cholesky(self.blocks, f"{self.likelihood} posterior")
+        return checked_cholesky(self.blocks, self.name)
 
     def solve(self, direction: Tensor) -> Tensor:
         if self.blocks.shape[0] == 1:
@@ -297,16 +300,14 @@ class JointPosterior(Posterior):
                     blocks[k, :, c] += block
 
     def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
-        p = terms.probability
-        along = hidden @ direction.T
-        return (p * along - p * (p * along).sum(1, keepdim=True)).T @ hidden
+        return terms.jointly_curved(hidden @ direction.T).T @ hidden
 
     def times_precision(self, direction: Tensor) -> Tensor:
         return (self.joint @ direction.flatten()).view_as(direction)
 
     @cached_property
     def factor(self) -> Tensor:
-        return checked_cholesky(self.joint, "multiclass posterior")
+        return checked_cholesky(self.joint, self.name)
 
     def solve(self, direction: Tensor) -> Tensor:
         return torch.cholesky_solve(direction.flatten()[:, None], self.factor).view_as(direction)
@@ -383,8 +384,8 @@ class KroneckerPosterior(Posterior):
     def factor(self) -> tuple[Tensor, Tensor]:
         classes, features = self.precision
         return (
-            checked_cholesky(classes, "multiclass posterior, class factor"),
-            checked_cholesky(features, "multiclass posterior, feature factor"),
+            checked_cholesky(classes, f"{self.name}, class factor"),
+            checked_cholesky(features, f"{self.name}, feature factor"),
         )
 
     def solve(self, direction: Tensor) -> Tensor:
@@ -432,13 +433,9 @@ def empty_posterior(
             found = type(prior).__name__
             if isinstance(prior, Posterior):
                 found = f"a {prior.likelihood} one of structure {prior.structure!r}"
-            raise ValueError(
-                f"prior: expected a {likelihood} posterior of structure {kind.structure!r}, found {found}"
-            )
+            raise ValueError(f"prior: expected a {likelihood} posterior of structure {kind.structure!r}, found {found}")
         if prior.anchor.shape != anchor.shape:
-            raise ValueError(
-                f"prior: expected weights of shape {list(anchor.shape)}, found {list(prior.anchor.shape)}"
-            )
+            raise ValueError(f"prior: expected weights of shape {list(anchor.shape)}, found {list(prior.anchor.shape)}")
         gamma = prior.gamma
     return kind(likelihood, anchor, prior, gamma)
 
@@ -475,8 +472,9 @@ def regression_posterior(
     targets = check_batch("regression_posterior", "regression", features, targets)
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     zero = torch.zeros(targets.shape[1], features.shape[1], dtype=dtype, device=features.device)
-    fits = isinstance(prior, Posterior) and prior.anchor.shape == zero.shape
-    anchor = prior.mean.to(zero) if fits else zero
+    anchor = zero
+    if isinstance(prior, Posterior) and prior.anchor.shape == zero.shape:
+        anchor = prior.mean.to(zero)
     return empty_posterior("regression", anchor, prior, gamma, "full").add(features, targets)
 
 

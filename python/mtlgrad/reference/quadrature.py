@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=32)
+# torch.compile looks through lru_cache and would trace the rules themselves, which Inductor (2.13) then gets wrong: a
+# plain function whose result is a constant keeps them out of the graph.
+@torch.compiler.assume_constant_result
 def gauss_hermite(nodes: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights [nodes], float64, for u ~ N(0, 1); exact for polynomials of degree 2 nodes - 1.
 
     Golub and Welsch (1969): the eigenvalues of the Jacobi matrix of the Hermite polynomials, and the squared first
     components of its eigenvectors.
     """
+    return _gauss_hermite(nodes)
+
+
+@lru_cache(maxsize=32)
+def _gauss_hermite(nodes: int) -> tuple[Tensor, Tensor]:
     off_diagonal = torch.arange(1, nodes, dtype=torch.float64, device="cpu").sqrt()
     values, vectors = torch.linalg.eigh(off_diagonal.diag(1) + off_diagonal.diag(-1))
     weights = vectors[0] ** 2
@@ -22,7 +29,7 @@ def gauss_hermite(nodes: int) -> tuple[Tensor, Tensor]:
     return (values - values.flip(0)) / 2, (weights + weights.flip(0)) / (2 * weights.sum())
 
 
-@lru_cache(maxsize=32)
+@torch.compiler.assume_constant_result
 def sobol_normal(num_points: int, dimension: int, seed: int) -> Tensor:
     """Scrambled Sobol points for u ~ N(0, I), float64 [num_points, dimension], sample mean 0 and covariance I.
 
@@ -30,6 +37,11 @@ def sobol_normal(num_points: int, dimension: int, seed: int) -> Tensor:
     integration error: in the limit of a tight posterior the moments of the gradient are then exact. It is left out
     where the sample is too small to have a covariance of full rank with room to spare.
     """
+    return _sobol_normal(num_points, dimension, seed)
+
+
+@lru_cache(maxsize=32)
+def _sobol_normal(num_points: int, dimension: int, seed: int) -> Tensor:
     engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)
     uniform = engine.draw(num_points, dtype=torch.float64).cpu()
     # The scrambled sequence may hold an exact zero; half a step of its 30-bit grid keeps the quantile finite.
