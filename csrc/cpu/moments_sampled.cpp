@@ -25,9 +25,9 @@ MTLGRAD_INLINE void binary_residuals(T* z, const T* target, int64_t samples, int
 // ---- moments over the samples --------------------------------------------------------------------------------------
 
 // Features at a time, as one vector of 64 bytes (two or four on narrower machines), and examples at a time: each load
-// of a weight serves all of them. Per pair three accumulators stay in registers over the whole pass: the first sample's
-// gradient (the shift: a deviation from it is of the size of the standard deviation, so that tight posteriors do not
-// cancel), the sum of deviations, the sum of their squares.
+// of a weight serves all of them. Per pair three accumulators stay in registers over the whole pass: the shift, the sum
+// of deviations from it and the sum of their squares. The shift is the mean gradient of the first few samples: deviations
+// are then of the size of the standard deviation, so that tight posteriors do not cancel.
 constexpr int64_t kBytes = 64;
 constexpr int kExamples = 4;
 
@@ -48,28 +48,36 @@ struct Samples {
   int64_t samples, classes, width;
 };
 
-// Moments at `Vector::size` features from `begin`, for Count examples from `example`, of the gradient that classes
-// [first, last) make together.
+// The gradient that classes [first, last) make together in sample s, at `Vector::size` features from `begin`, for Count
+// examples from `example`.
+template <typename T, int Count>
+MTLGRAD_INLINE void gradients(const Samples<T>& in, int64_t example, int64_t s, int64_t first, int64_t last,
+                              int64_t begin, typename Vector<T>::type* gradient) {
+  const int64_t augmented = in.width + 1;
+  const T* w = in.weights + (s * in.classes + first) * augmented + begin;
+  const T* r = in.residuals + (example * in.samples + s) * in.classes;
+  for (int k = 0; k < Count; ++k) gradient[k] = typename Vector<T>::type{};
+  for (int64_t c = first; c < last; ++c, w += augmented) {
+    const auto weight = Vector<T>::load(w);
+#pragma GCC unroll 4
+    for (int k = 0; k < Count; ++k) gradient[k] += weight * r[k * in.samples * in.classes + c];
+  }
+}
+
 template <typename T, int Count>
 MTLGRAD_INLINE void tile(const Samples<T>& in, int64_t example, int64_t first, int64_t last, int64_t begin, T* means,
                          T* variances) {
   using V = Vector<T>;
   using Vec = typename V::type;
-  const int64_t augmented = in.width + 1;
-  Vec shift[Count], sum[Count], squares[Count];
+  Vec shift[Count], sum[Count], squares[Count], gradient[Count];
   for (int k = 0; k < Count; ++k) shift[k] = sum[k] = squares[k] = Vec{};
+  const int64_t few = math::shift_samples(in.samples);
+  for (int64_t s = 0; s < few; ++s) {
+    gradients<T, Count>(in, example, s, first, last, begin, gradient);
+    for (int k = 0; k < Count; ++k) shift[k] += gradient[k] / static_cast<T>(few);
+  }
   for (int64_t s = 0; s < in.samples; ++s) {
-    const T* w = in.weights + (s * in.classes + first) * augmented + begin;
-    const T* r = in.residuals + (example * in.samples + s) * in.classes;
-    Vec gradient[Count];
-    for (int k = 0; k < Count; ++k) gradient[k] = Vec{};
-    for (int64_t c = first; c < last; ++c, w += augmented) {
-      const Vec weight = V::load(w);
-#pragma GCC unroll 4
-      for (int k = 0; k < Count; ++k) gradient[k] += weight * r[k * in.samples * in.classes + c];
-    }
-    if (s == 0)
-      for (int k = 0; k < Count; ++k) shift[k] = gradient[k];
+    gradients<T, Count>(in, example, s, first, last, begin, gradient);
 #pragma GCC unroll 4
     for (int k = 0; k < Count; ++k) {
       const Vec deviation = gradient[k] - shift[k];
@@ -90,15 +98,20 @@ MTLGRAD_INLINE void tile(const Samples<T>& in, int64_t example, int64_t first, i
 template <typename T>
 MTLGRAD_INLINE void tail(const Samples<T>& in, int64_t example, int64_t first, int64_t last, int64_t d, T* mean,
                          T* variance) {
-  T shift = 0, sum = 0, squares = 0;
-  for (int64_t s = 0; s < in.samples; ++s) {
-    T gradient = 0;
+  const auto gradient = [&](int64_t s) __attribute__((always_inline)) {
+    T g = 0;
     for (int64_t c = first; c < last; ++c)
-      gradient += in.residuals[(example * in.samples + s) * in.classes + c] *
-                  in.weights[(s * in.classes + c) * (in.width + 1) + d];
-    if (s == 0) shift = gradient;
-    sum += gradient - shift;
-    squares += (gradient - shift) * (gradient - shift);
+      g += in.residuals[(example * in.samples + s) * in.classes + c] *
+           in.weights[(s * in.classes + c) * (in.width + 1) + d];
+    return g;
+  };
+  T shift = 0, sum = 0, squares = 0;
+  const int64_t few = math::shift_samples(in.samples);
+  for (int64_t s = 0; s < few; ++s) shift += gradient(s) / static_cast<T>(few);
+  for (int64_t s = 0; s < in.samples; ++s) {
+    const T deviation = gradient(s) - shift;
+    sum += deviation;
+    squares += deviation * deviation;
   }
   const T scale = T(1) / static_cast<T>(in.samples);
   *mean = shift + sum * scale;

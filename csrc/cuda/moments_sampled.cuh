@@ -26,12 +26,12 @@ multiclass_residuals_kernel(T* __restrict__ logits, const int64_t* __restrict__ 
 
 // Mean and variance over the samples of gradient = sum over `period` rows of residual x weight.
 //
-// A thread owns one feature of kExamples examples, and for each of them three registers over the whole pass: the first
-// sample's gradient (the shift: deviations from it are of the size of the standard deviation, so that tight posteriors
-// do not cancel), the sum of deviations and the sum of their squares. A weight is loaded once, coalesced along the
-// features, and serves all kExamples examples; their residuals, the same for the whole block, come from shared memory,
-// kExamples side by side so that they are read as vectors. The rows of weights, `period` classes to a sample, stream
-// past in tiles of kTile residual rows, whatever the number of classes.
+// A thread owns one feature of kExamples examples, and for each of them three registers over the whole pass: the shift,
+// the sum of deviations from it and the sum of their squares. The shift is the mean gradient of the first few samples, in
+// a short pass of its own: deviations are then of the size of the standard deviation, so that tight posteriors do not
+// cancel. A weight is loaded once, coalesced along the features, and serves all kExamples examples; their residuals, the
+// same for the whole block, come from shared memory, kExamples side by side so that they are read as vectors. The rows of
+// weights, `period` classes to a sample, stream past in tiles of kTile residual rows, whatever the number of classes.
 //   barrier 1: the tile is written before any thread reads it
 //   barrier 2: all have read it before the next one overwrites it
 template <typename T, int kThreads, int kExamples, int kTile>
@@ -40,39 +40,46 @@ sampled_kernel(const T* __restrict__ residuals, const T* __restrict__ samples, i
                int64_t classes, int64_t width, bool binary, Sink sink) {
   __shared__ T tile[kTile][kExamples];
   const int64_t d = int64_t(blockIdx.x) * kThreads + threadIdx.x, example = int64_t(blockIdx.y) * kExamples;
-  const int64_t tasks = binary ? classes : 1, period = binary ? 1 : classes;
-  const int64_t rows = num_samples * period, stride = binary ? classes : 1;
+  const int64_t tasks = binary ? classes : 1, period = binary ? 1 : classes, stride = binary ? classes : 1;
+  const int64_t few = math::shift_samples(num_samples);
   for (int64_t t = blockIdx.z; t < tasks; t += gridDim.z) {
     T shift[kExamples], sum[kExamples], squares[kExamples], gradient[kExamples];
 #pragma unroll
     for (int k = 0; k < kExamples; ++k) shift[k] = sum[k] = squares[k] = gradient[k] = T(0);
-    int64_t in_sample = 0;
-    bool first = true;
-    for (int64_t begin = 0; begin < rows; begin += kTile) {
-      const int count = static_cast<int>(rows - begin < kTile ? rows - begin : kTile);
-      for (int i = threadIdx.x; i < count * kExamples; i += kThreads) {
-        const int64_t b = example + i / count, row = (begin + i % count) * stride + t;
-        tile[i % count][i / count] = b < batch ? residuals[b * num_samples * classes + row] : T(0);
-      }
-      __syncthreads();
-      if (d < width)
-        for (int q = 0; q < count; ++q) {
-          const T weight = samples[((begin + q) * stride + t) * (width + 1) + d];
-#pragma unroll
-          for (int k = 0; k < kExamples; ++k) gradient[k] += weight * tile[q][k];
-          if (++in_sample < period) continue;
-          in_sample = 0;
-#pragma unroll
-          for (int k = 0; k < kExamples; ++k) {
-            if (first) shift[k] = gradient[k];
-            const T deviation = gradient[k] - shift[k];
-            sum[k] += deviation;
-            squares[k] += deviation * deviation;
-            gradient[k] = T(0);
-          }
-          first = false;
+    for (int pass = 0; pass < 2; ++pass) {
+      const int64_t rows = (pass ? num_samples : few) * period;
+      int64_t in_sample = 0;
+      for (int64_t begin = 0; begin < rows; begin += kTile) {
+        const int count = static_cast<int>(rows - begin < kTile ? rows - begin : kTile);
+        for (int i = threadIdx.x; i < count * kExamples; i += kThreads) {
+          const int64_t b = example + i / count, row = (begin + i % count) * stride + t;
+          tile[i % count][i / count] = b < batch ? residuals[b * num_samples * classes + row] : T(0);
         }
-      __syncthreads();
+        __syncthreads();
+        if (d < width)
+          for (int q = 0; q < count; ++q) {
+            const T weight = samples[((begin + q) * stride + t) * (width + 1) + d];
+#pragma unroll
+            for (int k = 0; k < kExamples; ++k) gradient[k] += weight * tile[q][k];
+            if (++in_sample < period) continue;
+            in_sample = 0;
+#pragma unroll
+            for (int k = 0; k < kExamples; ++k) {
+              const T deviation = gradient[k] - shift[k];
+              sum[k] += deviation;
+              squares[k] += deviation * deviation;
+              gradient[k] = T(0);
+            }
+          }
+        __syncthreads();
+      }
+      if (pass == 0) {
+#pragma unroll
+        for (int k = 0; k < kExamples; ++k) {
+          shift[k] = sum[k] / static_cast<T>(few);
+          sum[k] = squares[k] = T(0);
+        }
+      }
     }
     if (d >= width) continue;
     const math::Power<T> power = power_of<T>(sink, t);

@@ -117,6 +117,9 @@ MTLGRAD_INLINE T binary_residual(Logistic<T> at, T target) {
   return target == T(1) ? -at.q : at.p - target;
 }
 
+// How many samples' mean is the shift of sums over all of them: one alone may be far out.
+MTLGRAD_INLINE int64_t shift_samples(int64_t samples) { return samples < 8 ? samples : 8; }
+
 constexpr int64_t kNoClass = -100;  // the target of an example without a label
 
 // softmax(z) - onehot(target) in place. The target's own residual is minus the others' sum: no cancellation. All NaN

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gamma", type=_positive, help=f"bayesagg: the last layers' prior (default: {default.gamma})")
     power = "bayesagg: exponents of the precisions, regression and classification tasks (default: {} {})"
     add("--power", type=_not_negative, nargs=2, metavar=("R", "C"), help=power.format(*default.power))
-    warmup = f"bayesagg: epochs of plain sum first (default: {default.warmup}, at most half)"
+    warmup = f"bayesagg: epochs of plain sum first (default: half of all, at most {default.warmup})"
     add("--warmup", type=_whole(1, 100_000), metavar="N", help=warmup)
     structures = ", ".join(COVARIANCES)
     covariance = f"bayesagg: structure of the multiclass posterior, {structures} (default: {default.covariance})"

@@ -15,6 +15,8 @@ factorised, in float64.
 What is subtracted from the prior's covariance is nearly all of it where the prior knows next to nothing of the batch's
 directions: in float32 about 1e-7 trace(M) of the result is lost. Beyond LARGEST_TRACE the computation starts again from
 the prior in float64.
+
+Of a multiclass covariance only the contrasts between classes are used, which give the same moments.
 """
 
 from __future__ import annotations
@@ -46,14 +48,17 @@ class Conditioned(NamedTuple):
     class_factor: Tensor | None
 
     def to(self, like: Tensor) -> Conditioned:
-        return Conditioned(*(x.to(like) if isinstance(x, Tensor) else x for x in self))
+        mean, cross, spread = self.mean.to(like), self.cross.to(like), self.spread.to(like)
+        class_factor = None if self.class_factor is None else self.class_factor.to(like)
+        return self._replace(mean=mean, cross=cross, spread=spread, class_factor=class_factor)
 
 
-def _wants_float64(m: Tensor, prior: Posterior) -> bool:
-    """Reads the device, except while a CUDA graph is captured: there ``m`` becomes NaN."""
+def _wants_float64(m: Tensor, summands: Tensor, prior: Posterior) -> bool:
+    """``summands``: about how large what adds up to trace(M) is before it cancels. Reads the device, except while a
+    CUDA graph is captured: there ``m`` becomes NaN."""
     if prior.exact is None:
         return False
-    too_large = m.diagonal(dim1=-2, dim2=-1).sum(-1) > LARGEST_TRACE
+    too_large = torch.maximum(m.diagonal(dim1=-2, dim2=-1).sum(-1), summands) > LARGEST_TRACE
     if m.is_cuda and torch.cuda.is_current_stream_capturing():
         m.masked_fill_(too_large[..., None, None], torch.nan)
         return False
@@ -93,12 +98,14 @@ def condition(
     elif isinstance(prior, BlockPosterior) and batch < width:
         yield from _condition_blocks(prior, hidden, targets, weight, name)
         return
-    if prior.exact is None:
-        posterior = batch_posterior(prior, features, targets, weight, name)
-    else:
+    if prior.exact is not None:
         weight = None if weight is None else weight.double()
-        posterior = batch_posterior(prior.exact, features.double(), targets, weight, name).to(features)
-    mean, covariance = posterior.mean, posterior.covariance()
+        parts = condition(prior.exact, features.double(), hidden.double(), targets, weight, name)
+        yield from (part.to(features) for part in parts)
+        return
+    posterior = batch_posterior(prior, features, targets, weight, name)
+    mean = posterior.mean
+    covariance = posterior.contrasts
     if prior.likelihood == "multiclass":
         structure, cross = multiclass_cross(features, covariance, mean.shape[0])
         yield Conditioned(0, len(mean), mean, structure, cross, *class_spread(covariance, mean.shape[0]))
@@ -172,7 +179,9 @@ def _condition_rows(
         m = weighted_g * root.mT
     m = m.clone() if curvature is None else m
     m.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    if _wants_float64(m, prior):
+    weights = hidden.square() if curvature is None else curvature[..., None] * hidden.square()
+    summands = (weights.sum(-2) * covariance.diagonal(dim1=-2, dim2=-1)).sum(-1)
+    if _wants_float64(m, summands, prior):
         return None
     factor = checked_cholesky(m, name)
     r = torch.linalg.solve_triangular(factor, weighted_k, upper=False)
@@ -207,7 +216,7 @@ def _condition_joint(
     terms = terms_of("multiclass", hidden, targets, anchor)
     classes, width = anchor.shape
     batch, rank = hidden.shape[0], classes - 1
-    covariance = prior.covariance()
+    covariance = prior.contrasts
     features = hidden[:, :-1]
     _, k = multiclass_cross(features, covariance, classes)  # [C(k), B, C*P]: S J'
     f = softmax_curvature_factor(terms.probability)
@@ -217,7 +226,8 @@ def _condition_joint(
     weighted_g = torch.matmul(weighted_k.view(-1, classes, width), hidden.T)
     m = torch.einsum("xcb,bcr->xbr", weighted_g, f).reshape(batch * rank, batch * rank)
     m.diagonal().add_(1.0)
-    if _wants_float64(m, prior):
+    summands = (terms.diagonal(hidden) * covariance.diagonal().view_as(anchor)).sum()
+    if _wants_float64(m, summands, prior):
         weight = None if weight is None else weight.double()
         rest = _condition_joint(prior.exact, hidden.double(), targets, weight, name)  # type: ignore[arg-type]
         yield from (part.to(hidden) for part in rest)

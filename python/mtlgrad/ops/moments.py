@@ -499,8 +499,8 @@ def precision_mean(means: Tensor, variances: Tensor, power: float | Sequence[flo
 
     Source: arXiv 2402.04005, equation 6 (power 1), and the published code (other powers); DESIGN 4.3.
     """
-    check_shape("precision_mean", "means", means, ("B", "T", "D"))
-    exponent = power_tensor("precision_mean", power, means.shape[1], means.device)
+    tasks = means.shape[1] if means.dim() == 3 else 1  # another shape is the operator's to refuse
+    exponent = power_tensor("precision_mean", power, tasks, means.device)
     return differentiable(
         lambda e, v: _precision_mean_op(e, v, exponent),
         lambda e, v: reference.precision_mean(e, v, exponent),

@@ -102,6 +102,14 @@ class Posterior(ABC):
         """The inverse of ``precision``, of the same shape; computed once."""
         return self._cached_covariance
 
+    @cached_property
+    def contrasts(self) -> Any:
+        """A covariance, of the same shape, whose differences between classes have the posterior's law; softmax and the
+        gradient with respect to the features see nothing else. What moves all classes alike, of which the data say
+        nothing, gets an ordinary variance: a weak prior's is so large that the differences drown in its rounding
+        error. Only full and Kronecker covariances have such a direction."""
+        return self.covariance()
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` weights from the posterior, [n, R, W]."""
         if not isinstance(n, int) or n < 1:
@@ -142,16 +150,18 @@ class Posterior(ABC):
         return self
 
     def _forget(self) -> None:
-        for name in ("mean", "_cached_covariance", "factor"):
+        for name in ("mean", "_cached_covariance", "contrasts", "factor"):
             self.__dict__.pop(name, None)
 
     def to(self, like: Tensor) -> Posterior:
         """A copy in the dtype and on the device of a tensor, whose mean and covariance were computed before the cast:
         a covariance made in float64 is worth keeping in float32, a float32 Cholesky of it would not be as good."""
         copy = posterior_from_state(self.state(), like)
-        covariance = self.covariance()
-        cast = tuple(c.to(like) for c in covariance) if isinstance(covariance, tuple) else covariance.to(like)
-        copy.__dict__.update(mean=self.mean.to(like), _cached_covariance=cast)
+        covariance, contrasts = (
+            tuple(factor.to(like) for factor in matrix) if isinstance(matrix, tuple) else matrix.to(like)
+            for matrix in (self.covariance(), self.contrasts)
+        )
+        copy.__dict__.update(mean=self.mean.to(like), _cached_covariance=covariance, contrasts=contrasts)
         if like.dtype != torch.float64 and self.anchor.dtype == torch.float64:
             copy.exact = self
         return copy
@@ -319,6 +329,13 @@ class JointPosterior(Posterior):
     def _covariance(self) -> Tensor:
         return torch.cholesky_inverse(self.factor)
 
+    @cached_property
+    def contrasts(self) -> Tensor:
+        classes, width = self.anchor.shape
+        scale = self.joint.diagonal().view(classes, width).mean(0)
+        tied = torch.diag(scale.clamp(min=scale.mean()) / classes)
+        return torch.cholesky_inverse(checked_cholesky(self.joint + tied.repeat(classes, classes), self.name))
+
     def _sample(self, noise: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.factor.mT, noise.flatten(1).T, upper=True).T.view_as(noise)
 
@@ -395,6 +412,12 @@ class KroneckerPosterior(Posterior):
     def _covariance(self) -> tuple[Tensor, Tensor]:
         classes, features = self.factor
         return torch.cholesky_inverse(classes), torch.cholesky_inverse(features)
+
+    @cached_property
+    def contrasts(self) -> tuple[Tensor, Tensor]:
+        classes, _ = self.precision
+        tied = classes + classes.diagonal().mean() / len(classes)
+        return torch.cholesky_inverse(checked_cholesky(tied, f"{self.name}, class factor")), self.covariance()[1]
 
     def _sample(self, noise: Tensor) -> Tensor:
         classes, features = self.factor

@@ -86,7 +86,9 @@ class Trainer:
         return torch.stack(kept[1]).detach()
 
     def _end_epoch(self, train: Tensor, shares: list[Tensor], variances: list[Tensor], start: float) -> None:
-        self.result.epoch_ms.append(timed(self.weighting.end_epoch, self.recipe.device) / self.steps)
+        between = timed(self.weighting.end_epoch, self.recipe.device)
+        if self.weighting.working:
+            self.result.epoch_ms.append(between / self.steps)
         train_losses = train.tolist()
         for task, loss in zip(self.tasks, train_losses, strict=True):
             if not math.isfinite(loss):
