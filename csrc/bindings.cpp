@@ -41,73 +41,77 @@ struct MomentsKernels {
 void bind_moments(py::module_& parent, const char* device, const MomentsKernels& kernels) {
   py::module_ m = parent.def_submodule(device);
 
-  m.def("regression_moments", [run = kernels.regression_moments](
-                                  int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width, Ptr targets,
-                                  Ptr mean, Ptr cross, int64_t cross_stride, Ptr spread, int64_t spread_stride,
-                                  int64_t outputs, bool fold, Ptr first, Ptr second, Ptr power, int threads,
-                                  Ptr stream, int index) {
-    py::gil_scoped_release nogil;
-    run(dtype_of(dtype), {as<void>(features), stride, batch, width}, as<void>(targets), as<void>(mean),
-        as<void>(cross), cross_stride, as<void>(spread), spread_stride, outputs, sink_of(fold, first, second, power),
-        {threads, as<void>(stream), index});
-  });
+  m.def("regression_moments",
+        [run = kernels.regression_moments](int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width,
+                                           Ptr targets, Ptr mean, Ptr cross, int64_t cross_stride, Ptr spread,
+                                           int64_t spread_stride, int64_t outputs, bool fold, Ptr first, Ptr second,
+                                           Ptr power, int threads, Ptr stream, int index) {
+          py::gil_scoped_release nogil;
+          run(dtype_of(dtype), {as<void>(features), stride, batch, width}, as<void>(targets), as<void>(mean),
+              as<void>(cross), cross_stride, as<void>(spread), spread_stride, outputs,
+              sink_of(fold, first, second, power), {threads, as<void>(stream), index});
+        });
 
-  m.def("binary_moments", [run = kernels.binary_moments](
-                              int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width, Ptr targets,
-                              Ptr mean, Ptr cross, Ptr spread, Ptr nodes, Ptr weights, int64_t num_nodes,
-                              int64_t outputs, bool fold, Ptr first, Ptr second, Ptr power, int threads, Ptr stream,
-                              int index) {
-    py::gil_scoped_release nogil;
-    run(dtype_of(dtype), {as<void>(features), stride, batch, width}, as<void>(targets), as<void>(mean),
-        as<void>(cross), as<void>(spread), as<void>(nodes), as<void>(weights), num_nodes, outputs,
-        sink_of(fold, first, second, power), {threads, as<void>(stream), index});
-  });
+  m.def("binary_moments",
+        [run = kernels.binary_moments](int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width,
+                                       Ptr targets, Ptr mean, Ptr cross, Ptr spread, Ptr nodes, Ptr weights,
+                                       int64_t num_nodes, int64_t outputs, bool fold, Ptr first, Ptr second, Ptr power,
+                                       int threads, Ptr stream, int index) {
+          py::gil_scoped_release nogil;
+          run(dtype_of(dtype), {as<void>(features), stride, batch, width}, as<void>(targets), as<void>(mean),
+              as<void>(cross), as<void>(spread), as<void>(nodes), as<void>(weights), num_nodes, outputs,
+              sink_of(fold, first, second, power), {threads, as<void>(stream), index});
+        });
 
-  m.def("multiclass_moments", [run = kernels.multiclass_moments](
-                                  int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width, Ptr targets,
-                                  int structure, Ptr mean, Ptr cross, Ptr spread, Ptr classes, int64_t num_classes,
-                                  Ptr points, int64_t num_points, Ptr workspace, int64_t slots, bool fold, Ptr first,
-                                  Ptr second, Ptr power, int threads, Ptr stream, int index) {
-    py::gil_scoped_release nogil;
-    const MulticlassPosterior posterior{static_cast<Structure>(structure), as<void>(mean), as<void>(cross),
-                                        as<void>(spread), as<void>(classes), num_classes};
-    run(dtype_of(dtype), {as<void>(features), stride, batch, width}, as<const int64_t>(targets), posterior,
-        as<const double>(points), num_points, as<double>(workspace), slots, sink_of(fold, first, second, power),
-        {threads, as<void>(stream), index});
-  });
+  m.def("multiclass_moments",
+        [run = kernels.multiclass_moments](
+            int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width, Ptr targets, int structure, Ptr mean,
+            Ptr cross, Ptr spread, Ptr classes, int64_t num_classes, Ptr points, int64_t num_points, Ptr workspace,
+            int64_t slots, bool fold, Ptr first, Ptr second, Ptr power, int threads, Ptr stream, int index) {
+          py::gil_scoped_release nogil;
+          const MulticlassPosterior posterior{static_cast<Structure>(structure),
+                                              as<void>(mean),
+                                              as<void>(cross),
+                                              as<void>(spread),
+                                              as<void>(classes),
+                                              num_classes};
+          run(dtype_of(dtype), {as<void>(features), stride, batch, width}, as<const int64_t>(targets), posterior,
+              as<const double>(points), num_points, as<double>(workspace), slots, sink_of(fold, first, second, power),
+              {threads, as<void>(stream), index});
+        });
 
-  m.def("sample_residuals", [run = kernels.sample_residuals](int dtype, bool multiclass, Ptr logits, Ptr targets,
-                                                             int64_t batch, int64_t samples, int64_t classes,
-                                                             int threads, Ptr stream, int index) {
-    py::gil_scoped_release nogil;
-    run(dtype_of(dtype), static_cast<Likelihood>(multiclass), as<void>(logits), as<void>(targets), batch, samples,
-        classes, {threads, as<void>(stream), index});
-  });
+  m.def("sample_residuals",
+        [run = kernels.sample_residuals](int dtype, bool multiclass, Ptr logits, Ptr targets, int64_t batch,
+                                         int64_t samples, int64_t classes, int threads, Ptr stream, int index) {
+          py::gil_scoped_release nogil;
+          run(dtype_of(dtype), static_cast<Likelihood>(multiclass), as<void>(logits), as<void>(targets), batch, samples,
+              classes, {threads, as<void>(stream), index});
+        });
 
-  m.def("sampled_moments", [run = kernels.sampled_moments](
-                               int dtype, bool multiclass, Ptr residuals, Ptr samples, int64_t batch,
-                               int64_t num_samples, int64_t classes, int64_t width, bool fold, Ptr first, Ptr second,
-                               Ptr power, int threads, Ptr stream, int index) {
-    py::gil_scoped_release nogil;
-    run(dtype_of(dtype), static_cast<Likelihood>(multiclass), as<void>(residuals), as<void>(samples), batch,
-        num_samples, classes, width, sink_of(fold, first, second, power), {threads, as<void>(stream), index});
-  });
+  m.def("sampled_moments",
+        [run = kernels.sampled_moments](int dtype, bool multiclass, Ptr residuals, Ptr samples, int64_t batch,
+                                        int64_t num_samples, int64_t classes, int64_t width, bool fold, Ptr first,
+                                        Ptr second, Ptr power, int threads, Ptr stream, int index) {
+          py::gil_scoped_release nogil;
+          run(dtype_of(dtype), static_cast<Likelihood>(multiclass), as<void>(residuals), as<void>(samples), batch,
+              num_samples, classes, width, sink_of(fold, first, second, power), {threads, as<void>(stream), index});
+        });
 
-  m.def("precision_mean", [run = kernels.precision_mean](int dtype, Ptr means, Ptr variances, Ptr power, Ptr out,
-                                                         int64_t batch, int64_t tasks, int64_t width, int threads,
-                                                         Ptr stream, int index) {
-    py::gil_scoped_release nogil;
-    run(dtype_of(dtype), as<void>(means), as<void>(variances), as<const double>(power), as<void>(out), batch, tasks,
-        width, {threads, as<void>(stream), index});
-  });
+  m.def("precision_mean",
+        [run = kernels.precision_mean](int dtype, Ptr means, Ptr variances, Ptr power, Ptr out, int64_t batch,
+                                       int64_t tasks, int64_t width, int threads, Ptr stream, int index) {
+          py::gil_scoped_release nogil;
+          run(dtype_of(dtype), as<void>(means), as<void>(variances), as<const double>(power), as<void>(out), batch,
+              tasks, width, {threads, as<void>(stream), index});
+        });
 
-  m.def("weighted_mean", [run = kernels.weighted_mean](int dtype, Ptr numerator, Ptr denominator, Ptr out,
-                                                       int64_t batch, int64_t width, int threads, Ptr stream,
-                                                       int index) {
-    py::gil_scoped_release nogil;
-    run(dtype_of(dtype), as<void>(numerator), as<void>(denominator), as<void>(out), batch, width,
-        {threads, as<void>(stream), index});
-  });
+  m.def("weighted_mean",
+        [run = kernels.weighted_mean](int dtype, Ptr numerator, Ptr denominator, Ptr out, int64_t batch, int64_t width,
+                                      int threads, Ptr stream, int index) {
+          py::gil_scoped_release nogil;
+          run(dtype_of(dtype), as<void>(numerator), as<void>(denominator), as<void>(out), batch, width,
+              {threads, as<void>(stream), index});
+        });
 }
 
 }  // namespace
@@ -123,7 +127,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiclass_workspace", [](int structure, int64_t classes, int64_t points) {
     return multiclass_workspace(static_cast<Structure>(structure), classes, points);
   });
-  bind_moments(m, "cpu", {cpu::regression_moments, cpu::binary_moments, cpu::multiclass_moments, cpu::sample_residuals, cpu::sampled_moments, cpu::precision_mean, cpu::weighted_mean});
+  bind_moments(m, "cpu",
+               {cpu::regression_moments, cpu::binary_moments, cpu::multiclass_moments, cpu::sample_residuals,
+                cpu::sampled_moments, cpu::precision_mean, cpu::weighted_mean});
 
 #ifdef MTLGRAD_WITH_CUDA
   m.attr("cuda_compiled") = true;
@@ -132,7 +138,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_count", &cuda::device_count);
   m.def("cuda_device_error", &cuda::device_error);
   m.def("cuda_runtime_version", &cuda::runtime_version);
-  bind_moments(m, "cuda", {cuda::regression_moments, cuda::binary_moments, cuda::multiclass_moments, cuda::sample_residuals, cuda::sampled_moments, cuda::precision_mean, cuda::weighted_mean});
+  bind_moments(m, "cuda",
+               {cuda::regression_moments, cuda::binary_moments, cuda::multiclass_moments, cuda::sample_residuals,
+                cuda::sampled_moments, cuda::precision_mean, cuda::weighted_mean});
 #else
   m.attr("cuda_compiled") = false;
   m.attr("cuda_archs") = "";

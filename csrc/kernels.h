@@ -38,7 +38,7 @@ enum class Structure : int { full = 0, block = 1, kron = 2 };
 //          classes [C, C] = the class factor (unused otherwise)
 struct MulticlassPosterior {
   Structure structure;
-  const void *mean;  // [C, P]
+  const void* mean;  // [C, P]
   const void *cross, *spread, *classes;
   int64_t num_classes;
 };
@@ -72,13 +72,14 @@ void binary_moments(DType, Features, const void* targets, const void* mean, cons
 void multiclass_moments(DType, Features, const int64_t* targets, MulticlassPosterior, const double* points,
                         int64_t num_points, double* workspace, int64_t slots, Sink, Place);
 
-// logits [B, S, C] -> residuals in place: logistic or softmax less the target; targets [B, C] like the logits (binary;
-// NaN: no label) or int64 [B] (multiclass; -100: no label).
+// Logits to residuals in place: logistic or softmax less the target. Binary: logits [C, B, S], targets [B, C] of the same
+// type (NaN: no label). Multiclass: logits [B, S, C], targets int64 [B] (-100: no label). The residuals of an example
+// without a label are NaN.
 void sample_residuals(DType, Likelihood, void* logits, const void* targets, int64_t batch, int64_t samples,
                       int64_t classes, Place);
 
-// Moments over S samples of sum_c r_sbc w_scd (multiclass, T = 1) or r_sbc w_scd (binary, T = C); residuals [B, S, C],
-// NaN where there is no label; samples [S, C, P].
+// Moments over S samples of r_cbs w_scd (binary, T = C) or sum_c r_bsc w_scd (multiclass, T = 1); residuals as above,
+// samples [S, C, P].
 void sampled_moments(DType, Likelihood, const void* residuals, const void* samples, int64_t batch, int64_t num_samples,
                      int64_t classes, int64_t width, Sink, Place);
 

@@ -12,7 +12,8 @@ MTLGRAD_INLINE void regression_row(const T* h, T target, const T* m, const T* c,
   if (target != target) return emit_no_label(out, 0, width);
   const T r = static_cast<T>(dot(m, h, width) - static_cast<double>(target));
   const auto z = math::logit_variance(static_cast<T>(dot(c, h, width)), noise_scale(h, s, width));
-  emit(out, 0, width, [=](int64_t d) __attribute__((always_inline)) { return math::regression(m[d], c[d], s[d], r, z); });
+  emit(out, 0, width,
+       [=](int64_t d) __attribute__((always_inline)) { return math::regression(m[d], c[d], s[d], r, z); });
 }
 
 // One example of one binary output: two dot products, the quadrature, one pass over the features.
@@ -60,18 +61,18 @@ MTLGRAD_INLINE void precision_mean_row(const T* means, const T* variances, const
   }
 }
 
-#define MTLGRAD_ROWS(T)                                                                                               \
-  MTLGRAD_CLONES void regression_row_of(const T* h, T target, const T* m, const T* c, const T* s, int64_t width,     \
-                                        const SinkRow<T>& out) {                                                     \
-    regression_row(h, target, m, c, s, width, out);                                                                  \
-  }                                                                                                                  \
-  MTLGRAD_CLONES void binary_row_of(const T* h, T target, const T* m, const T* k, const T* s, const T* nodes,        \
-                                    const T* weights, int64_t num_nodes, int64_t width, const SinkRow<T>& out) {     \
-    binary_row(h, target, m, k, s, nodes, weights, num_nodes, width, out);                                           \
-  }                                                                                                                  \
-  MTLGRAD_CLONES void precision_mean_row_of(const T* means, const T* variances, const double* power, T* out,         \
-                                            int64_t batch, int64_t tasks, int64_t width) {                           \
-    precision_mean_row(means, variances, power, out, batch, tasks, width);                                           \
+#define MTLGRAD_ROWS(T)                                                                                          \
+  MTLGRAD_CLONES void regression_row_of(const T* h, T target, const T* m, const T* c, const T* s, int64_t width, \
+                                        const SinkRow<T>& out) {                                                 \
+    regression_row(h, target, m, c, s, width, out);                                                              \
+  }                                                                                                              \
+  MTLGRAD_CLONES void binary_row_of(const T* h, T target, const T* m, const T* k, const T* s, const T* nodes,    \
+                                    const T* weights, int64_t num_nodes, int64_t width, const SinkRow<T>& out) { \
+    binary_row(h, target, m, k, s, nodes, weights, num_nodes, width, out);                                       \
+  }                                                                                                              \
+  MTLGRAD_CLONES void precision_mean_row_of(const T* means, const T* variances, const double* power, T* out,     \
+                                            int64_t batch, int64_t tasks, int64_t width) {                       \
+    precision_mean_row(means, variances, power, out, batch, tasks, width);                                       \
   }
 MTLGRAD_ROWS(float)
 MTLGRAD_ROWS(double)
@@ -104,8 +105,7 @@ void binary_moments(DType dtype, Features features, const void* targets, const v
     parallel_for(features.batch, place.threads, [&](int64_t b) {
       const T* h = static_cast<const T*>(features.data) + b * features.stride;
       for (int64_t o = 0; o < outputs; ++o)
-        binary_row_of(h, static_cast<const T*>(targets)[b * outputs + o],
-                      static_cast<const T*>(mean) + o * augmented,
+        binary_row_of(h, static_cast<const T*>(targets)[b * outputs + o], static_cast<const T*>(mean) + o * augmented,
                       static_cast<const T*>(cross) + (o * features.batch + b) * augmented,
                       static_cast<const T*>(spread) + o * augmented, static_cast<const T*>(nodes),
                       static_cast<const T*>(weights), num_nodes, width, sink_row<T>(sink, b, o, outputs, width));
@@ -125,8 +125,8 @@ void precision_mean(DType dtype, const void* means, const void* variances, const
   });
 }
 
-void weighted_mean(DType dtype, const void* numerator, const void* denominator, void* out, int64_t batch,
-                   int64_t width, Place place) {
+void weighted_mean(DType dtype, const void* numerator, const void* denominator, void* out, int64_t batch, int64_t width,
+                   Place place) {
   for_dtype("weighted_mean", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     parallel_for(batch, place.threads, [&](int64_t b) {

@@ -1,7 +1,7 @@
 #include "cpu/sink.h"
 #include "kernels.h"
-#include "math/multiclass.h"
 #include "math/moments.h"
+#include "math/multiclass.h"
 
 namespace mtlgrad::cpu {
 namespace {
@@ -78,7 +78,8 @@ MTLGRAD_INLINE void integrate(const Example<T>& e, double scale) {
   }
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t k = 0; k <= c; ++k)
-      s.products[c * classes + k] = s.products[k * classes + c] = s.second[c * (c + 1) / 2 + k] + s.first[c] * s.first[k];
+      s.products[c * classes + k] = s.products[k * classes + c] =
+          s.second[c * (c + 1) / 2 + k] + s.first[c] * s.first[k];
   math::multiclass_finish(s, e.posterior.structure, classes, scale, static_cast<const T*>(e.posterior.classes), 0, 1);
 }
 
@@ -140,8 +141,8 @@ void multiclass_moments(DType dtype, Features features, const int64_t* targets, 
     using T = std::remove_pointer_t<decltype(type)>;
     // A slot of workspace serves one share of the batch.
     parallel_for(slots, place.threads, [&](int64_t slot) {
-      const auto slice = math::multiclass_slice(workspace + slot * size, posterior.structure, posterior.num_classes,
-                                                num_points);
+      const auto slice =
+          math::multiclass_slice(workspace + slot * size, posterior.structure, posterior.num_classes, num_points);
       for (int64_t b = slot * features.batch / slots; b < (slot + 1) * features.batch / slots; ++b)
         example_row_of(Example<T>{{static_cast<const T*>(features.data) + b * features.stride, features.width,
                                    targets[b], b, features.batch, posterior},

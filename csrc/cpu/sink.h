@@ -7,7 +7,7 @@ namespace mtlgrad::cpu {
 
 template <typename T>
 struct SinkRow {
-  T *mean, *variance;         // write here, or
+  T *mean, *variance;          // write here, or
   T *numerator, *denominator;  // add here
   double power;
 };
@@ -23,7 +23,7 @@ inline SinkRow<T> sink_row(const Sink& sink, int64_t example, int64_t task, int6
 
 template <typename T, typename F, typename W>
 MTLGRAD_INLINE void fold(const SinkRow<T>& row, int64_t begin, int64_t end, const F& moments_at, const W& weight_of) {
-  T *__restrict__ numerator = row.numerator, *__restrict__ denominator = row.denominator;
+  T* __restrict__ numerator = row.numerator, * __restrict__ denominator = row.denominator;
 #pragma omp simd
   for (int64_t d = begin; d < end; ++d) {
     const math::Moments<T> m = moments_at(d);
@@ -40,15 +40,14 @@ MTLGRAD_INLINE void emit(const SinkRow<T>& row, int64_t begin, int64_t end, cons
     const T floor = static_cast<T>(math::kSmallestVariance);
     const math::Power<T> power(row.power);
     if (row.power == 1.0)
-      fold(row, begin, end, moments_at, [=](T variance) __attribute__((always_inline)) {
-        return T(1) / (variance < floor ? floor : variance);
-      });
+      fold(row, begin, end, moments_at,
+           [=](T variance) __attribute__((always_inline)) { return T(1) / (variance < floor ? floor : variance); });
     else
       fold(row, begin, end, moments_at,
            [=](T variance) __attribute__((always_inline)) { return math::precision_weight(variance, power); });
     return;
   }
-  T *__restrict__ mean = row.mean, *__restrict__ variance = row.variance;
+  T* __restrict__ mean = row.mean, * __restrict__ variance = row.variance;
 #pragma omp simd
   for (int64_t d = begin; d < end; ++d) {
     const math::Moments<T> m = moments_at(d);

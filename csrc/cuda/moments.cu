@@ -53,8 +53,8 @@ void precision_mean(DType dtype, const void* means, const void* variances, const
   MTLGRAD_CUDA_CHECK(cudaGetLastError());
 }
 
-void weighted_mean(DType dtype, const void* numerator, const void* denominator, void* out, int64_t batch,
-                   int64_t width, Place place) {
+void weighted_mean(DType dtype, const void* numerator, const void* denominator, void* out, int64_t batch, int64_t width,
+                   Place place) {
   if (batch == 0 || width == 0) return;
   DeviceGuard guard(place.device);
   for_dtype("weighted_mean", dtype, [&](auto* type) {

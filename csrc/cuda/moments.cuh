@@ -12,9 +12,9 @@ namespace mtlgrad::cuda {
 // outputs of its example, since every (example, feature) has one owner.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
-regression_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
-                  const T* __restrict__ cross, int64_t cross_stride, const T* __restrict__ spread,
-                  int64_t spread_stride, int64_t outputs, Sink sink) {
+    regression_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
+                      const T* __restrict__ cross, int64_t cross_stride, const T* __restrict__ spread,
+                      int64_t spread_stride, int64_t outputs, Sink sink) {
   const int64_t b = blockIdx.x, width = features.width;
   const T* h = static_cast<const T*>(features.data) + b * features.stride;
   for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
@@ -40,9 +40,9 @@ regression_kernel(Features features, const T* __restrict__ targets, const T* __r
 // As above; the quadrature in between is done by every warp for itself, a node a lane, so that its sums need no barrier.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
-binary_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
-              const T* __restrict__ cross, const T* __restrict__ spread, const T* __restrict__ nodes,
-              const T* __restrict__ weights, int64_t num_nodes, int64_t outputs, Sink sink) {
+    binary_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
+                  const T* __restrict__ cross, const T* __restrict__ spread, const T* __restrict__ nodes,
+                  const T* __restrict__ weights, int64_t num_nodes, int64_t outputs, Sink sink) {
   const int64_t b = blockIdx.x, width = features.width, augmented = width + 1;
   const T* h = static_cast<const T*>(features.data) + b * features.stride;
   for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
@@ -74,8 +74,9 @@ binary_kernel(Features features, const T* __restrict__ targets, const T* __restr
 // A thread an output element: T pairs in, one number out; neighbouring threads read neighbouring features.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
-precision_mean_kernel(const T* __restrict__ means, const T* __restrict__ variances, const double* __restrict__ power,
-                      T* __restrict__ out, int64_t batch, int64_t tasks, int64_t width) {
+    precision_mean_kernel(const T* __restrict__ means, const T* __restrict__ variances,
+                          const double* __restrict__ power, T* __restrict__ out, int64_t batch, int64_t tasks,
+                          int64_t width) {
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < batch * width; i += step) {
     const int64_t first = i / width * tasks * width + i % width;
@@ -91,8 +92,8 @@ precision_mean_kernel(const T* __restrict__ means, const T* __restrict__ varianc
 
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
-weighted_mean_kernel(const T* __restrict__ numerator, const T* __restrict__ denominator, T* __restrict__ out,
-                     int64_t batch, int64_t width) {
+    weighted_mean_kernel(const T* __restrict__ numerator, const T* __restrict__ denominator, T* __restrict__ out,
+                         int64_t batch, int64_t width) {
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < batch * width; i += step)
     out[i] = math::weighted_mean(numerator[i], denominator[i], static_cast<T>(batch));

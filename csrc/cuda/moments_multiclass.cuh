@@ -37,9 +37,9 @@ __device__ __forceinline__ double warp_slack(const T* variances, const T* h, int
 // The structure is a template argument: each of the three needs half the registers of one kernel for all.
 template <typename T, int kThreads, Structure structure>
 __global__ void __launch_bounds__(kThreads)
-multiclass_kernel(Features features, const int64_t* __restrict__ targets, MulticlassPosterior posterior,
-                  const double* __restrict__ points, int64_t num_points, double* __restrict__ workspace,
-                  int64_t slice_size, Sink sink) {
+    multiclass_kernel(Features features, const int64_t* __restrict__ targets, MulticlassPosterior posterior,
+                      const double* __restrict__ points, int64_t num_points, double* __restrict__ workspace,
+                      int64_t slice_size, Sink sink) {
   posterior.structure = structure;
   const int64_t classes = posterior.num_classes, width = features.width;
   const math::MulticlassSlice s =
@@ -54,8 +54,7 @@ multiclass_kernel(Features features, const int64_t* __restrict__ targets, Multic
     const T* h = static_cast<const T*>(features.data) + b * features.stride;
     const math::MulticlassExample<T> e{h, width, targets[b], b, features.batch, posterior};
     if (e.target == math::kNoClass) {  // the same for the whole block: no thread is left behind at a barrier
-      for (int64_t d = threadIdx.x; d < width; d += kThreads)
-        emit(sink, b, 0, 1, d, width, power, math::no_label<T>());
+      for (int64_t d = threadIdx.x; d < width; d += kThreads) emit(sink, b, 0, 1, d, width, power, math::no_label<T>());
       continue;
     }
 

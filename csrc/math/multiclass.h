@@ -46,9 +46,7 @@ struct MulticlassExample {
   }
 
   // Row q of the (co)variances s_d.
-  MTLGRAD_INLINE const T* spread(int64_t q) const {
-    return static_cast<const T*>(posterior.spread) + q * (width + 1);
-  }
+  MTLGRAD_INLINE const T* spread(int64_t q) const { return static_cast<const T*>(posterior.spread) + q * (width + 1); }
   // The variances of class c's weights among them.
   MTLGRAD_INLINE const T* variances(int64_t c) const {
     const bool full = posterior.structure == Structure::full, block = posterior.structure == Structure::block;
@@ -58,10 +56,10 @@ struct MulticlassExample {
 
 // One example's slice of the workspace.
 struct MulticlassSlice {
-  double *mu, *slack;              // [C] logits at the posterior mean; rounding error of V_cc
-  double *factor, *inverse;        // V, then L (block: sqrt V_c); V^-1
-  double *phi;                     // [n, S]
-  double *products;                // E[r_c r_k], [C, C]
+  double *mu, *slack;               // [C] logits at the posterior mean; rounding error of V_cc
+  double *factor, *inverse;         // V, then L (block: sqrt V_c); V^-1
+  double* phi;                      // [n, S]
+  double* products;                 // E[r_c r_k], [C, C]
   double *first, *second, *spread;  // the result
 };
 
@@ -123,7 +121,8 @@ MTLGRAD_INLINE void semidefinite_cholesky(double* v, double* inverse, const doub
 }
 
 // Stage 2 (after mu and V): V -> L and V^-1. kron: `factor` holds A scaled by s on entry.
-MTLGRAD_INLINE void multiclass_factor(const MulticlassSlice& s, Structure structure, int64_t classes, double tolerance) {
+MTLGRAD_INLINE void multiclass_factor(const MulticlassSlice& s, Structure structure, int64_t classes,
+                                      double tolerance) {
   if (structure != Structure::block) return semidefinite_cholesky(s.factor, s.inverse, s.slack, classes, tolerance);
   for (int64_t c = 0; c < classes; ++c) {
     const double v = s.factor[c];

@@ -76,7 +76,7 @@ def uncertainty_map(tasks: Sequence[str], variance: Tensor) -> bytes:
     """The variance of each task's gradient in each dimension of the representation, [T, D], on a logarithmic scale.
 
     Dimensions are sorted by the mean logarithm over tasks, so that what tasks share and where they differ is visible.
-    Dimensions that no task uses (dead units: variance at the clamp) stand at one end.
+    Units that are rarely active keep much of the prior's variance: they stand on the right.
     """
     logs = variance.double().clamp_min(1e-12).log10()
     order = logs.mean(0).argsort()
@@ -84,6 +84,7 @@ def uncertainty_map(tasks: Sequence[str], variance: Tensor) -> bytes:
     axis = figure.subplots()
     image = axis.imshow(logs[:, order].numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
     axis.set_yticks(range(len(tasks)), list(tasks))
+    axis.set_title("bayesagg: variance of the gradient, mean over the last epoch")
     axis.set_xlabel("dimension of the shared representation, sorted")
     figure.colorbar(image, ax=axis, label="log10 variance")
     return _png(figure)

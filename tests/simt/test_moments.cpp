@@ -161,14 +161,13 @@ void multiclass(Structure structure, int64_t batch, int64_t classes, int64_t wid
       for (int64_t i = 0; i < size; ++i) spread[y++] = static_cast<T>(at(c, i, k, i));
   for (size_t i = 0; i < class_covariance.size; ++i) class_covariance[i] = static_cast<T>(a[i]);
   const auto u = normal<double>(points * classes);
-  const MulticlassPosterior posterior{structure,    mean.get(),
-                                      cross.get(),  spread.get(),
-                                      class_covariance.get(), classes};
+  const MulticlassPosterior posterior{structure, mean.get(), cross.get(), spread.get(), class_covariance.get(),
+                                      classes};
   both<T>("multiclass", batch, 1, width, [&](bool device, Sink sink) {
     Array<double> workspace(slots * multiclass_workspace(structure, classes, points));
-    (device ? cuda::multiclass_moments : cpu::multiclass_moments)(
-        dtype_of<T>, {features.get(), width, batch, width}, targets.get(), posterior, u.get(), points,
-        workspace.get(), slots, sink, {});
+    (device ? cuda::multiclass_moments : cpu::multiclass_moments)(dtype_of<T>, {features.get(), width, batch, width},
+                                                                  targets.get(), posterior, u.get(), points,
+                                                                  workspace.get(), slots, sink, {});
   });
 }
 
@@ -177,7 +176,7 @@ void sampled(Likelihood likelihood, int64_t batch, int64_t samples, int64_t clas
   const bool binary = likelihood == Likelihood::binary;
   const auto weights = normal<T>(samples * classes * (width + 1));
   const auto logits = normal<T>(batch * samples * classes);
-  Array<T> labels(batch * classes, T(1));
+  Array<T> labels(batch * classes, T(1));  // logits: [C, B, S] here, [B, S, C] for multiclass
   Array<int64_t> targets(batch, 0);
   labels[0] = std::numeric_limits<T>::quiet_NaN();
   for (int64_t b = 0; b < batch; ++b) targets[b] = b == 1 ? -100 : static_cast<int64_t>(rng() % classes);

@@ -171,10 +171,14 @@ def run_sampled(features: Tensor, targets: Tensor, samples: Tensor, kind: str, s
     targets, samples = targets.contiguous(), samples.contiguous()
     num_samples, classes, _ = samples.shape
     batch, width = features.shape
-    weights = samples.view(num_samples * classes, width + 1)
-    logits = torch.addmm(weights[:, width], features, weights[:, :width].T)
-    kernels, where, code = kernels_for(features.device), place(features.device), DTYPE_CODES[features.dtype]
     multiclass = kind == "multiclass"
+    if multiclass:  # [B, S, C]
+        weights = samples.view(num_samples * classes, width + 1)
+        logits = torch.addmm(weights[:, width], features, weights[:, :width].T)
+    else:  # [C, B, S]
+        by_class = samples.permute(1, 2, 0)
+        logits = torch.baddbmm(by_class[:, width, None], features.expand(classes, -1, -1), by_class[:, :width])
+    kernels, where, code = kernels_for(features.device), place(features.device), DTYPE_CODES[features.dtype]
     kernels.sample_residuals(
         code, multiclass, logits.data_ptr(), targets.data_ptr(), batch, num_samples, classes, *where
     )

@@ -30,7 +30,7 @@ def checked_cholesky(matrix: Tensor, name: str) -> Tensor:
     for jitter in JITTERS:
         failed = info > 0
         lifted = matrix.clone()
-        lifted.diagonal(dim1=-2, dim2=-1).add_((failed * jitter * mean_diagonal)[..., None])
+        lifted.diagonal(dim1=-2, dim2=-1).add_((failed * (jitter * mean_diagonal))[..., None])
         factor, info = torch.linalg.cholesky_ex(lifted)
         if not bool(info.any()):
             message = f"{name}: precision not positive definite, added {jitter:.0e} of its mean diagonal"

@@ -53,7 +53,8 @@ class Posterior(ABC):
         # The mean is anchor - precision^-1 residual: sums in deviations from a point nearby lose no digits.
         self.anchor = anchor
         self._start(prior)
-        self.residual = self.times_precision(anchor if prior is None else anchor - prior.mean.to(anchor))
+        with torch.autocast(anchor.device.type, enabled=False):
+            self.residual = self.times_precision(anchor if prior is None else anchor - prior.mean.to(anchor))
 
     # ---- what a structure provides
 

@@ -1,0 +1,236 @@
+"""The batch posterior by the matrix inversion lemma is the batch posterior; in float32 it keeps its digits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from posterior_cases import CASES, Data, close, dense_of, make, posterior
+from torch import Tensor
+
+from mtlgrad.bayesagg import conditioning
+from mtlgrad.bayesagg.conditioning import Conditioned, batch_posterior, condition, softmax_curvature_factor
+from mtlgrad.posterior import Posterior
+
+WIDTH, OUTPUTS = 6, 3
+every_case = pytest.mark.parametrize(("kind", "structure"), CASES)
+
+
+def conditioned(prior: Posterior, data: Data) -> list[Conditioned]:
+    weight = None if data.kind == "regression" else data.weight
+    return list(condition(prior, data.features, data.hidden, data.targets, weight, "a name"))
+
+
+def of_batch(prior: Posterior, data: Data) -> Posterior:
+    return batch_posterior(prior, data.features, data.targets, None if data.kind == "regression" else data.weight)
+
+
+def explicit(law: Posterior, matrix: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a covariance in any structure: Cov(w_c, z_k) for every example, [B, R, R, W], and the covariances of the
+    weights at each dimension, [R, R, W]."""
+    rows, width = law.mean.shape
+    blocks = dense_of(law, matrix).reshape(rows, width, rows, width)
+    return torch.einsum("cdkp,bp->bckd", blocks, hidden), blocks.diagonal(dim1=1, dim2=3)
+
+
+def assembled(parts: list[Conditioned], rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, cross [B, R, R, W], spread [R, R, W]) from the shapes that the kernels want."""
+    assert [part.first for part in parts] == [0] + [part.last for part in parts[:-1]]
+    assert parts[-1].last == rows
+    mean = torch.cat([part.mean for part in parts])
+    structure = parts[0].structure
+    eye = torch.eye(rows, dtype=mean.dtype)
+    if structure == "full":
+        cross = parts[0].cross.reshape(rows, -1, rows, mean.shape[1])  # [C(k), B, C(c), W]
+        return mean, cross.permute(1, 2, 0, 3), parts[0].spread
+    if structure == "kron":
+        factor = parts[0].class_factor
+        assert factor is not None
+        return mean, factor[None, :, :, None] * parts[0].cross[:, None, None], factor[..., None] * parts[0].spread
+    # "rows" may hold one covariance for all of a part's rows
+    cross = torch.cat([part.cross.expand(part.last - part.first, -1, -1) for part in parts])
+    spread = torch.cat([part.spread.expand(part.last - part.first, -1) for part in parts])
+    return mean, eye[None, :, :, None] * cross.permute(1, 0, 2)[:, :, None], eye[..., None] * spread[:, None]
+
+
+@every_case
+@pytest.mark.parametrize("batch", [1, WIDTH - 1, WIDTH + 1, 40])
+@pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])
+def test_conditioning_is_the_batch_posterior(kind: str, structure: str, batch: int, missing: float) -> None:
+    prior = posterior(make(kind, width=WIDTH, seed=1), structure)
+    data = make(kind, batch, WIDTH, seed=2, missing=missing)
+    law, parts = of_batch(prior, data), conditioned(prior, data)
+    mean, cross, spread = assembled(parts, OUTPUTS)
+    close(mean, law.mean)
+    expected_cross, expected_spread = explicit(law, law.covariance(), data.hidden)
+    if kind == "multiclass":  # the kernels see differences between classes only
+        expected_cross, expected_spread = (differences(x, -3) for x in (expected_cross, expected_spread))
+        cross, spread = differences(cross, -3), differences(spread, -3)
+    close(cross, expected_cross)
+    close(spread, expected_spread)
+
+
+def differences(covariances: Tensor, first: int) -> Tensor:
+    """Of [..., C, C, W]: the covariances of the classes' deviations from their mean."""
+    rows = covariances - covariances.mean(first, keepdim=True)
+    return rows - rows.mean(first + 1, keepdim=True)
+
+
+@pytest.mark.parametrize(("kind", "structure"), [case for case in CASES if case[1] in ("full", "block")])
+def test_few_examples_factorise_no_matrix_of_weights(
+    kind: str, structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = posterior(make(kind, width=WIDTH, seed=1), structure)
+    _ = prior.covariance(), prior.contrasts
+    sizes = []
+    original = conditioning.checked_cholesky
+    monkeypatch.setattr(conditioning, "batch_posterior", None)
+    monkeypatch.setattr(
+        conditioning, "checked_cholesky", lambda m, name: sizes.append(m.shape[-1]) or original(m, name)
+    )
+    conditioned(prior, make(kind, 3, WIDTH))
+    assert set(sizes) == {3 * (OUTPUTS - 1 if kind == "multiclass" and structure == "full" else 1)}
+
+
+@pytest.mark.parametrize("prior_labels", ["all", "some"])
+@pytest.mark.parametrize("labels", ["all", "rows", "some"])
+@pytest.mark.parametrize("batch", [4, 12])
+def test_regression_labels_missing_in_prior_and_batch(prior_labels: str, labels: str, batch: int) -> None:
+    """One covariance for all outputs or one each, on either side."""
+    before, data = make("regression", width=WIDTH, seed=1), make("regression", batch, WIDTH)
+    if prior_labels == "some":
+        before.targets[0, 1] = torch.nan
+    if labels != "all":
+        data.targets[1, 2 if labels == "some" else slice(None)] = torch.nan
+    prior = posterior(before)
+    law = of_batch(prior, data)
+    mean, cross, spread = assembled(conditioned(prior, data), OUTPUTS)
+    close(mean, law.mean)
+    expected = explicit(law, law.covariance(), data.hidden)
+    close(cross, expected[0])
+    close(spread, expected[1])
+
+
+def test_rows_in_one_piece_are_the_rows_one_by_one() -> None:
+    """Devices take many outputs at a time, the host one: with and without curvature."""
+    for kind in ("binary", "regression"):
+        data = make(kind, 4, WIDTH)
+        before = make(kind, width=WIDTH, seed=1, missing=0.2)
+        prior = posterior(before)
+        blocks = prior.covariance()
+        curvature = None if kind == "regression" else torch.rand(OUTPUTS, 4, dtype=torch.float64)
+        together = conditioning._condition_rows(prior, blocks, data.hidden, curvature, "x")
+        assert together is not None
+        for o in range(OUTPUTS):
+            one = conditioning._condition_rows(
+                prior, blocks[o : o + 1], data.hidden, None if curvature is None else curvature[o : o + 1], "x"
+            )
+            assert one is not None
+            for a, b in zip(together, one):
+                close(a[o : o + 1], b, 1e-13)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_factor_of_the_softmax_curvature(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 40 * torch.randn(200, classes, generator=generator, dtype=torch.float64)  # down to 1e-80
+    p = torch.softmax(logits, 1)
+    p[0] = 0.0  # an example without a label
+    f = softmax_curvature_factor(p)
+    assert f.shape == (200, classes, classes - 1)
+    assert f.isfinite().all()
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    assert (f @ f.mT - curvature).abs().max() < 1e-15
+    # Small entries to their own last digits too, where the subtraction p - p^2 has none left.
+    assert ((f**2).sum(-1) - p * (p.sum(1, keepdim=True) - p)).abs().le(1e-13 * p).all()
+
+
+def test_errors_name_the_task_on_every_path() -> None:
+    for kind, structure in CASES:
+        for batch in (2, 40):
+            data = make(kind, batch, WIDTH)
+            prior = posterior(make(kind, width=WIDTH, seed=1), structure)
+            data.features[:] = torch.nan
+            if structure == "diag":
+                continue  # nothing to factorise: NaN goes on, and the layer refuses it
+            with pytest.raises(ValueError, match=r"a name.*: expected a finite precision matrix, found NaN"):
+                conditioned(prior, data)
+
+
+# ---- float32
+
+
+def errors(prior: Posterior, data: Data, narrow_prior: Posterior) -> list[float]:
+    """Of a float32 batch against float64 for the same rounded batch: of the mean in standard deviations, of the
+    variances, and of Cov(w, z) against the standard deviations of w and z, which bound it."""
+    narrow = data.to(torch.float32)
+    wide = narrow.to(torch.float64)
+    found = (x.double() for x in assembled(conditioned(narrow_prior, narrow), OUTPUTS))
+    expected = assembled(conditioned(prior, wide), OUTPUTS)
+    (mean, cross, spread), (mean0, cross0, spread0) = found, expected
+    variance = spread0.diagonal().T  # [R, W]
+    logit = torch.einsum("bccd,bd->bc", cross0, wide.hidden)
+    bound = (logit[:, None, :, None] * variance[:, None]).sqrt()
+    relative = [(mean - mean0) / variance.sqrt(), spread.diagonal().T / variance - 1, (cross - cross0) / bound]
+    return [float(x.abs().max()) for x in relative]
+
+
+def hard_case(kind: str, scale: float, repeated: bool, unseen: bool, batch: int) -> tuple[Data, Data]:
+    """What the prior saw, and a batch; weights such that the logits are of order one."""
+    width = 24
+    before, data = make(kind, 60, width, seed=1), make(kind, batch, width, seed=2)
+    for part in (before, data):
+        part.features *= scale
+        part.weight[:, :width] /= scale * width**0.5
+    if unseen:  # units that were dead in the last epoch
+        before.features[:, : width // 2] = 0.0
+    if repeated:
+        data.features[1:] = data.features[0]
+    return before, data
+
+
+@every_case
+@pytest.mark.parametrize("gamma", [0.005, 1e3])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e2])
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("unseen", [False, True])
+def test_float32_keeps_its_digits(
+    kind: str, structure: str, gamma: float, scale: float, repeated: bool, unseen: bool
+) -> None:
+    """Strong and weak priors, features that are tiny and large, one example many times over, features that the prior
+    never saw: where float32 would lose more than about 1e-7 LARGEST_TRACE, float64 takes over."""
+    for batch in (8, 30):
+        before, data = hard_case(kind, scale, repeated, unseen, batch)
+        prior = posterior(before, structure, gamma=gamma)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no jitter either
+            found = errors(prior, data, prior.to(data.features.float()))
+        assert max(found) < 1e-7 * conditioning.LARGEST_TRACE, found
+
+
+@pytest.mark.parametrize(("kind", "structure"), [case for case in CASES if case[1] != "diag"])
+def test_without_float64_those_digits_would_be_lost(kind: str, structure: str) -> None:
+    """That the cases above are hard."""
+    before, data = hard_case(kind, 1e2, kind != "regression", True, 8)
+    prior = posterior(before, structure, gamma=1e3)
+    narrow = prior.to(data.features.float())
+    narrow.exact = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = errors(prior, data, narrow)
+    assert not max(found) < 1e-7 * conditioning.LARGEST_TRACE, found
+
+
+@pytest.mark.parametrize(("kind", "structure"), [case for case in CASES if case[1] in ("full", "block")])
+def test_an_ordinary_batch_stays_in_float32(kind: str, structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float64 costs time: it must be the exception."""
+    answers = []
+    original = conditioning._wants_float64
+    monkeypatch.setattr(conditioning, "_wants_float64", lambda *a: answers.append(original(*a)) or answers[-1])
+    before, data = make(kind, 300, 48, seed=1), make(kind, 32, 48, seed=2)
+    prior = posterior(before, structure, gamma=0.005)
+    conditioned(prior.to(data.features.float()), data.to(torch.float32))
+    assert answers
+    assert not any(answers)
