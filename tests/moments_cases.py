@@ -1,4 +1,4 @@
-"""Random posteriors and batches for the tests of the `moments` stem, in float64, and the bound that results must meet."""
+"""Random posteriors and batches for the tests of the `moments` stem, and the bound that results must meet."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ def spd(g: torch.Generator, *batch: int, size: int) -> Tensor:
     return a @ a.mT / max(size, 1) + 0.01 * torch.eye(size, dtype=torch.float64)
 
 
-def regression(seed: int, batch: int, width: int, outputs: int = 3, scale: float = 1.0, per_output: bool = False) -> Case:
+def regression(
+    seed: int, batch: int, width: int, outputs: int = 3, scale: float = 1.0, per_output: bool = False
+) -> Case:
     g = generator(seed)
     shape = (outputs,) if per_output else ()
     return Case(
-        normal(g, batch, width), normal(g, batch, outputs), normal(g, outputs, width), scale * spd(g, *shape, size=width)
+        normal(g, batch, width),
+        normal(g, batch, outputs),
+        normal(g, outputs, width),
+        scale * spd(g, *shape, size=width),
     )
 
 
@@ -85,7 +90,8 @@ def assert_within_bound(got: Tensor, eager: Tensor, want: Tensor, terms: Tensor,
 
     By rows: one element's eager error may be zero by luck, a row's largest one is not.
     """
-    assert got.shape == want.shape and got.isfinite().all(), f"{what}: not finite"
+    assert got.shape == want.shape
+    assert got.isfinite().all(), f"{what}: not finite"
     limit = 2 * worst(eager, want) + 8 * eps * (terms.amax(-1) if terms.shape[-1] else terms.sum(-1))
     excess = worst(got, want) - limit
     assert (excess <= 0).all(), f"{what}: error {worst(got, want).max():.2e} over its bound by {excess.max():.2e}"

@@ -1,5 +1,5 @@
-"""The `moments` operations against their float64 reference, on every backend there is: the CPU kernels, the CUDA kernels
-in the host emulator, and the CUDA kernels on a GPU where there is one."""
+"""The `moments` operations against their float64 reference, on every backend there is: the CPU kernels, the CUDA
+kernels in the host emulator, and the CUDA kernels on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Where to put tensors, with the kernels of the backend behind the operations."""
     if request.param == "emulated":
         monkeypatch.setitem(_kernels.KERNELS, "cpu", emulated_extension().cuda)
-    yield "cuda" if request.param == "cuda" else "cpu"
+    return "cuda" if request.param == "cuda" else "cpu"
 
 
 def on(device: str, *values: Any) -> list[Any]:
@@ -185,7 +185,8 @@ def test_missing_labels_have_no_gradient(device: str) -> None:
         full = getattr(ops, name)(*on(device, *case))
         some = getattr(ops, name)(*on(device, *case._replace(targets=targets)))
         missing = targets.isnan()
-        assert (some[0].cpu()[missing] == 0).all() and (some[1].cpu()[missing] == torch.inf).all()
+        assert (some[0].cpu()[missing] == 0).all()
+        assert (some[1].cpu()[missing] == torch.inf).all()
         for a, b in zip(some, full):
             assert torch.equal(a.cpu()[~missing], b.cpu()[~missing])
     case = multiclass(8, 5, 9)
@@ -195,7 +196,9 @@ def test_missing_labels_have_no_gradient(device: str) -> None:
         ops.multiclass_moments(*on(device, *case._replace(targets=targets))),
         ops.sampled_moments(*on(device, case.features, targets, normal(generator(1), 6, 3, 10)), kind="multiclass"),
     ):
-        assert (mean[2] == 0).all() and (variance[2] == torch.inf).all() and variance[[0, 1, 3, 4]].isfinite().all()
+        assert (mean[2] == 0).all()
+        assert (variance[2] == torch.inf).all()
+        assert variance[[0, 1, 3, 4]].isfinite().all()
 
 
 def test_missing_labels_get_no_weight(device: str) -> None:
@@ -267,7 +270,8 @@ def test_no_variance_along_the_features(device: str) -> None:
     block = torch.block_diag(covariance, torch.zeros(1, 1))[None]
     weight = torch.cat([mean, torch.ones(1, 1)], 1)
     _, variance = ops.binary_moments(*on(device, h.float(), torch.ones(1, 1), weight, block))
-    assert variance.isfinite().all() and (variance >= 0).all()
+    assert variance.isfinite().all()
+    assert (variance >= 0).all()
 
 
 @pytest.mark.parametrize("logit", [-60.0, -20.0, 20.0, 60.0])
@@ -335,7 +339,9 @@ def test_threads_do_not_change_the_result() -> None:
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results.append([*ops.multiclass_moments(*case), *ops.sampled_moments(*case[:2], samples, kind="multiclass")])
+            results.append(
+                [*ops.multiclass_moments(*case), *ops.sampled_moments(*case[:2], samples, kind="multiclass")]
+            )
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

@@ -24,9 +24,7 @@ def limit(case: Case, kind: str, chunks: int, size: int) -> tuple[Tensor, Tensor
     """Moments over chunks x size weight samples, by the law of total variance."""
     means, variances = [], []
     for i in range(chunks):
-        mean, variance = ops.sampled_moments(
-            case.features, case.targets, weight_samples(case, size, seed=i), kind=kind
-        )
+        mean, variance = ops.sampled_moments(case.features, case.targets, weight_samples(case, size, seed=i), kind=kind)
         means.append(mean)
         variances.append(variance)
     mean = torch.stack(means).mean(0)
@@ -34,8 +32,8 @@ def limit(case: Case, kind: str, chunks: int, size: int) -> tuple[Tensor, Tensor
 
 
 def hard_binary() -> Case:
-    """Logits with standard deviations up to 3.7: from half a probability to saturation and back. (32 nodes lose accuracy
-    beyond: 2e-3 at worst for 4.5, 3e-2 for 8; more nodes help.)"""
+    """Logits with standard deviations up to 3.7: from half a probability to saturation and back. Beyond, 32 nodes lose
+    accuracy (2e-3 at worst for 4.5, 3e-2 for 8) and more nodes help."""
     return binary(20, 6, 8, outputs=2, scale=0.7)
 
 
@@ -65,7 +63,7 @@ def test_binary_float32_with_a_tight_posterior() -> None:
     assert (got[1].double() / want[1] - 1).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("classes, width, scale", [(3, 5, 1.0), (5, 32, 0.1), (10, 16, 0.1)])
+@pytest.mark.parametrize(("classes", "width", "scale"), [(3, 5, 1.0), (5, 32, 0.1), (10, 16, 0.1)])
 def test_multiclass_against_samples(classes: int, width: int, scale: float) -> None:
     """Logits with standard deviations of about 2."""
     case = multiclass(22, 8, width, classes=classes, scale=scale)

@@ -58,7 +58,9 @@ def test_gradcheck() -> None:
 
     check = torch.autograd.gradcheck
     assert check(lambda h, y, w, s: ops.regression_moments(h, y, w, symmetric(s)), leaf(*r))
-    assert check(lambda h, w, s: ops.binary_moments(h, b.targets, w, symmetric(s)), leaf(b.features, b.mean, b.covariance))
+    assert check(
+        lambda h, w, s: ops.binary_moments(h, b.targets, w, symmetric(s)), leaf(b.features, b.mean, b.covariance)
+    )
     assert check(
         lambda h, w, s: ops.multiclass_moments(h, m.targets, w, symmetric(s), num_points=16),
         leaf(m.features, m.mean, m.covariance),
@@ -187,7 +189,10 @@ def bad_calls() -> list[tuple[Any, str]]:
         (lambda: ops.regression_moments(x, y, w, indefinite), "covariance: expected .*positive semi-definite"),
         (lambda: ops.binary_moments(*b[:3], twisted), "covariance: expected .*positive semi-definite"),
         (lambda: ops.binary_moments(*b, nodes=2), "nodes: expected 3 to 512, found 2"),
-        (lambda: ops.binary_moments(b.features, b.targets, b.mean[:, :5], b.covariance), r"mean: expected shape \[O, 6\]"),
+        (
+            lambda: ops.binary_moments(b.features, b.targets, b.mean[:, :5], b.covariance),
+            r"mean: expected shape \[O, 6\]",
+        ),
         (lambda: ops.multiclass_moments(m.features, outside, *m[2:]), "from 0 to 2, .* found 3 at example 2"),
         (lambda: ops.multiclass_moments(m.features, m.targets.float(), *m[2:]), "targets: expected int64"),
         (lambda: ops.multiclass_moments(*m[:3], m.covariance[:5]), r"covariance: expected shape \[18, 18\] \(full"),
@@ -196,9 +201,15 @@ def bad_calls() -> list[tuple[Any, str]]:
         (lambda: ops.multiclass_moments(*m[:3], (joint,)), "covariance: expected a tensor or a pair"),
         (lambda: ops.sampled_moments(b.features, b.targets, samples[:0], kind="binary"), "at least one sample"),
         (lambda: ops.sampled_moments(b.features, b.targets, samples, kind="ternary"), "kind: expected .* 'ternary'"),
-        (lambda: ops.sampled_moments(b.features, b.targets, samples[..., :5], kind="binary"), r"samples: expected shape"),
+        (
+            lambda: ops.sampled_moments(b.features, b.targets, samples[..., :5], kind="binary"),
+            r"samples: expected shape",
+        ),
         (lambda: ops.precision_mean(samples, samples[:6] ** 2), r"variances: expected shape \[7, 3, 6\]"),
-        (lambda: ops.precision_mean(samples, samples**2, [1.0, 2.0]), r"power: expected one number or one per task \(3\)"),
+        (
+            lambda: ops.precision_mean(samples, samples**2, [1.0, 2.0]),
+            r"power: expected one number or one per task \(3\)",
+        ),
         (lambda: ops.precision_mean(samples, samples**2, -1.0), "power: expected finite numbers of at least 0"),
         (lambda: ops.precision_mean(samples[:, :0], samples[:, :0]), "at least one task"),
     ]

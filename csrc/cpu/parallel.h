@@ -22,7 +22,7 @@ namespace mtlgrad::cpu {
 
 // body(i) for i in [0, n), a contiguous share for each thread.
 template <typename Body>
-void parallel_for(int64_t n, int threads, const Body& body) {
+void parallel_for(int64_t n, [[maybe_unused]] int threads, const Body& body) {
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && n > 1)
 #endif

@@ -33,7 +33,7 @@ from ..posterior.likelihoods import terms_of
 from ..posterior.posteriors import BlockPosterior, JointPosterior, Posterior, empty_posterior
 
 LARGEST_TRACE = 4e3  # of M in float32; an ordinary batch has about one an example
-CHUNK_BYTES = 16 << 20  # on a device, of [outputs, B, W] at a time; on the host outputs go one by one
+CHUNK_BYTES = 16 << 20  # on a device, of [outputs, B, W] at a time; on the host a quarter of the outputs
 
 
 class Conditioned(NamedTuple):
@@ -136,7 +136,7 @@ def _condition_blocks(
     elif hidden.is_cuda:
         chunk = max(1, CHUNK_BYTES // (batch * width * hidden.element_size()))
     else:
-        chunk = 1
+        chunk = max(1, rows // 4)
     innovation = (terms.curved(hidden @ (anchor - prior.mean).T) - terms.residual).T
     together = prior.likelihood == "multiclass"  # block structure: the classes meet in one softmax
     parts = []
@@ -154,7 +154,10 @@ def _condition_blocks(
             yield from (part.to(hidden) for part in rest)
             return
         cross, spread = found
-        mean = prior.mean[first:last] + torch.matmul(innovation[first:last, None], cross)[:, 0]
+        if shared:  # not the product below: it would copy the one cross covariance for every row
+            mean = prior.mean + innovation @ cross[0]
+        else:
+            mean = prior.mean[first:last] + torch.matmul(innovation[first:last, None], cross)[:, 0]
         if together:
             parts.append((mean, cross, spread))
         else:
@@ -220,11 +223,11 @@ def _condition_joint(
     features = hidden[:, :-1]
     _, k = multiclass_cross(features, covariance, classes)  # [C(k), B, C*P]: S J'
     f = softmax_curvature_factor(terms.probability)
-    # the pseudo-examples' rows of S J' F: [B, rank, C*P]
-    weighted_k = torch.einsum("kbp,bkr->brp", k, f).reshape(batch * rank, classes * width)
-    # F' J S J', [B*rank, C(c), B]: with the other side's factor it is M
-    weighted_g = torch.matmul(weighted_k.view(-1, classes, width), hidden.T)
-    m = torch.einsum("xcb,bcr->xbr", weighted_g, f).reshape(batch * rank, batch * rank)
+    # F' J S, a row for each pseudo-example (b, r); batched products of dense operands, where einsum would copy each
+    weighted_k = torch.bmm(f.mT, k.transpose(0, 1).contiguous()).view(batch * rank, classes * width)
+    # J S J' F, [B, B*rank, C]: with the other side's factor it is M
+    weighted_g = torch.mm(hidden, weighted_k.view(-1, width).T).view(batch, batch * rank, classes)
+    m = torch.bmm(f.mT, weighted_g.mT).view(batch * rank, batch * rank)
     m.diagonal().add_(1.0)
     summands = (terms.diagonal(hidden) * covariance.diagonal().view_as(anchor)).sum()
     if _wants_float64(m, summands, prior):
@@ -235,7 +238,7 @@ def _condition_joint(
     factor = checked_cholesky(m, name)
     r = torch.linalg.solve_triangular(factor, weighted_k, upper=False)
     del m, weighted_k  # these matrices are all the memory an aggregation takes
-    w = torch.linalg.solve_triangular(factor, weighted_g.reshape(batch * rank, -1), upper=False)
+    w = torch.linalg.solve_triangular(factor, weighted_g.permute(1, 2, 0).flatten(1), upper=False)
     # [C(k), B, C*P] again: S J' - R' W for every (k, b)
     k.view(-1, classes * width).addmm_(w.T, r, alpha=-1.0)
     halves = r.view(-1, classes, width)

@@ -26,6 +26,13 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     return KERNELS.get(device.type)
 
 
+def compiled_for(device: torch.device) -> ModuleType:
+    """The same where there must be some: callers have sent other devices to the reference."""
+    kernels = kernels_for(device)
+    assert kernels is not None, f"no kernels for {device}"
+    return kernels
+
+
 def place(device: torch.device) -> tuple[int, int, int]:
     """(threads, stream, device index)."""
     if device.type == "cuda":

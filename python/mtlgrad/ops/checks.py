@@ -63,7 +63,7 @@ def check_class_range(op: str, targets: Tensor, classes: int, ignore: int) -> No
     """Reads values: host tensors only."""
     outside = (targets != ignore) & ((targets < 0) | (targets >= classes))
     if bool(outside.any()):
-        at = torch.nonzero(outside)[0].item()
+        at = int(torch.nonzero(outside)[0])
         raise ValueError(
             f"{op}: targets: expected class indices from 0 to {classes - 1}, or {ignore} for no label, "
             f"found {targets[at].item()} at example {at}"

@@ -23,6 +23,8 @@ from torch import Tensor
 from .. import reference
 from ..reference.moments import IGNORE, Covariance
 from ._autograd import differentiable
+from ._kernels import Sink, compute_dtype, kernels_for
+from ._library import register
 from .checks import (
     check_class_range,
     check_class_targets,
@@ -33,8 +35,6 @@ from .checks import (
     check_shape,
     shape_of,
 )
-from ._kernels import Sink, compute_dtype, dense_rows, kernels_for
-from ._library import register
 from .moments_kernels import (
     binary_cross,
     class_spread,
@@ -176,9 +176,7 @@ _binary_op = register(
 )
 
 
-def binary_moments(
-    features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor, *, nodes: int = 32
-) -> Moments:
+def binary_moments(features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor, *, nodes: int = 32) -> Moments:
     """Moments of the gradient of binary cross entropy with logit w.h + b for (w, b) ~ N(mean, covariance), per output.
 
     No weight is sampled: the logit is one-dimensional, and its Gaussian is integrated by Gauss-Hermite quadrature.
@@ -235,9 +233,11 @@ def _check_multiclass(
         allowed = ((classes * size, classes * size), (classes, size, size), (classes, size))
         torch._check(
             tuple(covariance.shape) in allowed,
-            lambda: f"{op}: covariance: expected shape [{classes * size}, {classes * size}] (full, class-major), "
-            f"[{classes}, {size}, {size}] (block), [{classes}, {size}] (diagonal) or a pair "
-            f"([{classes}, {classes}], [{size}, {size}]) (Kronecker), found {shape_of(covariance)}",
+            lambda: (
+                f"{op}: covariance: expected shape [{classes * size}, {classes * size}] (full, class-major), "
+                f"[{classes}, {size}, {size}] (block), [{classes}, {size}] (diagonal) or a pair "
+                f"([{classes}, {classes}], [{size}, {size}]) (Kronecker), found {shape_of(covariance)}"
+            ),
         )
     check_floating(op, features=features, mean=mean, covariance=covariance)
     check_same_device(op, "features", **tensors)
@@ -383,7 +383,9 @@ def _sampled_kernel(features: Tensor, targets: Tensor, samples: Tensor, kind: st
     run_sampled(features, targets, samples, kind, sink)
     if on_host and sink.second.numel() and bool(sink.second.min().isnan()):
         check_finite("sampled_moments", samples=samples)
-        raise ValueError("sampled_moments: samples: expected gradients within range, found one whose variance overflows")
+        raise ValueError(
+            "sampled_moments: samples: expected gradients within range, found one whose variance overflows"
+        )
     return sink.first, sink.second
 
 

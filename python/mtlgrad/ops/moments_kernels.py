@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference.moments import Covariance
 from ..reference.quadrature import gauss_hermite, sobol_normal
-from ._kernels import DTYPE_CODES, Sink, dense_rows, kernels_for, place
+from ._kernels import DTYPE_CODES, Sink, compiled_for, dense_rows, place
 from ._native import _C
 
 STRUCTURE_CODES = {"full": 0, "block": 1, "kron": 2}
@@ -46,7 +46,9 @@ def binary_cross(features: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """S h~, [O, B, P], and the diagonals, [O, P]; covariance [O, P, P], or [O, P] if diagonal."""
     width = features.shape[1]
     if covariance.dim() == 2:
-        cross = torch.cat([features * covariance[:, None, :width], covariance[:, None, width:].expand(-1, len(features), 1)], -1)
+        cross = torch.cat(
+            [features * covariance[:, None, :width], covariance[:, None, width:].expand(-1, len(features), 1)], -1
+        )
         return cross, covariance.contiguous()
     # The appended one of h~ picks the bias's column.
     hidden = features.expand(covariance.shape[0], -1, -1)
@@ -87,12 +89,10 @@ def _feature_arguments(features: Tensor) -> tuple[int, int, int, int, int]:
     return DTYPE_CODES[features.dtype], features.data_ptr(), features.stride(0), features.shape[0], features.shape[1]
 
 
-def run_regression(
-    features: Tensor, targets: Tensor, mean: Tensor, cross: Tensor, spread: Tensor, sink: Sink
-) -> None:
+def run_regression(features: Tensor, targets: Tensor, mean: Tensor, cross: Tensor, spread: Tensor, sink: Sink) -> None:
     features, targets, mean, cross = dense_rows(features), targets.contiguous(), mean.contiguous(), cross.contiguous()
     spread = spread.contiguous()
-    kernels_for(features.device).regression_moments(
+    compiled_for(features.device).regression_moments(
         *_feature_arguments(features),
         targets.data_ptr(),
         mean.data_ptr(),
@@ -112,7 +112,7 @@ def run_binary(
     features, targets, mean, cross = dense_rows(features), targets.contiguous(), mean.contiguous(), cross.contiguous()
     spread = spread.contiguous()
     u, weight = _hermite_on(nodes, features.device, features.dtype)
-    kernels_for(features.device).binary_moments(
+    compiled_for(features.device).binary_moments(
         *_feature_arguments(features),
         targets.data_ptr(),
         mean.data_ptr(),
@@ -149,7 +149,7 @@ def run_multiclass(
     if features.device.type == "cuda":
         slots = min(features.shape[0], max(1, WORKSPACE_BYTES // (8 * slot)))
     workspace = torch.empty(slots * slot, dtype=torch.float64, device=features.device)
-    kernels_for(features.device).multiclass_moments(
+    compiled_for(features.device).multiclass_moments(
         *_feature_arguments(features),
         targets.data_ptr(),
         code,
@@ -178,7 +178,7 @@ def run_sampled(features: Tensor, targets: Tensor, samples: Tensor, kind: str, s
     else:  # [C, B, S]
         by_class = samples.permute(1, 2, 0)
         logits = torch.baddbmm(by_class[:, width, None], features.expand(classes, -1, -1), by_class[:, :width])
-    kernels, where, code = kernels_for(features.device), place(features.device), DTYPE_CODES[features.dtype]
+    kernels, where, code = compiled_for(features.device), place(features.device), DTYPE_CODES[features.dtype]
     kernels.sample_residuals(
         code, multiclass, logits.data_ptr(), targets.data_ptr(), batch, num_samples, classes, *where
     )
@@ -197,7 +197,7 @@ def run_sampled(features: Tensor, targets: Tensor, samples: Tensor, kind: str, s
 
 
 def run_precision_mean(means: Tensor, variances: Tensor, power: Tensor, out: Tensor) -> None:
-    kernels_for(means.device).precision_mean(
+    compiled_for(means.device).precision_mean(
         DTYPE_CODES[means.dtype],
         means.data_ptr(),
         variances.data_ptr(),
@@ -210,7 +210,7 @@ def run_precision_mean(means: Tensor, variances: Tensor, power: Tensor, out: Ten
 
 def run_weighted_mean(numerator: Tensor, denominator: Tensor) -> Tensor:
     out = torch.empty_like(numerator)
-    kernels_for(out.device).weighted_mean(
+    compiled_for(out.device).weighted_mean(
         DTYPE_CODES[out.dtype],
         numerator.data_ptr(),
         denominator.data_ptr(),

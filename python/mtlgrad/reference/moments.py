@@ -9,7 +9,6 @@ B examples, D features, P = D + 1 (a one is appended for the bias, last), O outp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ IGNORE = -100  # class target without a label, as in torch.nn.functional.cross_e
 SMALLEST_VARIANCE = 1e-8
 
 # What multiclass_moments takes as covariance: [C*P, C*P], [C, P, P], [C, P], or the pair ([C, C], [P, P]).
-Covariance = Union[Tensor, tuple[Tensor, Tensor]]
+Covariance = Tensor | tuple[Tensor, Tensor]
 
 
 def _augment(features: Tensor) -> Tensor:
