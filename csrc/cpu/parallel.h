@@ -9,11 +9,12 @@
 #endif
 
 // One function body, three machine codes, chosen when the library is loaded: a wheel for plain x86-64 then uses AVX2 or
-// AVX-512 where there is one. The attribute covers what is inlined into the function, not what OpenMP outlines from it,
-// so it stands on functions without parallel regions. Sanitizers run before the choice is possible.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+// AVX-512 where there is one. By level, not by processor: a clone for "arch=haswell" serves Haswells alone, and leaves
+// every later machine the plain code. The attribute covers what is inlined into the function, not what OpenMP outlines
+// from it, so it stands on functions without parallel regions. Sanitizers run before the choice is possible.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define MTLGRAD_CLONES __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#define MTLGRAD_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define MTLGRAD_CLONES
 #endif
