@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
 from importlib.machinery import ExtensionFileLoader
 from types import ModuleType
 
+import pytest
+import torch
 from simt.build import build
 
 
@@ -23,3 +26,12 @@ def emulated_extension() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small problems: they gain nothing from a second thread, and wait for it where it is busy elsewhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

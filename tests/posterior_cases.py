@@ -56,7 +56,7 @@ class Data:
 
     def hessian(self, at: Tensor) -> Tensor:
         """[R*W, R*W]; these models are linear in their weights, so it is the generalised Gauss-Newton matrix."""
-        return torch.autograd.functional.hessian(self.loss, at).reshape(at.numel(), at.numel())  # type: ignore[no-untyped-call]
+        return torch.autograd.functional.hessian(self.loss, at).reshape(at.numel(), at.numel())
 
 
 def make(kind: str, examples: int = 30, width: int = 4, outputs: int = 3, seed: int = 0, missing: float = 0.0) -> Data:

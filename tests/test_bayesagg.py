@@ -27,6 +27,8 @@ from torch.nn import functional
 from mtlgrad import BayesAgg, Binary, reference
 from mtlgrad.posterior import binary_posterior, regression_posterior
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # ---- forward, and the gradient before the first refresh
 
 
@@ -221,6 +223,10 @@ def test_a_task_without_labels_in_the_batch() -> None:
     assert weights is not None
     assert (weights[3:6] == 0).all()
     assert weights.sum().item() == pytest.approx(1.0)
+    variances = m.layer.gradient_variance
+    assert variances is not None
+    assert variances[3:6].isnan().all()
+    assert variances[[0, 1, 2, 6]].isfinite().all()
 
 
 def test_a_batch_without_any_label_has_no_gradient() -> None:
@@ -272,6 +278,9 @@ def test_power_of_each_output(kind: str) -> None:
 @pytest.mark.parametrize("moments_of", ["exact", "sampled"])
 def test_task_weights_and_gradient_variance(missing: float, moments_of: str) -> None:
     m = model(missing=missing, moments=moments_of, num_samples=20_000)
+    if missing:
+        for data in m.data:  # an example without any label has no shares
+            data.targets[3] = -100 if data.kind == "multiclass" else torch.nan
     assert m.layer.task_weights is None
     assert m.layer.gradient_variance is None
     m.see()

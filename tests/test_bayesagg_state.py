@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from mtlgrad import BayesAgg, Binary, Multiclass, Regression
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES, BATCH, EPOCHS = 24, 6, 3
 STEPS = EXAMPLES // BATCH
 
@@ -30,8 +32,8 @@ class Net(nn.Module):
             make(kind, EXAMPLES, WIDTH, seed=i, missing=0.2).to(torch.float32) for i, kind in enumerate(ALL_KINDS)
         ]
         self.backbone = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
-        self.heads = nn.ModuleList([linear(data) for data in self.data])
-        regression, binary, multiclass = self.heads
+        regression, binary, multiclass = (linear(data) for data in self.data)
+        self.heads = nn.ModuleList([regression, binary, multiclass])
         self.layer = BayesAgg([Regression(regression), Binary(binary), Multiclass(multiclass)], **options)
 
     def loss(self, rows: Any) -> Tensor:

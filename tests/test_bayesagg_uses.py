@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from mtlgrad import BayesAgg, Regression
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # ---- the scale of the loss
 
 
@@ -205,6 +207,7 @@ def test_half_precision_features_are_those_features_in_float32(dtype: torch.dtyp
                 total = part.layer.total(part.losses(out.float()))
             total.backward()
             part.layer.refresh()
+        assert features.grad is not None
         gradients.append(features.grad)
     assert gradients[0].dtype == dtype
     assert torch.equal(gradients[0], gradients[1].to(dtype))

@@ -13,6 +13,7 @@ from torch import Tensor
 from mtlgrad.bayesagg import conditioning
 from mtlgrad.bayesagg.conditioning import Conditioned, batch_posterior, condition, softmax_curvature_factor
 from mtlgrad.posterior import Posterior
+from mtlgrad.posterior.cholesky import checked_cholesky
 
 WIDTH, OUTPUTS = 6, 3
 every_case = pytest.mark.parametrize(("kind", "structure"), CASES)
@@ -85,11 +86,13 @@ def test_few_examples_factorise_no_matrix_of_weights(
     prior = posterior(make(kind, width=WIDTH, seed=1), structure)
     _ = prior.covariance(), prior.contrasts
     sizes = []
-    original = conditioning.checked_cholesky
+
+    def recorded(matrix: Tensor, name: str) -> Tensor:
+        sizes.append(matrix.shape[-1])
+        return checked_cholesky(matrix, name)
+
     monkeypatch.setattr(conditioning, "batch_posterior", None)
-    monkeypatch.setattr(
-        conditioning, "checked_cholesky", lambda m, name: sizes.append(m.shape[-1]) or original(m, name)
-    )
+    monkeypatch.setattr(conditioning, "checked_cholesky", recorded)
     conditioned(prior, make(kind, 3, WIDTH))
     assert set(sizes) == {3 * (OUTPUTS - 1 if kind == "multiclass" and structure == "full" else 1)}
 
@@ -228,7 +231,12 @@ def test_an_ordinary_batch_stays_in_float32(kind: str, structure: str, monkeypat
     """Float64 costs time: it must be the exception."""
     answers = []
     original = conditioning._wants_float64
-    monkeypatch.setattr(conditioning, "_wants_float64", lambda *a: answers.append(original(*a)) or answers[-1])
+
+    def recorded(*arguments: Any) -> bool:
+        answers.append(original(*arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(conditioning, "_wants_float64", recorded)
     before, data = make(kind, 300, 48, seed=1), make(kind, 32, 48, seed=2)
     prior = posterior(before, structure, gamma=0.005)
     conditioned(prior.to(data.features.float()), data.to(torch.float32))

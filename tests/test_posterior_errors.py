@@ -28,7 +28,7 @@ def at(tensor: Tensor, index: tuple[int, ...] | int, value: float) -> Tensor:
 
 CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "features not a tensor": (
-        lambda: regression_posterior(H.tolist(), Y),
+        lambda: regression_posterior(H.tolist(), Y),  # type: ignore[arg-type]
         r"regression_posterior: features: expected a tensor, found list",
     ),
     "features of one dimension": (
@@ -130,7 +130,10 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "gamma negative": (lambda: binary_posterior(H, B, W, gamma=-1.0), r"gamma: expected .* above 0, found -1.0"),
     "gamma infinite": (lambda: regression_posterior(H, Y, gamma=torch.inf), r"gamma: expected a finite .* found inf"),
     "gamma NaN": (lambda: regression_posterior(H, Y, gamma=torch.nan), r"gamma: expected a finite .* found nan"),
-    "gamma as words": (lambda: regression_posterior(H, Y, gamma="1"), r"gamma: expected a finite .* found '1'"),
+    "gamma as words": (
+        lambda: regression_posterior(H, Y, gamma="1"),  # type: ignore[arg-type]
+        r"gamma: expected a finite prior variance above 0, found '1'",
+    ),
     "unknown structure": (
         lambda: multiclass_posterior(H, C, V, structure="low rank"),
         r"structure: expected one of full, block, kron, diag, found 'low rank'",

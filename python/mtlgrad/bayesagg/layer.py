@@ -277,8 +277,8 @@ class BayesAgg(nn.Module):
 
     @property
     def gradient_variance(self) -> Tensor | None:
-        """[T, D]: the variance of each task's gradient in the last aggregated batch, averaged over examples; None
-        before. Computed with :attr:`task_weights`."""
+        """[T, D]: the variance of each task's gradient in the last aggregated batch, averaged over the examples that
+        have its label (NaN where none has); None before. Computed with :attr:`task_weights`."""
         return None if self._last is None else self._diagnose()[1]
 
     def _diagnose(self) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-# torch.compile looks through lru_cache and would trace the rules themselves, which Inductor (2.13) then gets wrong: a
-# plain function whose result is a constant keeps them out of the graph.
-@torch.compiler.assume_constant_result
+
+def _constant_to_compilers(function: F) -> F:
+    """torch.compile looks through lru_cache and would trace the rules themselves, which Inductor (2.13) then gets wrong.
+
+    What ``torch.compiler.assume_constant_result`` does, without its import of torch._dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_to_compilers
 def gauss_hermite(nodes: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights [nodes], float64, for u ~ N(0, 1); exact for polynomials of degree 2 nodes - 1.
 
@@ -29,7 +40,7 @@ def _gauss_hermite(nodes: int) -> tuple[Tensor, Tensor]:
     return (values - values.flip(0)) / 2, (weights + weights.flip(0)) / (2 * weights.sum())
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_compilers
 def sobol_normal(num_points: int, dimension: int, seed: int) -> Tensor:
     """Scrambled Sobol points for u ~ N(0, I), float64 [num_points, dimension], sample mean 0 and covariance I.
 
