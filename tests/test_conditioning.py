@@ -15,6 +15,8 @@ from mtlgrad.bayesagg.conditioning import Conditioned, batch_posterior, conditio
 from mtlgrad.posterior import Posterior
 from mtlgrad.posterior.cholesky import checked_cholesky
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH, OUTPUTS = 6, 3
 every_case = pytest.mark.parametrize(("kind", "structure"), CASES)
 

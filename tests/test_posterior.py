@@ -28,6 +28,8 @@ from torch import Tensor
 from mtlgrad.posterior import Posterior, binary_posterior, multiclass_posterior, regression_posterior
 from mtlgrad.posterior.posteriors import posterior_from_state
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 every_case = pytest.mark.parametrize(("kind", "structure"), CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

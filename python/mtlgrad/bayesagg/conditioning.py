@@ -154,7 +154,7 @@ def _condition_blocks(
             yield from (part.to(hidden) for part in rest)
             return
         cross, spread = found
-        if shared:  # not the product below: it would copy the one cross covariance for every row
+        if shared:  # one product for all rows, not one each
             mean = prior.mean + innovation @ cross[0]
         else:
             mean = prior.mean[first:last] + torch.matmul(innovation[first:last, None], cross)[:, 0]

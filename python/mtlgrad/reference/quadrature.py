@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _constant_to_compilers(function: F) -> F:
-    """torch.compile looks through lru_cache and would trace the rules themselves, which Inductor (2.13) then gets wrong.
+    """torch.compile looks through lru_cache and would trace the rules, which Inductor (2.13) then gets wrong.
 
     What ``torch.compiler.assume_constant_result`` does, without its import of torch._dynamo, which takes a second.
     """
