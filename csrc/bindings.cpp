@@ -127,6 +127,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiclass_workspace", [](int structure, int64_t classes, int64_t points) {
     return multiclass_workspace(static_cast<Structure>(structure), classes, points);
   });
+  m.def("condition_on_batch", [](int dtype, Ptr cross, Ptr gram, Ptr curvature, Ptr spread, int64_t rows, int64_t batch,
+                                 int64_t width, int threads) {
+    py::gil_scoped_release nogil;
+    return cpu::condition_on_batch(dtype_of(dtype), as<void>(cross), as<void>(gram), as<void>(curvature),
+                                   as<void>(spread), rows, batch, width, {threads, nullptr, 0});
+  });
   bind_moments(m, "cpu",
                {cpu::regression_moments, cpu::binary_moments, cpu::multiclass_moments, cpu::sample_residuals,
                 cpu::sampled_moments, cpu::precision_mean, cpu::weighted_mean});

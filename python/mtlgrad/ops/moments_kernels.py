@@ -196,6 +196,21 @@ def run_sampled(features: Tensor, targets: Tensor, samples: Tensor, kind: str, s
     )
 
 
+def condition_on_batch(cross: Tensor, gram: Tensor, curvature: Tensor, spread: Tensor) -> bool:
+    """In place, on the host, contiguous: cross [R, B, W] and spread [R, W] of the prior become the batch posterior's (see
+    :mod:`mtlgrad.bayesagg.conditioning`). False if a pivot is not positive: then both are spoilt."""
+    ok: bool = _C.condition_on_batch(
+        DTYPE_CODES[cross.dtype],
+        cross.data_ptr(),
+        gram.data_ptr(),
+        curvature.data_ptr(),
+        spread.data_ptr(),
+        *cross.shape,
+        torch.get_num_threads(),
+    )
+    return ok
+
+
 def run_precision_mean(means: Tensor, variances: Tensor, power: Tensor, out: Tensor) -> None:
     compiled_for(means.device).precision_mean(
         DTYPE_CODES[means.dtype],
