@@ -1,3 +1,5 @@
+#include <vector>
+
 #include "cpu/sink.h"
 #include "kernels.h"
 #include "math/moments.h"
@@ -14,6 +16,7 @@ struct Example : math::MulticlassExample<T> {
   const double* points;
   int64_t num_points;
   math::MulticlassSlice slice;
+  const T** rows;  // row(i) for every i: finding one costs two divisions
 
   MTLGRAD_INLINE double logit(const T* w) const {
     return dot(w, this->h, this->width) + static_cast<double>(w[this->width]);
@@ -65,16 +68,16 @@ MTLGRAD_INLINE double sum_of(const double* x, int64_t n) {
 template <typename T>
 MTLGRAD_INLINE void integrate(const Example<T>& e, double scale) {
   const auto& s = e.slice;
-  const int64_t classes = e.posterior.num_classes, points = e.num_points;
+  const int64_t classes = e.posterior.num_classes, points = e.num_points, stride = math::point_stride(points);
   const int64_t n = math::multiclass_sizes(e.posterior.structure, classes).phi;
   for (int64_t p = 0; p < points; ++p)
-    math::multiclass_point(s, e.posterior.structure, classes, e.target, e.points + p * classes, p, points, scale);
+    math::multiclass_point(s, e.posterior.structure, classes, e.target, e.points + p * classes, p, stride, scale);
   for (int64_t i = 0; i < n; ++i) {
-    double* phi = s.phi + i * points;
+    double* phi = s.phi + i * stride;
     const double mean = s.first[i] = sum_of(phi, points) / static_cast<double>(points);
     for (int64_t p = 0; p < points; ++p) phi[p] -= mean;
     for (int64_t j = 0; j <= i; ++j)
-      s.second[i * (i + 1) / 2 + j] = dot(phi, s.phi + j * points, points) / static_cast<double>(points);
+      s.second[i * (i + 1) / 2 + j] = dot(phi, s.phi + j * stride, points) / static_cast<double>(points);
   }
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t k = 0; k <= c; ++k)
@@ -88,14 +91,15 @@ template <typename T>
 MTLGRAD_INLINE void evaluate(const Example<T>& e, const SinkRow<T>& out) {
   const auto& s = e.slice;
   const auto sizes = math::multiclass_sizes(e.posterior.structure, e.posterior.num_classes);
+  for (int64_t i = 0; i < sizes.phi; ++i) e.rows[i] = e.row(i);
   for (int64_t begin = 0; begin < e.width; begin += kTile) {
     const int64_t m = e.width - begin < kTile ? e.width - begin : kTile;
     T mean[kTile] = {}, variance[kTile] = {};
     for (int64_t i = 0; i < sizes.phi; ++i) {
-      const T* a = e.row(i) + begin;
+      const T* a = e.rows[i] + begin;
       T product[kTile] = {};
       for (int64_t j = 0; j < i; ++j) {
-        const T* b = e.row(j) + begin;
+        const T* b = e.rows[j] + begin;
         const T twice = static_cast<T>(2 * s.second[i * (i + 1) / 2 + j]);
 #pragma omp simd
         for (int64_t d = 0; d < m; ++d) product[d] += twice * b[d];
@@ -143,12 +147,14 @@ void multiclass_moments(DType dtype, Features features, const int64_t* targets, 
     parallel_for(slots, place.threads, [&](int64_t slot) {
       const auto slice =
           math::multiclass_slice(workspace + slot * size, posterior.structure, posterior.num_classes, num_points);
+      std::vector<const T*> rows(math::multiclass_sizes(posterior.structure, posterior.num_classes).phi);
       for (int64_t b = slot * features.batch / slots; b < (slot + 1) * features.batch / slots; ++b)
         example_row_of(Example<T>{{static_cast<const T*>(features.data) + b * features.stride, features.width,
                                    targets[b], b, features.batch, posterior},
                                   points,
                                   num_points,
-                                  slice},
+                                  slice,
+                                  rows.data()},
                        sink_row<T>(sink, b, 0, 1, features.width));
     });
   });

@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   const math::MulticlassSizes sizes = math::multiclass_sizes(structure, classes);
   const T* class_covariance = static_cast<const T*>(posterior.classes);
   const math::Power<T> power = power_of<T>(sink, 0);
+  const int64_t stride = math::point_stride(num_points);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   constexpr int kWarps = kThreads / kWarp;
 
@@ -87,11 +88,11 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
 
     for (int64_t p = threadIdx.x; p < num_points; p += kThreads)
-      math::multiclass_point(s, structure, classes, e.target, points + p * classes, p, num_points, scale);
+      math::multiclass_point(s, structure, classes, e.target, points + p * classes, p, stride, scale);
     __syncthreads();
 
     for (int64_t i = warp; i < sizes.phi; i += kWarps) {
-      double* phi = s.phi + i * num_points;
+      double* phi = s.phi + i * stride;
       double mean = 0;
       for (int64_t p = lane; p < num_points; p += kWarp) mean += phi[p];
       mean = warp_sum(mean) / static_cast<double>(num_points);
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
 
     for (int64_t i = 0; i < sizes.phi; ++i)
       for (int64_t j = warp; j <= i; j += kWarps) {
-        const double *x = s.phi + i * num_points, *y = s.phi + j * num_points;
+        const double *x = s.phi + i * stride, *y = s.phi + j * stride;
         double sum = 0;
         for (int64_t p = lane; p < num_points; p += kWarp) sum += x[p] * y[p];
         sum = warp_sum(sum) / static_cast<double>(num_points);

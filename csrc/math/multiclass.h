@@ -58,14 +58,18 @@ struct MulticlassExample {
 struct MulticlassSlice {
   double *mu, *slack;               // [C] logits at the posterior mean; rounding error of V_cc
   double *factor, *inverse;         // V, then L (block: sqrt V_c); V^-1
-  double* phi;                      // [n, S]
+  double* phi;                      // [n, point_stride(S)]
   double* products;                 // E[r_c r_k], [C, C]
   double *first, *second, *spread;  // the result
 };
 
+// Rows of phi lie this far apart: not a power of two, which would put a point's phi into two sets of the first cache.
+MTLGRAD_INLINE int64_t point_stride(int64_t points) { return points + 8; }
+
 MTLGRAD_INLINE int64_t multiclass_slice_size(Structure structure, int64_t classes, int64_t points) {
   const MulticlassSizes n = multiclass_sizes(structure, classes);
-  return 2 * classes + 2 * n.factor + n.phi * points + classes * classes + n.phi + n.phi * (n.phi + 1) / 2 + n.spread;
+  return 2 * classes + 2 * n.factor + n.phi * point_stride(points) + classes * classes + n.phi +
+         n.phi * (n.phi + 1) / 2 + n.spread;
 }
 
 MTLGRAD_INLINE MulticlassSlice multiclass_slice(double* at, Structure structure, int64_t classes, int64_t points) {
@@ -75,7 +79,7 @@ MTLGRAD_INLINE MulticlassSlice multiclass_slice(double* at, Structure structure,
   s.slack = at, at += classes;
   s.factor = at, at += n.factor;
   s.inverse = at, at += n.factor;
-  s.phi = at, at += n.phi * points;
+  s.phi = at, at += n.phi * point_stride(points);
   s.products = at, at += classes * classes;
   s.first = at, at += n.phi;
   s.second = at, at += n.phi * (n.phi + 1) / 2;
@@ -131,7 +135,7 @@ MTLGRAD_INLINE void multiclass_factor(const MulticlassSlice& s, Structure struct
   }
 }
 
-// Stage 3, for one point: residuals r and, times r, the second kind of phi. `stride` is the number of points.
+// Stage 3, for one point: residuals r and, times r, the second kind of phi. `stride` is point_stride.
 MTLGRAD_INLINE void multiclass_point(const MulticlassSlice& s, Structure structure, int64_t classes, int64_t target,
                                      const double* u, int64_t point, int64_t stride, double scale) {
   double* r = s.phi + point;
