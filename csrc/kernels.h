@@ -2,7 +2,8 @@
 // stream is an opaque handle, sizes and strides are int64_t and count elements.
 //
 // B examples, D features, P = D + 1 (bias last), O outputs, C classes, S samples or points, T tasks.
-// float32 and float64 throughout; half-precision tensors are converted before they get here.
+// The kernels of the `moments` stem take float32 and float64: half-precision tensors are converted before they get here.
+// Those of `combine` read every type as it is.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -44,6 +45,29 @@ struct MulticlassPosterior {
 };
 
 enum class Likelihood : int { binary = 0, multiclass = 1 };
+
+// T rows (the gradients of T tasks), each spread over P tensors: row t of tensor p is the sizes[p] elements from
+// data[p * tasks + t] on. The two tables are in host memory, what they point at on the kernel's device; a kernel has read
+// the tables when it returns. Rows may overlap one another.
+struct Rows {
+  const void* const* data;
+  const int64_t* sizes;
+  int64_t tasks, tensors;
+};
+
+// What the aligned gradients are scaled to: the smallest, median or root mean square of the singular values kept.
+enum class Scale : int { min = 0, median = 1, rmse = 2 };
+
+// Where the alignment of T tasks is written; see align.
+struct Alignment {
+  double *weights, *singular_values;  // [T], the latter descending
+  int64_t* rank;                      // [1]
+  double *condition_number;           // [1]
+  double *transform;                  // [T, T]
+};
+
+// The largest number of tasks that align takes.
+constexpr int64_t kMaxAlignTasks = 64;
 
 // Where a kernel runs: the host reads `threads`, a device the other two.
 struct Place {
@@ -98,6 +122,27 @@ void weighted_mean(DType, const void* numerator, const void* denominator, void* 
 bool condition_on_batch(DType, void* cross, const void* gram, const void* curvature, void* spread, int64_t rows,
                         int64_t batch, int64_t width, Place);
 
+// float64 elements of workspace that gram and dots need for rows of `columns` elements in all.
+int64_t gram_workspace(int64_t tasks, int64_t columns);
+int64_t dots_workspace(int64_t tasks, int64_t columns);
+
+// out [T, T] += <row i, row j>, products and sums in float64, which no float32 can overflow or underflow; in an order
+// that depends on the sizes alone.
+void gram(DType, Rows, double* out, double* workspace, Place);
+
+// out [T] += <row t, vector>, vector [P] tensors of the rows' sizes and type; float64 as above.
+void dots(DType, Rows, const void* const* vector, double* out, double* workspace, Place);
+
+// out[p] = sum_t weights[t] row t of tensor p, summed in float32 (float64 for float64 rows), rounded once; out [P] tensors
+// of the rows' type, each apart from all rows or exactly one of them.
+void combine(DType, Rows, const double* weights, void* const* out, Place);
+
+// gram, preference [T] -> the alignment: math/align.h has the formulas. T <= kMaxAlignTasks. `workspace` holds
+// align_workspace(T) float64. Anything not finite in gram makes every output NaN, and the rank -1.
+int64_t align_workspace(int64_t tasks);
+void align(const double* gram, const double* preference, Scale, double rtol, int64_t tasks, Alignment,
+           double* workspace, Place);
+
 }  // namespace cpu
 
 // The same signatures, on device memory.
@@ -109,6 +154,13 @@ decltype(cpu::sample_residuals) sample_residuals;
 decltype(cpu::sampled_moments) sampled_moments;
 decltype(cpu::precision_mean) precision_mean;
 decltype(cpu::weighted_mean) weighted_mean;
+decltype(cpu::gram_workspace) gram_workspace;
+decltype(cpu::dots_workspace) dots_workspace;
+decltype(cpu::gram) gram;
+decltype(cpu::dots) dots;
+decltype(cpu::combine) combine;
+decltype(cpu::align_workspace) align_workspace;
+decltype(cpu::align) align;
 
 int device_count();          // 0 without a driver or a device; never throws
 std::string device_error();  // why device_count() is 0, or ""

@@ -1,5 +1,19 @@
 """The operations themselves: checked tensor functions over the compiled kernels."""
 
+from .align import AlignResult, align
+from .combine import Stacked, combine, dots, gram
 from .moments import binary_moments, multiclass_moments, precision_mean, regression_moments, sampled_moments
 
-__all__ = ["binary_moments", "multiclass_moments", "precision_mean", "regression_moments", "sampled_moments"]
+__all__ = [
+    "AlignResult",
+    "Stacked",
+    "align",
+    "binary_moments",
+    "combine",
+    "dots",
+    "gram",
+    "multiclass_moments",
+    "precision_mean",
+    "regression_moments",
+    "sampled_moments",
+]

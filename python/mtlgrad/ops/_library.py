@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("mtlgrad", "DEF")
 
@@ -21,7 +22,8 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     # Inside an operator autocast would still turn the GEMMs before a kernel to half precision.
     @functools.wraps(kernel)
     def full_precision(*arguments: Any) -> Any:
-        device_type = arguments[0].device.type
+        first = arguments[0]
+        device_type = (first if isinstance(first, Tensor) else first[0]).device.type
         if not torch.is_autocast_enabled(device_type):
             return kernel(*arguments)
         with torch.autocast(device_type, enabled=False):

@@ -1,5 +1,17 @@
-"""The operations of ``mtlgrad.ops`` in plain PyTorch: the specification, and what runs where no kernel can."""
+"""The operations in plain PyTorch, beside the papers' equations: the specification, and what runs without kernels."""
 
+from .align import align
+from .combine import combine, dots, gram
 from .moments import binary_moments, multiclass_moments, precision_mean, regression_moments, sampled_moments
 
-__all__ = ["binary_moments", "multiclass_moments", "precision_mean", "regression_moments", "sampled_moments"]
+__all__ = [
+    "align",
+    "binary_moments",
+    "combine",
+    "dots",
+    "gram",
+    "multiclass_moments",
+    "precision_mean",
+    "regression_moments",
+    "sampled_moments",
+]

@@ -1,0 +1,172 @@
+"""The ``mtlgrad::`` operators of the `combine` stem: checks, kernels, and the shapes-only version that is traced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._kernels import kernels_for, place
+from ._library import register
+from .checks import check_shape, shape_of
+from .rows import check_rows, columns, groups, in_order, row_like, unflatten
+
+
+def _workspace(size: int, like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=torch.float64, device=like.device)
+
+
+# ---- gram ------------------------------------------------------------------------------------------------------------
+
+
+def _gram(tensors: list[Tensor], tasks: int, stacked: bool) -> Tensor:
+    check_rows("gram", tensors, tasks, stacked)
+    device = tensors[0].device
+    kernels = kernels_for(device)
+    if kernels is None:
+        return reference.gram(unflatten(tensors, tasks, stacked))
+    total = torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
+    for group in groups(tensors, tasks, stacked):
+        workspace = _workspace(kernels.gram_workspace(tasks, columns(group)), total)
+        kernels.gram(
+            group.code, group.pointers, group.sizes, tasks, total.data_ptr(), workspace.data_ptr(), *place(device)
+        )
+    return total
+
+
+def _fake_gram(tensors: list[Tensor], tasks: int, stacked: bool) -> Tensor:
+    check_rows("gram", tensors, tasks, stacked)
+    return tensors[0].new_empty(tasks, tasks, dtype=torch.float64)
+
+
+# ---- dots ------------------------------------------------------------------------------------------------------------
+
+
+def _check_row(op: str, name: str, parts: list[Tensor], tensors: list[Tensor], tasks: int, stacked: bool) -> None:
+    """`parts` like a row, which `tensors` are known to hold."""
+    like = row_like(tensors, tasks, stacked)
+    torch._check(len(parts) == len(like), lambda: f"{op}: {name}: expected {len(like)} tensors, found {len(parts)}")
+    for p, (part, one) in enumerate(zip(parts, like, strict=True)):
+        if part.shape != one.shape or part.dtype != one.dtype or part.device != one.device:
+            message = (
+                f"{op}: {name}: expected {shape_of(one)} {one.dtype} on {one.device}, like tensor {p} of a row, "
+                f"found {shape_of(part)} {part.dtype} on {part.device}"
+            )
+            torch._check(False, lambda message=message: message)
+
+
+def _dots(tensors: list[Tensor], vector: list[Tensor], tasks: int, stacked: bool) -> Tensor:
+    check_rows("dots", tensors, tasks, stacked)
+    _check_row("dots", "vector", vector, tensors, tasks, stacked)
+    device = tensors[0].device
+    kernels = kernels_for(device)
+    if kernels is None:
+        return reference.dots(unflatten(tensors, tasks, stacked), vector)
+    total = torch.zeros(tasks, dtype=torch.float64, device=device)
+    for group in groups(tensors, tasks, stacked):
+        parts = in_order(vector, group)
+        workspace = _workspace(kernels.dots_workspace(tasks, columns(group)), total)
+        kernels.dots(
+            group.code,
+            group.pointers,
+            group.sizes,
+            tasks,
+            [part.data_ptr() for part in parts],
+            total.data_ptr(),
+            workspace.data_ptr(),
+            *place(device),
+        )
+    return total
+
+
+def _fake_dots(tensors: list[Tensor], vector: list[Tensor], tasks: int, stacked: bool) -> Tensor:
+    check_rows("dots", tensors, tasks, stacked)
+    _check_row("dots", "vector", vector, tensors, tasks, stacked)
+    return tensors[0].new_empty(tasks, dtype=torch.float64)
+
+
+# ---- combine ---------------------------------------------------------------------------------------------------------
+
+
+def _check_combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool) -> None:
+    check_rows("combine", tensors, tasks, stacked)
+    check_shape("combine", "weights", weights, (tasks,))
+    device = tensors[0].device
+    torch._check(
+        weights.device == device,
+        lambda: f"combine: weights: expected device {device} like rows, found {weights.device}",
+    )
+
+
+def _run_combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor] | None) -> list[Tensor]:
+    """Writes to `out`, whose tensors are dense, or to new tensors in the rows' element order."""
+    device = tensors[0].device
+    kernels = kernels_for(device)
+    if kernels is None:
+        results = reference.combine(unflatten(tensors, tasks, stacked), weights)
+        if out is None:
+            return list(results)
+        for target, result in zip(out, results, strict=True):
+            target.copy_(result)
+        return out
+    weights = weights.to(torch.float64).contiguous()
+    found: dict[int, Tensor] = {}
+    for group in groups(tensors, tasks, stacked):
+        if out is None:
+            parts = [torch.empty_like(order) for order in group.orders]
+        else:
+            # An output in another order than the rows is filled by a copy.
+            parts = [
+                out[p] if out[p].stride() == order.stride() else torch.empty_like(order)
+                for p, order in zip(group.places, group.orders, strict=True)
+            ]
+        kernels.combine(
+            group.code,
+            group.pointers,
+            group.sizes,
+            tasks,
+            weights.data_ptr(),
+            [part.data_ptr() for part in parts],
+            *place(device),
+        )
+        found.update(zip(group.places, parts, strict=True))
+    results = [found[p] for p in range(len(found))]
+    if out is None:
+        return results
+    for target, result in zip(out, results, strict=True):
+        if target is not result:
+            target.copy_(result)
+    return out
+
+
+def _combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool) -> list[Tensor]:
+    _check_combine(tensors, weights, tasks, stacked)
+    return _run_combine(tensors, weights, tasks, stacked, None)
+
+
+def _fake_combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool) -> list[Tensor]:
+    _check_combine(tensors, weights, tasks, stacked)
+    return [torch.empty_like(part) for part in row_like(tensors, tasks, stacked)]
+
+
+def _combine_into(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor]) -> None:
+    _check_combine(tensors, weights, tasks, stacked)
+    _check_row("combine", "out", out, tensors, tasks, stacked)
+    _run_combine(tensors, weights, tasks, stacked, out)
+
+
+def _fake_combine_into(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor]) -> None:
+    _check_combine(tensors, weights, tasks, stacked)
+    _check_row("combine", "out", out, tensors, tasks, stacked)
+
+
+gram_op = register("gram(Tensor[] rows, int tasks, bool stacked) -> Tensor", _gram, _fake_gram)
+dots_op = register("dots(Tensor[] rows, Tensor[] vector, int tasks, bool stacked) -> Tensor", _dots, _fake_dots)
+combine_op = register(
+    "combine(Tensor[] rows, Tensor weights, int tasks, bool stacked) -> Tensor[]", _combine, _fake_combine
+)
+combine_into_op = register(
+    "combine_into(Tensor[] rows, Tensor weights, int tasks, bool stacked, Tensor(a!)[] out) -> ()",
+    _combine_into,
+    _fake_combine_into,
+)

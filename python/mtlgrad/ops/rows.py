@@ -1,0 +1,166 @@
+"""The gradients of T tasks as the kernels take them: tables of pointers, nothing concatenated or copied.
+
+Users give ``rows``: a tensor [T, ...], or a sequence of T rows, each a tensor or a sequence of tensors, one per
+parameter. The operators take a flat list of tensors: one [T, ...] per parameter (``stacked``), or every row's tensors,
+row after row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.combine import Row, Rows
+from .checks import check_floating, shape_of
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+
+class Stacked(NamedTuple):
+    """Rows given as ``Parameter.jac`` holds them: per parameter one tensor [T, *shape]."""
+
+    tensors: Sequence[Tensor]
+
+
+class Flat(NamedTuple):
+    """Rows as the operators take them."""
+
+    tensors: list[Tensor]
+    tasks: int
+    stacked: bool
+    listed: bool  #: whether a row is a list of tensors, and not one
+
+
+def flatten(op: str, rows: Rows | Stacked) -> Flat:
+    """Checks what the operators cannot see any more: how the rows were put together."""
+    if isinstance(rows, Stacked):
+        tensors = list(rows.tensors)
+        _check(op, len(tensors) > 0, "at least one tensor [T, ...]", "none")
+        _check(op, tensors[0].dim() > 0, "tensors [T, ...]", f"shape {shape_of(tensors[0])}")
+        return Flat(tensors, tensors[0].shape[0], stacked=True, listed=True)
+    if isinstance(rows, Tensor):
+        _check(op, rows.dim() >= 1, "a tensor [T, ...] or a sequence of rows", f"shape {shape_of(rows)}")
+        _check(op, rows.shape[0] > 0, "at least one row", f"shape {shape_of(rows)}")
+        return Flat([rows], rows.shape[0], stacked=True, listed=False)
+    listed = list(rows)
+    _check(op, len(listed) > 0, "at least one row", "none")
+    single = isinstance(listed[0], Tensor)
+    _check(op, all(isinstance(r, Tensor) == single for r in listed), "all rows tensors, or all lists", "both")
+    parts = [[row] if isinstance(row, Tensor) else list(row) for row in listed]
+    _check(op, len(parts[0]) > 0, "at least one tensor a row", "none")
+    for t, row in enumerate(parts):
+        _check(op, len(row) == len(parts[0]), f"{len(parts[0])} tensors in row {t}, as in row 0", f"{len(row)}")
+        for p, part in enumerate(row):
+            if not isinstance(part, Tensor):
+                expected = f"a tensor as rows[{t}]{'' if single else f'[{p}]'} (zeros where a task does not reach)"
+                _check(op, False, expected, type(part).__name__)
+    return Flat([part for row in parts for part in row], len(parts), stacked=False, listed=not single)
+
+
+def unflatten(tensors: list[Tensor], tasks: int, stacked: bool) -> Rows:
+    """The rows again, as the reference takes them."""
+    if stacked:
+        return [[tensor[t] for tensor in tensors] for t in range(tasks)]
+    count = len(tensors) // tasks
+    return [tensors[t * count : (t + 1) * count] for t in range(tasks)]
+
+
+def row_like(tensors: list[Tensor], tasks: int, stacked: bool) -> list[Tensor]:
+    """Tensors with the shapes of one row, for their shapes alone."""
+    return [tensor[0] for tensor in tensors] if stacked else tensors[: len(tensors) // tasks]
+
+
+def _check(op: str, fits: bool, expected: str, found: str) -> None:
+    if not fits:
+        raise ValueError(f"{op}: rows: expected {expected}, found {found}")
+
+
+def check_rows(op: str, tensors: list[Tensor], tasks: int, stacked: bool) -> None:
+    """Shapes, dtypes and devices: every row like the first."""
+    first = tensors[0]
+    count = len(tensors) if stacked else len(tensors) // tasks
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype not in DTYPE_CODES:
+            check_floating(op, rows=tensor)
+        if tensor.device != first.device:
+            message = f"{op}: rows: expected all on {first.device}, found {tensor.device}"
+            torch._check(False, lambda message=message: message)
+        if stacked and (tensor.dim() == 0 or tensor.shape[0] != tasks):
+            message = f"{op}: rows: expected {tasks} rows in every tensor, found shape {shape_of(tensor)} in tensor {i}"
+            torch._check(False, lambda message=message: message)
+        if stacked or i < count:
+            continue
+        like = tensors[i % count]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            row, part = divmod(i, count)
+            message = (
+                f"{op}: rows: expected {shape_of(like)} {like.dtype} in row {row}, tensor {part}, as in row 0, "
+                f"found {shape_of(tensor)} {tensor.dtype}"
+            )
+            torch._check(False, lambda message=message: message)
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+def _in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` with the element order of `like`, which is dense; a copy only where it has another."""
+    if tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous()):
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+class Group(NamedTuple):
+    """The parameters of one dtype, as a kernel takes them."""
+
+    code: int
+    pointers: list[int]  #: of parameter p's row t at p * tasks + t
+    sizes: list[int]
+    orders: list[Tensor]  #: per parameter a tensor of a row's shape and element order
+    places: list[int]  #: which parameters these are
+    kept: list[Tensor]  #: copies that the pointers need alive
+
+
+def groups(tensors: list[Tensor], tasks: int, stacked: bool) -> list[Group]:
+    """Pointer tables per dtype. Rows that are not dense, or not all in one element order, are copied."""
+    found: dict[torch.dtype, Group] = {}
+    count = len(tensors) if stacked else len(tensors) // tasks
+    for p in range(count):
+        first = tensors[p]
+        group = found.get(first.dtype)
+        if group is None:
+            group = found[first.dtype] = Group(DTYPE_CODES[first.dtype], [], [], [], [], [])
+        if stacked:
+            order = first[0]
+            if not _dense(order):
+                first = first.contiguous()
+                order = first[0]
+                group.kept.append(first)
+            start, step = first.data_ptr(), first.stride(0) * first.element_size()
+            group.pointers.extend(range(start, start + tasks * step, step) if step > 0 else [start] * tasks)
+        else:
+            order = first if _dense(first) else first.contiguous()
+            for t in range(tasks):
+                row = order if t == 0 else _in_order_of(tensors[t * count + p], order)
+                group.kept.append(row)
+                group.pointers.append(row.data_ptr())
+        group.sizes.append(order.numel())
+        group.orders.append(order)
+        group.places.append(p)
+    return list(found.values())
+
+
+def columns(group: Group) -> int:
+    return sum(group.sizes)
+
+
+def in_order(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """One row-like list of tensors (a vector, an output) in the element orders of the group's rows."""
+    return [_in_order_of(tensors[p], order) for p, order in zip(group.places, group.orders, strict=True)]
+
+
+__all__ = ["Row", "Rows", "Stacked"]

@@ -1,0 +1,67 @@
+"""Gram matrix, weighted sum and dot products of task gradients, in plain PyTorch.
+
+A *row* is one task's gradient: a tensor, or a sequence of tensors, one per parameter. T rows of the same shapes are
+given as a sequence, or as one tensor [T, ...]. They are never concatenated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Union, overload
+
+import torch
+from torch import Tensor
+
+Row = Union[Tensor, Sequence[Tensor]]
+Rows = Union[Tensor, Sequence[Row]]
+
+COLUMNS = 1 << 16  #: at a time: a float64 copy of whole gradients would not fit where the gradients just do
+
+
+def _parameters(rows: Rows) -> list[list[Tensor]]:
+    """Per parameter its T flattened gradients."""
+    listed = [[row] if isinstance(row, Tensor) else list(row) for row in rows]
+    return [[part.reshape(-1) for part in parameter] for parameter in zip(*listed, strict=True)]
+
+
+def _blocks(parameters: list[list[Tensor]]) -> Iterator[Tensor]:
+    """[T, at most COLUMNS] float64 each."""
+    for parameter in parameters:
+        for start in range(0, parameter[0].numel(), COLUMNS):
+            yield torch.stack([part[start : start + COLUMNS].double() for part in parameter])
+
+
+def gram(rows: Rows) -> Tensor:
+    """M_ij = <row i, row j>, [T, T] float64. See :func:`mtlgrad.ops.gram`."""
+    first = rows[0] if isinstance(rows[0], Tensor) else rows[0][0]
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=first.device)
+    for block in _blocks(_parameters(rows)):
+        total = total + block @ block.mT
+    return total
+
+
+def dots(rows: Rows, vector: Row) -> Tensor:
+    """<row t, vector>, [T] float64. See :func:`mtlgrad.ops.dots`."""
+    parts = [vector] if isinstance(vector, Tensor) else list(vector)
+    parameters = _parameters(rows)
+    total = torch.zeros(len(rows), dtype=torch.float64, device=parts[0].device)
+    for block in _blocks([[*parameter, part.reshape(-1)] for parameter, part in zip(parameters, parts, strict=True)]):
+        total = total + block[:-1] @ block[-1]
+    return total
+
+
+@overload
+def combine(rows: Union[Tensor, Sequence[Tensor]], weights: Tensor) -> Tensor: ...
+@overload
+def combine(rows: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tensor]: ...
+def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
+    """sum_t weights_t row_t, shaped and typed like a row. See :func:`mtlgrad.ops.combine`."""
+
+    def weighted(parts: Sequence[Tensor]) -> Tensor:
+        dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+        terms = [w * part.to(dtype) for w, part in zip(weights.to(dtype), parts, strict=True)]
+        return torch.stack(terms).sum(0).to(parts[0].dtype)
+
+    if all(isinstance(row, Tensor) for row in rows):
+        return weighted(list(rows))  # type: ignore[arg-type]
+    return [weighted(parts) for parts in zip(*rows, strict=True)]
