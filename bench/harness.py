@@ -3,10 +3,11 @@
 A benchmark is a list of `Case`s: one operation at one shape, with several contenders that compute it.
 
 - **Checked first.** A contender's output is compared with a float64 reference before any timing. One that is wrong ends
-  the run, and its case gets no row: a fast wrong number is no result. (An optional one is reported wrong, not timed.)
-- **In turns.** Contenders run round robin, so a slow moment of a shared machine hits all of them; medians and ratios
-  within a run are to be trusted, absolute times less. The machine's ceilings (copy bandwidth, float32 matrix rate)
-  take their turns in the same rounds.
+  the run, and its case gets no row: a fast wrong number is no result. (An optional one is reported wrong, not timed. A
+  peer that is known to be wrong is timed, and its row says how wrong.)
+- **In turns.** Contenders run round robin, every other round backwards, so a slow moment of a shared machine hits all
+  of them; medians and ratios within a run are to be trusted, absolute times less. The ceilings of the machine (copy
+  bandwidth, float32 matrix rate) take their turns in the same rounds.
 - **From memory.** Before each call a buffer larger than the last-level cache is written: in training, the backbone's
   passes lie between two calls.
 - **Peak extra memory** is measured in a fresh process per contender; memory.py says how.
@@ -15,16 +16,9 @@ A benchmark is a list of `Case`s: one operation at one shape, with several conte
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import logging
 import math
-import os
-import platform
-import re
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,14 +31,7 @@ import torch
 from torch import Tensor
 
 from bench import memory
-
-ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = (
-    *("date", "machine", "cpu", "threads", "python", "torch", "commit", "device", "operation", "shape", "dtype"),
-    *("contender", "median_ms", "p20_ms", "p80_ms", "bytes", "flops", "gb_per_s", "share_of_copy", "gflop_per_s"),
-    *("share_of_gemm", "peak_extra_mb", "checked_error", "note"),
-)
-Row = dict[str, Any]  # by COLUMNS
+from bench.table import ROOT, Row, facts, report, rows_of, slug, write_rows
 
 
 class BenchError(Exception):
@@ -57,6 +44,7 @@ class Contender:
 
     `bound` is the largest error allowed. `once`: so slow that its checking call is also its only timed one.
     `optional`: it may fail to run (a compiler is missing, say) or be wrong (compilers err); its row then says so.
+    `tolerated`: timed even where it is wrong; its row says how wrong. `prepare` runs before each call, untimed.
     """
 
     call: Callable[[], Any]
@@ -64,6 +52,8 @@ class Contender:
     note: str = ""
     once: bool = False
     optional: bool = False
+    tolerated: bool = False
+    prepare: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -84,6 +74,7 @@ class Case:
     shape: str
     build: Callable[[bool], Work]
     dtype: str = "float32"
+    memory: bool = True  #: whether to measure that too
 
     @property
     def title(self) -> str:
@@ -101,12 +92,16 @@ class Options:
 
 @dataclass
 class Result:
-    """What is known of one contender at the end: times in ms of each run, or why there are none."""
+    """What is known of one contender at the end: times in ms by round, or why there are none."""
 
-    times: list[float] = field(default_factory=list)
+    times: dict[int, float] = field(default_factory=dict)
     error: float = math.nan
     peak_mb: float = math.nan
     note: str = ""
+
+    @property
+    def median(self) -> float:
+        return float(np.median(list(self.times.values()))) if self.times else math.nan
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -124,6 +119,10 @@ class Clock:
     def __init__(self, device: torch.device, flush_bytes: int):
         self.device = device
         self.buffer = torch.empty(flush_bytes // 4, device=device)
+
+    def run(self, contender: Contender) -> tuple[float, Any]:
+        contender.prepare()
+        return self(contender.call)
 
     def __call__(self, call: Callable[[], Any], flush: bool = True) -> tuple[float, Any]:
         """(milliseconds, what the call returned). On CUDA by events, while the host runs ahead behind the flush."""
@@ -152,13 +151,13 @@ def ceilings(device: torch.device) -> tuple[dict[str, Callable[[], Any]], float,
     return calls, 8.0 * size, 2.0 * width**3
 
 
-def turns(wanted: dict[str, int]) -> Iterator[str]:
-    """Names in round-robin order, each as often as wanted and spread evenly over the rounds."""
+def turns(wanted: dict[str, int]) -> Iterator[tuple[int, str]]:
+    """(round, name), each name as often as wanted and spread evenly over the rounds; every other round backwards."""
     rounds = max(wanted.values(), default=0)
     for i in range(rounds):
-        for name, runs in wanted.items():
-            if (i + 1) * runs // rounds > i * runs // rounds:
-                yield name
+        present = [name for name, runs in wanted.items() if (i + 1) * runs // rounds > i * runs // rounds]
+        for name in present if i % 2 == 0 else reversed(present):
+            yield i, name
 
 
 def check_and_time(case: Case, work: Work, options: Options, clock: Clock) -> tuple[dict[str, Result], float, float]:
@@ -168,7 +167,7 @@ def check_and_time(case: Case, work: Work, options: Options, clock: Clock) -> tu
     for name, contender in work.contenders.items():
         result = results[name] = Result(note=contender.note)
         try:
-            spent, output = clock(contender.call)
+            spent, output = clock.run(contender)
         except Exception as error:
             if not contender.optional:
                 raise BenchError(f"{case.title}: {name} failed: {error}") from error
@@ -178,14 +177,17 @@ def check_and_time(case: Case, work: Work, options: Options, clock: Clock) -> tu
         del output
         if not result.error <= contender.bound:
             wrong = f"its error is {result.error:.2e}, {contender.bound:.0e} is allowed"
-            if not contender.optional:
+            if contender.tolerated:
+                result.note = "; ".join(filter(None, [result.note, f"wrong: {wrong}"]))
+            elif contender.optional:
+                result.note = f"wrong, not timed: {wrong}"
+                continue
+            else:
                 raise BenchError(f"{case.title}: {name} is wrong, so nothing was timed: {wrong}")
-            result.note = f"wrong, not timed: {wrong}"
-            continue
         if contender.once:
-            result.times.append(spent)
+            result.times[-1] = spent
         else:
-            again, _ = clock(contender.call)  # the first call may have compiled something
+            again, _ = clock.run(contender)  # the first call may have compiled something
             quickest = max(min(spent, again), 1e-3)
             wanted[name] = max(3, min(options.rounds, int(1e3 * options.seconds / quickest)))
 
@@ -193,128 +195,36 @@ def check_and_time(case: Case, work: Work, options: Options, clock: Clock) -> tu
     limits: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for name in turns(wanted | {name: min(10, options.rounds) for name in calls}):
+    for i, name in turns(wanted | {name: min(10, options.rounds) for name in calls}):
         if name in calls:
             limits[name].append(clock(calls[name], flush=False)[0])
         else:
-            results[name].times.append(clock(work.contenders[name].call)[0])
+            results[name].times[i] = clock.run(work.contenders[name])[0]
     copy_rate = copied / np.median(limits["copy"]) / 1e6
     gemm_rate = multiplied / np.median(limits["gemm"]) / 1e6
     return results, float(copy_rate), float(gemm_rate)
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+def replayed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call as a CUDA graph, captured when it first runs."""
+    kept: dict[str, Any] = {}
+
+    def replay() -> Any:
+        if not kept:
+            call()
+            torch.cuda.synchronize()
+            kept["graph"] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(kept["graph"]):
+                kept["out"] = call()
+        kept["graph"].replay()
+        return kept["out"]
+
+    return replay
 
 
 def first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:120]
-
-
-def processor() -> str:
-    try:
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        match = None
-    return match.group(1) if match else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The short hash, with a + where the work tree differs from it; "none" without git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
-
-
-def facts(device: torch.device) -> dict[str, Any]:
-    """The columns that are the same in all rows of a run."""
-    try:
-        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (ValueError, OSError):
-        installed = math.nan
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {installed:.0f} GiB",
-        "cpu": processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "device": device_name(device),
-    }
-
-
-def rows_of(case: Case, work: Work, results: dict[str, Result], copy_rate: float, gemm_rate: float) -> list[Row]:
-    """One row a contender. Rates count the formula's bytes and operations, whatever a contender really does."""
-    rows = []
-    for name, result in results.items():
-        row: dict[str, Any] = {"operation": case.operation, "shape": case.shape, "dtype": case.dtype, "contender": name}
-        row |= {"bytes": int(work.bytes), "flops": int(work.flops), "checked_error": f"{result.error:.1e}"}
-        row |= {"peak_extra_mb": f"{result.peak_mb:.1f}", "note": result.note}
-        if result.times:
-            p20, median, p80 = np.percentile(result.times, [20, 50, 80])
-            bandwidth, rate = work.bytes / median / 1e6, work.flops / median / 1e6
-            row |= {"median_ms": f"{median:.4f}", "p20_ms": f"{p20:.4f}", "p80_ms": f"{p80:.4f}"}
-            row |= {"gb_per_s": f"{bandwidth:.2f}", "share_of_copy": f"{bandwidth / copy_rate:.4f}"}
-            row |= {"gflop_per_s": f"{rate:.2f}", "share_of_gemm": f"{rate / gemm_rate:.4f}"}
-            row["note"] = "; ".join(filter(None, [result.note, f"{len(result.times)} runs"]))
-        rows.append(row)
-    limits = {"operation": "ceiling", "shape": case.title, "dtype": "float32"}
-    rows.append(limits | {"contender": "copy", "gb_per_s": f"{copy_rate:.2f}", "note": "bytes read plus written"})
-    rows.append(limits | {"contender": "gemm", "gflop_per_s": f"{gemm_rate:.2f}", "note": "float32 torch.mm"})
-    return rows
-
-
-def write_rows(path: Path, rows: Sequence[Row], keep: bool) -> None:
-    """Writes beside the target, then renames, so a reader never sees half a file. `keep`: other cases' rows stay."""
-    rows = list(rows)
-    if keep and path.exists():
-        with path.open(newline="") as file:
-            ran = {(row["operation"], row["shape"]) for row in rows}
-            old = [row for row in csv.DictReader(file) if (row["operation"], row["shape"]) not in ran]
-        rows = old + rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
-
-
-def report(case: Case, work: Work, results: dict[str, Result], gemm_rate: float) -> None:
-    """A table for people: times, and how many times slower and larger than the first contender each one is."""
-    first = next(iter(results.values()))
-    floor = f"{work.flops / 1e9:.3g} GFLOP at least: {work.flops / gemm_rate / 1e6:.3g} ms at the matrix rate"
-    print(f"\n{case.title}   ({floor})")
-    print(f"  {'contender':<22}{'ms':>12}{'slower':>10}{'extra MB':>11}{'larger':>9}{'error':>10}  note")
-    for name, result in results.items():
-        median = float(np.median(result.times)) if result.times else math.nan
-        slower = median / float(np.median(first.times)) if first.times else math.nan
-        larger = result.peak_mb / first.peak_mb if first.peak_mb else math.nan
-        print(
-            f"  {name:<22}{median:>12.3f}{slower:>9.1f}x{result.peak_mb:>11.1f}{larger:>8.1f}x{result.error:>10.1e}"
-            f"  {result.note}",
-            flush=True,
-        )
 
 
 # Running -------------------------------------------------------------------------------------------------------------
@@ -323,13 +233,13 @@ def report(case: Case, work: Work, results: dict[str, Result], gemm_rate: float)
 def run_case(case: Case, module: str, options: Options, extra: Sequence[str]) -> list[Row]:
     work = case.build(False)
     results, copy_rate, gemm_rate = check_and_time(case, work, options, Clock(options.device, options.flush_bytes))
-    if options.with_memory:
+    if options.with_memory and case.memory:
         for name, result in results.items():
             if result.times and options.device.type == "cuda":
-                result.peak_mb = memory.on_cuda(work.contenders[name].call, options.device)
+                result.peak_mb = memory.on_cuda(work.contenders[name], options.device)
             elif result.times:
                 result.peak_mb = memory.in_fresh_process(module, case.title, name, extra)
-    report(case, work, results, gemm_rate)
+    report(case, work, results, copy_rate, gemm_rate)
     return rows_of(case, work, results, copy_rate, gemm_rate)
 
 
@@ -340,6 +250,7 @@ def arguments(stem: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="toy shapes, a few rounds, no memory: does it run?")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--rounds", type=int, help="runs per contender at most")
+    parser.add_argument("--seconds", type=float, help="of runs per contender and case at most, about (12)")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurements")
     parser.add_argument("--results", type=Path, help="folder for the CSV (bench/results; with --quick none is written)")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
@@ -369,6 +280,7 @@ def main(stem: str, cases: Callable[[bool, torch.device], list[Case]], argv: Seq
     if args.quick:
         options.rounds, options.seconds, options.flush_bytes = 3, 0.2, 1 << 20
     options.rounds = args.rounds or options.rounds
+    options.seconds = args.seconds or options.seconds
     extra = ["--device", args.device, "--threads", str(args.threads), *(["--quick"] if args.quick else [])]
 
     shared = facts(device)

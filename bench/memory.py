@@ -26,14 +26,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from bench.harness import Case
+    from bench.harness import Case, Contender
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
@@ -47,12 +47,13 @@ def resident(field: str) -> float:
     return int(match.group(1)) * 1024 / 1e6
 
 
-def on_cuda(call: Callable[[], Any], device: torch.device) -> float:
+def on_cuda(contender: Contender, device: torch.device) -> float:
     """Peak extra device memory in MB, by torch's allocator; after a first call."""
+    contender.prepare()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    kept = call()
+    kept = contender.call()
     torch.cuda.synchronize(device)
     del kept
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
@@ -60,10 +61,14 @@ def on_cuda(call: Callable[[], Any], device: torch.device) -> float:
 
 def measure(case: Case, name: str) -> float:
     """Peak extra memory of the contender in MB on the CPU; to be called once, in a process of its own."""
-    case.build(True).contenders[name].call()
+    toy = case.build(True).contenders[name]
+    toy.prepare()
+    toy.call()
     contender = case.build(False).contenders[name]
+    contender.prepare()
     if not contender.once:
         contender.call()
+        contender.prepare()
     marks = Path("/proc/self/clear_refs")
     if not marks.exists():
         return math.nan

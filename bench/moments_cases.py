@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 
 import mtlgrad
 from bench import moments_counts as counts
-from bench.harness import Case, Contender, Work, relative_error
+from bench.harness import Case, Contender, Work, relative_error, replayed
 from bench.peers import bayesagg_published as published
 from mtlgrad import ops, posterior, reference
 
@@ -165,23 +165,6 @@ def literal(data: Data) -> Callable[[], Tensor]:
     priors = published.full_data_posteriors(groups, data.features, data.targets)
     features, targets = data.batch()
     return lambda: published.published_step(groups, features, targets, priors, num_samples=data.shape.samples)
-
-
-def replayed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same call as a CUDA graph, captured when it first runs."""
-    kept: dict[str, Any] = {}
-
-    def replay() -> Tensor:
-        if not kept:
-            call()
-            torch.cuda.synchronize()
-            kept["graph"] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(kept["graph"]):
-                kept["out"] = call()
-        kept["graph"].replay()
-        return kept["out"]
-
-    return replay
 
 
 def build_step(shape: Shape, device: torch.device, quick: bool, small: bool) -> Work:

@@ -1,6 +1,8 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <vector>
 
 #include "kernels.h"
 
@@ -38,9 +40,7 @@ struct MomentsKernels {
   decltype(&cpu::weighted_mean) weighted_mean;
 };
 
-void bind_moments(py::module_& parent, const char* device, const MomentsKernels& kernels) {
-  py::module_ m = parent.def_submodule(device);
-
+void bind_moments(py::module_& m, const MomentsKernels& kernels) {
   m.def("regression_moments",
         [run = kernels.regression_moments](int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width,
                                            Ptr targets, Ptr mean, Ptr cross, int64_t cross_stride, Ptr spread,
@@ -114,6 +114,65 @@ void bind_moments(py::module_& parent, const char* device, const MomentsKernels&
         });
 }
 
+// The kernels of the `combine` and `align` stems on one device.
+struct CombineKernels {
+  decltype(&cpu::gram_workspace) gram_workspace;
+  decltype(&cpu::dots_workspace) dots_workspace;
+  decltype(&cpu::gram) gram;
+  decltype(&cpu::dots) dots;
+  decltype(&cpu::combine) combine;
+  decltype(&cpu::align_workspace) align_workspace;
+  decltype(&cpu::align) align;
+};
+
+using Pointers = std::vector<Ptr>;
+using Sizes = std::vector<int64_t>;
+
+static_assert(sizeof(Ptr) == sizeof(void*), "a table of integers is read as a table of pointers");
+
+Rows rows_of(const Pointers& data, const Sizes& sizes, int64_t tasks) {
+  if (data.size() != sizes.size() * static_cast<size_t>(tasks)) throw std::invalid_argument("rows: tables disagree");
+  return {reinterpret_cast<const void* const*>(data.data()), sizes.data(), tasks, static_cast<int64_t>(sizes.size())};
+}
+
+void bind_combine(py::module_& m, const CombineKernels& kernels) {
+  m.def("gram_workspace", kernels.gram_workspace);
+  m.def("dots_workspace", kernels.dots_workspace);
+  m.def("align_workspace", kernels.align_workspace);
+
+  m.def("gram", [run = kernels.gram](int dtype, const Pointers& data, const Sizes& sizes, int64_t tasks, Ptr out,
+                                     Ptr workspace, int threads, Ptr stream, int index) {
+    py::gil_scoped_release nogil;
+    run(dtype_of(dtype), rows_of(data, sizes, tasks), as<double>(out), as<double>(workspace),
+        {threads, as<void>(stream), index});
+  });
+
+  m.def("dots",
+        [run = kernels.dots](int dtype, const Pointers& data, const Sizes& sizes, int64_t tasks, const Pointers& vector,
+                             Ptr out, Ptr workspace, int threads, Ptr stream, int index) {
+          py::gil_scoped_release nogil;
+          run(dtype_of(dtype), rows_of(data, sizes, tasks), reinterpret_cast<const void* const*>(vector.data()),
+              as<double>(out), as<double>(workspace), {threads, as<void>(stream), index});
+        });
+
+  m.def("combine", [run = kernels.combine](int dtype, const Pointers& data, const Sizes& sizes, int64_t tasks,
+                                           Ptr weights, const Pointers& out, int threads, Ptr stream, int index) {
+    py::gil_scoped_release nogil;
+    run(dtype_of(dtype), rows_of(data, sizes, tasks), as<const double>(weights),
+        reinterpret_cast<void* const*>(out.data()), {threads, as<void>(stream), index});
+  });
+
+  m.def("align", [run = kernels.align](Ptr gram, Ptr preference, int scale, double rtol, int64_t tasks, Ptr weights,
+                                       Ptr singular_values, Ptr rank, Ptr condition_number, Ptr transform,
+                                       Ptr workspace, int threads, Ptr stream, int index) {
+    py::gil_scoped_release nogil;
+    const Alignment alignment{as<double>(weights), as<double>(singular_values), as<int64_t>(rank),
+                              as<double>(condition_number), as<double>(transform)};
+    run(as<const double>(gram), as<const double>(preference), static_cast<Scale>(scale), rtol, tasks, alignment,
+        as<double>(workspace), {threads, as<void>(stream), index});
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -133,9 +192,11 @@ PYBIND11_MODULE(_C, m) {
     return cpu::condition_on_batch(dtype_of(dtype), as<void>(cross), as<void>(gram), as<void>(curvature),
                                    as<void>(spread), rows, batch, width, {threads, nullptr, 0});
   });
-  bind_moments(m, "cpu",
-               {cpu::regression_moments, cpu::binary_moments, cpu::multiclass_moments, cpu::sample_residuals,
-                cpu::sampled_moments, cpu::precision_mean, cpu::weighted_mean});
+  py::module_ on_cpu = m.def_submodule("cpu");
+  bind_moments(on_cpu, {cpu::regression_moments, cpu::binary_moments, cpu::multiclass_moments, cpu::sample_residuals,
+                        cpu::sampled_moments, cpu::precision_mean, cpu::weighted_mean});
+  bind_combine(on_cpu, {cpu::gram_workspace, cpu::dots_workspace, cpu::gram, cpu::dots, cpu::combine,
+                        cpu::align_workspace, cpu::align});
 
 #ifdef MTLGRAD_WITH_CUDA
   m.attr("cuda_compiled") = true;
@@ -144,9 +205,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_count", &cuda::device_count);
   m.def("cuda_device_error", &cuda::device_error);
   m.def("cuda_runtime_version", &cuda::runtime_version);
-  bind_moments(m, "cuda",
-               {cuda::regression_moments, cuda::binary_moments, cuda::multiclass_moments, cuda::sample_residuals,
-                cuda::sampled_moments, cuda::precision_mean, cuda::weighted_mean});
+  py::module_ on_cuda = m.def_submodule("cuda");
+  bind_moments(on_cuda, {cuda::regression_moments, cuda::binary_moments, cuda::multiclass_moments,
+                         cuda::sample_residuals, cuda::sampled_moments, cuda::precision_mean, cuda::weighted_mean});
+  bind_combine(on_cuda, {cuda::gram_workspace, cuda::dots_workspace, cuda::gram, cuda::dots, cuda::combine,
+                         cuda::align_workspace, cuda::align});
 #else
   m.attr("cuda_compiled") = false;
   m.attr("cuda_archs") = "";

@@ -62,8 +62,8 @@ enum class Scale : int { min = 0, median = 1, rmse = 2 };
 struct Alignment {
   double *weights, *singular_values;  // [T], the latter descending
   int64_t* rank;                      // [1]
-  double *condition_number;           // [1]
-  double *transform;                  // [T, T]
+  double* condition_number;           // [1]
+  double* transform;                  // [T, T]
 };
 
 // The largest number of tasks that align takes.

@@ -9,7 +9,8 @@
 
 namespace mtlgrad::math {
 
-constexpr int kMaxSweeps = 40;  // Jacobi's convergence is quadratic: 6 to 10 are usual, this is a stop for the unforeseen
+constexpr int kMaxSweeps =
+    40;  // Jacobi's convergence is quadratic: 6 to 10 are usual, this is a stop for the unforeseen
 
 // The rotation of the plane (p, q) that makes a_pq zero: a_pp <- a_pp - t a_pq, a_qq <- a_qq + t a_pq, and for the
 // other entries, and the eigenvectors, (x_p, x_q) <- (c x_p - s x_q, s x_p + c x_q).

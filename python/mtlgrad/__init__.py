@@ -1,12 +1,15 @@
 """mtlgrad: merges the gradients of several tasks that share one backbone."""
 
 from . import metrics, ops, posterior, reference
+from .aligned import AlignedMTL
 from .bayesagg import BayesAgg, Binary, Multiclass, Regression
+from .jacobian import task_backward
 from .ops._native import build_info
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignedMTL",
     "BayesAgg",
     "Binary",
     "Multiclass",
@@ -17,4 +20,5 @@ __all__ = [
     "ops",
     "posterior",
     "reference",
+    "task_backward",
 ]

@@ -1,0 +1,92 @@
+// The alignment of T tasks on the host: Jacobi's method, one pair of tasks after another.
+#include "math/align.h"
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace mtlgrad::cpu {
+
+namespace {
+
+// Turns a (T x T, symmetric, both triangles) to diagonal and v to its eigenvectors, in columns.
+void diagonalise(double* a, double* v, int64_t tasks) {
+  for (int sweep = 0; sweep < math::kMaxSweeps; ++sweep) {
+    bool turned = false;
+    for (int64_t p = 0; p < tasks; ++p)
+      for (int64_t q = p + 1; q < tasks; ++q) {
+        const double app = a[p * tasks + p], aqq = a[q * tasks + q], apq = a[p * tasks + q];
+        if (math::negligible(app, aqq, apq)) continue;
+        turned = true;
+        const math::Rotation r = math::rotation(app, aqq, apq);
+        for (int64_t k = 0; k < tasks; ++k) {
+          if (k != p && k != q) {
+            const double akp = a[k * tasks + p], akq = a[k * tasks + q];
+            a[k * tasks + p] = a[p * tasks + k] = r.c * akp - r.s * akq;
+            a[k * tasks + q] = a[q * tasks + k] = r.s * akp + r.c * akq;
+          }
+          const double vkp = v[k * tasks + p], vkq = v[k * tasks + q];
+          v[k * tasks + p] = r.c * vkp - r.s * vkq;
+          v[k * tasks + q] = r.s * vkp + r.c * vkq;
+        }
+        a[p * tasks + p] = app - r.t * apq;
+        a[q * tasks + q] = aqq + r.t * apq;
+        a[p * tasks + q] = a[q * tasks + p] = 0.0;
+      }
+    if (!turned) return;
+  }
+}
+
+void fill_nan(int64_t tasks, Alignment out) {
+  const double nan = math::not_a_number<double>();
+  std::fill_n(out.weights, tasks, nan);
+  std::fill_n(out.singular_values, tasks, nan);
+  std::fill_n(out.transform, tasks * tasks, nan);
+  *out.condition_number = nan;
+  *out.rank = -1;
+}
+
+}  // namespace
+
+int64_t align_workspace(int64_t tasks) { return 2 * tasks * tasks + 2 * tasks; }
+
+void align(const double* gram, const double* preference, Scale scale, double rtol, int64_t tasks, Alignment out,
+           double* workspace, Place) {
+  double largest = 0.0;
+  for (int64_t i = 0; i < tasks; ++i) {
+    for (int64_t j = i; j < tasks; ++j)
+      if (!std::isfinite(gram[i * tasks + j])) return fill_nan(tasks, out);
+    largest = std::max(largest, gram[i * tasks + i]);
+  }
+  double* a = workspace;  // [T, T], then its eigenvalues on the diagonal
+  double* v = a + tasks * tasks;
+  double* values = v + tasks * tasks;   // [T] as found
+  double* descending = values + tasks;  // [T]
+  for (int64_t i = 0; i < tasks; ++i)
+    for (int64_t j = 0; j < tasks; ++j) {
+      a[i * tasks + j] = largest > 0.0 ? gram[std::min(i, j) * tasks + std::max(i, j)] / largest : 0.0;
+      v[i * tasks + j] = i == j ? 1.0 : 0.0;
+    }
+  diagonalise(a, v, tasks);
+  for (int64_t k = 0; k < tasks; ++k) values[k] = std::max(a[k * tasks + k], 0.0);
+  for (int64_t k = 0; k < tasks; ++k) descending[math::place_of(values, k, tasks)] = values[k];
+  const int64_t rank = math::numerical_rank(descending, tasks, rtol);
+  const double square = rank > 0 ? math::scale_square(descending, rank, static_cast<int>(scale)) : 0.0;
+
+  for (int64_t i = 0; i < tasks; ++i) {
+    out.weights[i] = 0.0;
+    for (int64_t j = 0; j < tasks; ++j) {
+      double b = rank == 0 && i == j ? 1.0 : 0.0;
+      for (int64_t k = 0; k < tasks; ++k)
+        if (rank > 0 && values[k] >= descending[rank - 1])
+          b += std::sqrt(square / values[k]) * v[i * tasks + k] * v[j * tasks + k];
+      out.transform[i * tasks + j] = b;
+      out.weights[i] += b * preference[j];
+    }
+    out.singular_values[i] = std::sqrt(descending[i]) * std::sqrt(largest);
+  }
+  *out.rank = rank;
+  *out.condition_number = math::condition_number(descending[0], descending[tasks - 1]);
+}
+
+}  // namespace mtlgrad::cpu

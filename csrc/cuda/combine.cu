@@ -1,0 +1,175 @@
+#include "combine.cuh"
+
+#include <climits>
+
+#include "kernels.h"
+#include "launch.h"
+
+namespace mtlgrad::cuda {
+
+namespace {
+
+// A kernel's parameters end at 4 KB, from CUDA 12.1 on at 32,764 bytes. The large table takes most models in one launch
+// (384 tensors for up to 7 tasks); but all of it travels with every launch, so few tensors go in a small one.
+using SmallTable = Table<48, 400>;
+#if CUDART_VERSION >= 12010
+using LargeTable = Table<384, 3200>;
+static_assert(sizeof(LargeTable) <= 32764 - 64);
+#else
+using LargeTable = SmallTable;
+#endif
+static_assert(sizeof(SmallTable) <= 4096 - 64);
+
+// Blocks of a launch that leave partial sums: eight for each of the 132 multiprocessors of an H100 or H200, a whole number
+// of waves there and nearly one on an A100. A constant, so that the order of the sums is the same on every device.
+constexpr int64_t kMaxBlocks = 8 * 132;
+
+int64_t groups_of(int64_t tasks) { return (tasks + kGroup - 1) / kGroup; }
+int64_t pairs_of(int64_t groups) { return groups * (groups + 1) / 2; }
+
+// Parts that the columns are cut into for each of `passes` groups or pairs of groups.
+int64_t max_parts(int64_t passes) { return std::max<int64_t>(kMaxBlocks / passes, 1); }
+
+// body(typed null pointer) for the type behind `dtype`.
+template <typename Body>
+void for_row_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body(static_cast<float*>(nullptr));
+    case DType::f16: return body(static_cast<__half*>(nullptr));
+    case DType::bf16: return body(static_cast<__nv_bfloat16*>(nullptr));
+    case DType::f64: return body(static_cast<double*>(nullptr));
+  }
+}
+
+// body(integral constant) for a number of tasks up to kGroup; kGroup for more.
+template <typename Body>
+void for_tasks(int64_t tasks, const Body& body) {
+  switch (tasks) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+    case 7: return body(std::integral_constant<int, 7>{});
+    default: return body(std::integral_constant<int, kGroup>{});
+  }
+}
+
+// Fills tables with the tensors that are not empty, `others` behind the rows if it is given, and calls launch(table) for
+// each that is full and for the last.
+template <typename Table, typename Launch>
+void fill_tables(const Rows& rows, const void* const* others, int columns, const Launch& launch) {
+  Table table;
+  table.count = table.items = 0;
+  table.stride = static_cast<int32_t>(rows.tasks + (others != nullptr));
+  for (int64_t p = 0; p < rows.tensors; ++p) {
+    if (rows.sizes[p] == 0) continue;
+    const int64_t items = (rows.sizes[p] + columns - 1) / columns;
+    if (table.count == Table::kSegments || (table.count + 1) * table.stride > Table::kPointers ||
+        items > INT_MAX - table.items) {
+      launch(table);
+      table.count = table.items = 0;
+    }
+    const void** pointers = table.pointers + table.count * table.stride;
+    std::copy_n(rows.data + p * rows.tasks, rows.tasks, pointers);
+    if (others) pointers[rows.tasks] = others[p];
+    uintptr_t bits = 0;
+    for (int32_t t = 0; t < table.stride; ++t) bits |= reinterpret_cast<uintptr_t>(pointers[t]);
+    table.segments[table.count++] = {rows.sizes[p], table.items, bits % 16 == 0};
+    table.items += static_cast<int32_t>(items);
+  }
+  if (table.count) launch(table);
+}
+
+template <typename Launch>
+void for_tables(const char* kernel, const Rows& rows, const void* const* others, int columns, const Launch& launch) {
+  const int64_t stride = rows.tasks + (others != nullptr);
+  if (stride > LargeTable::kPointers)
+    throw std::invalid_argument(std::string(kernel) + " (cuda): at most " +
+                                std::to_string(LargeTable::kPointers - (others != nullptr)) + " tasks");
+  if (rows.tensors <= SmallTable::kSegments && rows.tensors * stride <= SmallTable::kPointers)
+    fill_tables<SmallTable>(rows, others, columns, launch);
+  else
+    fill_tables<LargeTable>(rows, others, columns, launch);
+}
+
+unsigned parts_for(int64_t items, int64_t limit) { return static_cast<unsigned>(std::min(items, limit)); }
+
+}  // namespace
+
+// No more parts than columns, as every item has one at least.
+int64_t gram_workspace(int64_t tasks, int64_t columns) {
+  if (tasks <= 0) return 0;
+  const int64_t pairs = pairs_of(groups_of(tasks));
+  return (tasks <= kGroup ? pairs_of(tasks) : pairs * kGroup * kGroup) * std::min(max_parts(pairs), columns);
+}
+
+int64_t dots_workspace(int64_t tasks, int64_t columns) {
+  return tasks <= 0 ? 0 : tasks * std::min(max_parts(groups_of(tasks)), columns);
+}
+
+// Every table is two launches, the sums of the parts and their sum; the next table's use the workspace after it.
+void gram(DType dtype, Rows rows, double* out, double* workspace, Place place) {
+  if (rows.tasks == 0 || rows.tensors == 0) return;
+  DeviceGuard guard(place.device);
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  const auto tasks = static_cast<unsigned>(rows.tasks);
+  const int64_t pairs = pairs_of(groups_of(tasks)), limit = max_parts(pairs);
+  for_row_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_tasks(tasks, [&](auto constant) {
+      constexpr int kTasks = decltype(constant)::value;
+      const int packets = tasks <= kGroup ? packets_for(kTasks) : 1;
+      for_tables("gram", rows, nullptr, item_columns<T>(packets), [&](const auto& table) {
+        using Table = std::decay_t<decltype(table)>;
+        const unsigned parts = parts_for(table.items, limit);
+        if (tasks <= kGroup)
+          KERNEL_LAUNCH((gram_kernel<T, kTasks, Table>), parts, kRowThreads, 0, stream, table, workspace);
+        else if constexpr (kTasks == kGroup)
+          KERNEL_LAUNCH((gram_groups_kernel<T, Table>), dim3(static_cast<unsigned>(pairs), parts), kRowThreads, 0,
+                        stream, table, workspace);
+        KERNEL_LAUNCH((gram_finish_kernel<double>), dim3(tasks, tasks), kRowThreads, 0, stream, workspace,
+                      static_cast<int>(parts), out);
+      });
+    });
+  });
+  MTLGRAD_CUDA_CHECK(cudaGetLastError());
+}
+
+void dots(DType dtype, Rows rows, const void* const* vector, double* out, double* workspace, Place place) {
+  if (rows.tasks == 0 || rows.tensors == 0) return;
+  DeviceGuard guard(place.device);
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  const auto groups = static_cast<unsigned>(groups_of(rows.tasks));
+  for_row_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_tasks(rows.tasks, [&](auto constant) {
+      constexpr int kRows = decltype(constant)::value;
+      for_tables("dots", rows, vector, item_columns<T>(packets_for(kRows)), [&](const auto& table) {
+        using Table = std::decay_t<decltype(table)>;
+        const unsigned parts = parts_for(table.items, max_parts(groups));
+        KERNEL_LAUNCH((dots_kernel<T, kRows, Table>), dim3(groups, parts), kRowThreads, 0, stream, table, workspace);
+        KERNEL_LAUNCH((dots_finish_kernel<double>), static_cast<unsigned>(rows.tasks), kRowThreads, 0, stream,
+                      workspace, static_cast<int>(parts), out);
+      });
+    });
+  });
+  MTLGRAD_CUDA_CHECK(cudaGetLastError());
+}
+
+void combine(DType dtype, Rows rows, const double* weights, void* const* out, Place place) {
+  if (rows.tensors == 0) return;
+  DeviceGuard guard(place.device);
+  for_row_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_tables("combine", rows, out, item_columns<T>(kCombinePackets), [&](const auto& table) {
+      using Table = std::decay_t<decltype(table)>;
+      KERNEL_LAUNCH((combine_kernel<T, Table>), parts_for(table.items, 4 * kMaxBlocks), kRowThreads, 0,
+                    static_cast<cudaStream_t>(place.stream), table, weights);
+    });
+  });
+  MTLGRAD_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace mtlgrad::cuda

@@ -1,0 +1,412 @@
+// Device code of the `combine` stem: Gram matrix, dot products and weighted sum of rows spread over many tensors.
+#pragma once
+#include "compat.cuh"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "reduce.cuh"
+
+namespace mtlgrad::cuda {
+
+constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp;
+constexpr int kGroup = 8;  // rows whose products with one another fit a thread's registers
+constexpr int kCombinePackets = 2;
+
+// One of the tensors that the rows are spread over.
+struct Segment {
+  int64_t size;
+  int32_t first;    // its first work item
+  int32_t aligned;  // whether all pointers to it are multiples of 16 bytes
+};
+
+// What a launch works on, passed by value: a kernel's parameters lie in the constant cache, need no copy and no memory
+// that would have to outlive the call, and a CUDA graph keeps them. Tensor p is segments[p] and pointers[p * stride + t],
+// one for every row and then, for dots and combine, that of the vector or of the output. All tensors, one behind the
+// other, are cut into work items of one number of columns; only the last item of a tensor may be shorter.
+template <int kSegmentCapacity, int kPointerCapacity>
+struct Table {
+  static constexpr int kSegments = kSegmentCapacity, kPointers = kPointerCapacity;
+  int32_t count, stride, items;
+  Segment segments[kSegments];
+  const void* pointers[kPointers];
+};
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ double to_float(double v) { return v; }
+
+template <typename T, typename Sum>
+__device__ __forceinline__ T round_to(Sum v) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(v);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(v);
+  else
+    return v;
+}
+
+__device__ __forceinline__ uint32_t bits_of(__half v) { return __half_as_ushort(v); }
+__device__ __forceinline__ uint32_t bits_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
+
+// What a thread reads at once, 16 bytes. Two half-precision numbers stay together in one register until they are used:
+// as an array of them the compiler would give each its own.
+using Pair = uint32_t __attribute__((may_alias));
+
+template <typename T>
+struct alignas(16) Packet {
+  static constexpr int kSize = 16 / sizeof(T);
+  std::conditional_t<sizeof(T) == 2, Pair, T> v[sizeof(T) == 2 ? 4 : kSize];
+};
+
+template <typename T>
+__device__ __forceinline__ auto element(const Packet<T>& x, int j) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(x.v[j / 2] >> j % 2 * 16)));
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __uint_as_float(j % 2 ? x.v[j / 2] & 0xffff0000u : x.v[j / 2] << 16);
+  else
+    return x.v[j];
+}
+
+template <typename T, typename Sum>
+__device__ __forceinline__ void set_element(Packet<T>& x, int j, Sum sum) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t bits = bits_of(round_to<T>(sum));
+    x.v[j / 2] = j % 2 ? x.v[j / 2] | bits << 16 : bits;
+  } else {
+    x.v[j] = sum;
+  }
+}
+
+// Packets of each row that a thread asks for before it uses the first, where so many rows are read together: about 128
+// bytes in flight for each thread. Columns of a work item: as many as a block asks for at once.
+__host__ __device__ constexpr int packets_for(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+
+template <typename T>
+__host__ __device__ constexpr int item_columns(int packets) {
+  return kRowThreads * packets * Packet<T>::kSize;
+}
+
+// The same for elements that are read one by one.
+template <typename T>
+__host__ __device__ constexpr int singles_for(int rows) {
+  const int words = sizeof(T) == 8 ? 2 : 1;
+  return (rows <= 2 ? 8 : rows <= 4 ? 4 : 2) / words;
+}
+
+// The work items of part `part` of `parts`, one after the other, and the tensor that each lies in. A part is an even
+// share of all items, whatever tensors they belong to: the first tensor is found by bisection, the next ones follow.
+template <typename Table>
+struct Walk {
+  const Table& table;
+  int item, end, tensor;
+
+  __device__ __forceinline__ Walk(const Table& table, int part, int parts) : table(table) {
+    const int each = table.items / parts, more = table.items % parts;
+    item = part * each + (part < more ? part : more);
+    end = item + each + (part < more);
+    int beyond = table.count;
+    for (tensor = 0; beyond - tensor > 1;) {
+      const int middle = (tensor + beyond) / 2;
+      if (table.segments[middle].first <= item)
+        tensor = middle;
+      else
+        beyond = middle;
+    }
+  }
+
+  __device__ __forceinline__ bool more() const { return item < end; }
+
+  __device__ __forceinline__ void next() {
+    ++item;
+    if (tensor + 1 < table.count && table.segments[tensor + 1].first == item) ++tensor;
+  }
+};
+
+// The columns [begin, begin + count) of a tensor that an item is, and how they are read: `packets` packets, and what is
+// left, or all that is not aligned, one by one. The same for every thread.
+struct Span {
+  int64_t begin;
+  int count, packets;
+};
+
+template <typename T, int kPackets, typename Table>
+__device__ __forceinline__ Span span_of(const Walk<Table>& at) {
+  constexpr int kColumns = item_columns<T>(kPackets);
+  const Segment& segment = at.table.segments[at.tensor];
+  const int64_t begin = int64_t(at.item - segment.first) * kColumns, left = segment.size - begin;
+  const int count = left < kColumns ? static_cast<int>(left) : kColumns;
+  return {begin, count, segment.aligned ? count / Packet<T>::kSize : 0};
+}
+
+template <typename T, typename Table>
+__device__ __forceinline__ const T* row_of(const Walk<Table>& at, int t, Span span) {
+  return static_cast<const T*>(at.table.pointers[at.tensor * at.table.stride + t]) + span.begin;
+}
+
+// use(v) for each column of an item that is this thread's, v[t] being the element of row index(t). All loads are under
+// way before the first use. Reading one by one, neighbouring threads read neighbours too, so that rows that are not
+// aligned take more instructions, but no more memory traffic.
+template <typename T, int kRows, int kPackets, typename Table, typename Index, typename Use>
+__device__ __forceinline__ void for_columns(const Walk<Table>& at, const Index& index, const Use& use) {
+  constexpr int kSize = Packet<T>::kSize, kSingles = singles_for<T>(kRows);
+  const int thread = static_cast<int>(threadIdx.x);
+  const Span span = span_of<T, kPackets>(at);
+  if (span.packets > 0) {
+    Packet<T> x[kPackets][kRows];
+#pragma unroll
+    for (int u = 0; u < kPackets; ++u)
+      if (thread + u * kRowThreads < span.packets) {
+#pragma unroll
+        for (int t = 0; t < kRows; ++t)
+          x[u][t] = reinterpret_cast<const Packet<T>*>(row_of<T>(at, index(t), span))[thread + u * kRowThreads];
+      }
+#pragma unroll
+    for (int u = 0; u < kPackets; ++u)
+      if (thread + u * kRowThreads < span.packets) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          double v[kRows];
+#pragma unroll
+          for (int t = 0; t < kRows; ++t) v[t] = element(x[u][t], j);
+          use(v);
+        }
+      }
+  }
+  for (int c = span.packets * kSize + thread; c < span.count; c += kSingles * kRowThreads) {
+    T x[kSingles][kRows];
+#pragma unroll
+    for (int u = 0; u < kSingles; ++u)
+#pragma unroll
+      for (int t = 0; t < kRows; ++t)
+        x[u][t] = c + u * kRowThreads < span.count ? row_of<T>(at, index(t), span)[c + u * kRowThreads] : T{};
+#pragma unroll
+    for (int u = 0; u < kSingles; ++u) {
+      double v[kRows];
+#pragma unroll
+      for (int t = 0; t < kRows; ++t) v[t] = to_float(x[u][t]);
+      use(v);
+    }
+  }
+}
+
+// Sums over a warp of eight values at once: lane l gets that of v[l / 4]. In each of three steps a lane gives half of
+// its values away and takes in the other half of its partner's: 9 shuffles, not 40.
+template <typename T>
+__device__ __forceinline__ T warp_sums(T (&v)[8]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const bool upper = lane & (4 * half);
+#pragma unroll
+    for (int k = 0; k < half; ++k) {
+      const T keep = upper ? v[k + half] : v[k], give = upper ? v[k] : v[k + half];
+      v[k] = keep + __shfl_xor_sync(0xffffffffu, give, 4 * half);
+    }
+  }
+  v[0] += __shfl_xor_sync(0xffffffffu, v[0], 2);
+  v[0] += __shfl_xor_sync(0xffffffffu, v[0], 1);
+  return v[0];
+}
+
+// workspace[k * parts + part] = the block's sum of sums[k], for k < used: through the warps by shuffles, then through
+// shared memory in the order of the warps. The barrier: all warps have written before any thread adds.
+template <int kCount>
+__device__ __forceinline__ void write_partials(const double (&sums)[kCount], int used, double* workspace, int part,
+                                               int parts) {
+  constexpr int kChunks = (kCount + 7) / 8;
+  __shared__ double partial[kRowWarps][kChunks * 8];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    double v[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] = chunk * 8 + k < kCount ? sums[chunk * 8 + k] : 0.0;
+    const double sum = warp_sums(v);
+    if (lane % 4 == 0) partial[warp][chunk * 8 + lane / 4] = sum;
+  }
+  __syncthreads();
+  for (int k = threadIdx.x; k < used; k += kRowThreads) {
+    double sum = 0.0;
+#pragma unroll
+    for (int w = 0; w < kRowWarps; ++w) sum += partial[w][k];
+    workspace[int64_t(k) * parts + part] = sum;
+  }
+}
+
+// Pairs i <= j below n, row by row.
+__host__ __device__ __forceinline__ int64_t triangle(int64_t i, int64_t j, int64_t n) {
+  return i * n - i * (i - 1) / 2 + j - i;
+}
+
+// Where in the workspace the pair of rows i <= j is: the triangle of all pairs, or, with more than kGroup rows, kGroup^2
+// for each pair of groups.
+__host__ __device__ __forceinline__ int64_t gram_slot(int64_t i, int64_t j, int64_t tasks) {
+  if (tasks <= kGroup) return triangle(i, j, tasks);
+  const int64_t groups = (tasks + kGroup - 1) / kGroup;
+  return triangle(i / kGroup, j / kGroup, groups) * kGroup * kGroup + i % kGroup * kGroup + j % kGroup;
+}
+
+// The products of up to kGroup rows with one another; reads every row once. A block walks over its part of the items
+// with all T (T + 1) / 2 sums of its threads in registers; there is no barrier on the way, so that a warp that waits for
+// memory holds up no other. A float32 product is exact in float64.
+template <typename T, int kTasks, typename Table>
+__global__ void __launch_bounds__(kRowThreads, kTasks <= 4 ? 3 : 2)
+    gram_kernel(const __grid_constant__ Table table, double* workspace) {
+  constexpr int kPairs = kTasks * (kTasks + 1) / 2;
+  const int part = blockIdx.x, parts = gridDim.x;
+  double sums[kPairs];
+#pragma unroll
+  for (int k = 0; k < kPairs; ++k) sums[k] = 0.0;
+  for (Walk<Table> at(table, part, parts); at.more(); at.next())
+    for_columns<T, kTasks, packets_for(kTasks)>(
+        at, [](int t) { return t; },
+        [&](const double(&v)[kTasks]) {
+          int k = 0;
+#pragma unroll
+          for (int a = 0; a < kTasks; ++a)
+#pragma unroll
+            for (int b = a; b < kTasks; ++b) sums[k++] += v[a] * v[b];
+        });
+  write_partials(sums, kPairs, workspace, part, parts);
+}
+
+// More rows: blockIdx.x is a pair of groups of kGroup rows, blockIdx.y the part. The blocks of one part, neighbours in
+// the order of launch, read the same columns at about the same time, the first from memory, the others mostly from the
+// second-level cache. A pair of a group with itself is done like any other, and half of its results are not used. In
+// place of rows beyond the last one it reads the last one, without use.
+template <typename T, typename Table>
+__global__ void __launch_bounds__(kRowThreads)
+    gram_groups_kernel(const __grid_constant__ Table table, double* workspace) {
+  const int part = blockIdx.y, parts = gridDim.y, tasks = table.stride, groups = (tasks + kGroup - 1) / kGroup;
+  int first = 0, second = blockIdx.x;  // of the groups: pair blockIdx.x of the triangle
+  while (second >= groups - first) second -= groups - first++;
+  second = (first + second) * kGroup, first *= kGroup;  // now of the rows
+  const int columns = tasks - second;
+  double sums[kGroup * kGroup];
+#pragma unroll
+  for (int k = 0; k < kGroup * kGroup; ++k) sums[k] = 0.0;
+  for (Walk<Table> at(table, part, parts); at.more(); at.next())
+    for_columns<T, 2 * kGroup, 1>(
+        at, [&](int t) { return t < kGroup ? first + t : min(second + t - kGroup, tasks - 1); },
+        [&](const double(&v)[2 * kGroup]) {
+#pragma unroll
+          for (int b = 0; b < kGroup; ++b)
+            if (b < columns) {
+#pragma unroll
+              for (int a = 0; a < kGroup; ++a) sums[a * kGroup + b] += v[a] * v[kGroup + b];
+            }
+        });
+  workspace += int64_t(blockIdx.x) * kGroup * kGroup * parts;
+  write_partials(sums, kGroup * kGroup, workspace, part, parts);
+}
+
+// The products of kRows rows, those of group blockIdx.x, with the vector behind the rows in the table; else as
+// gram_kernel.
+template <typename T, int kRows, typename Table>
+__global__ void __launch_bounds__(kRowThreads, kRows <= 4 ? 3 : 2)
+    dots_kernel(const __grid_constant__ Table table, double* workspace) {
+  const int part = blockIdx.y, parts = gridDim.y, tasks = table.stride - 1, first = blockIdx.x * kRows;
+  double sums[kRows];
+#pragma unroll
+  for (int t = 0; t < kRows; ++t) sums[t] = 0.0;
+  for (Walk<Table> at(table, part, parts); at.more(); at.next())
+    for_columns<T, kRows + 1, packets_for(kRows)>(
+        at, [&](int t) { return t == kRows ? tasks : min(first + t, tasks - 1); },
+        [&](const double(&v)[kRows + 1]) {
+#pragma unroll
+          for (int t = 0; t < kRows; ++t) sums[t] += v[t] * v[kRows];
+        });
+  write_partials(sums, min(kRows, tasks - first), workspace + int64_t(first) * parts, part, parts);
+}
+
+// The sum of the parts in a fixed order; thread 0 has it to write.
+__device__ __forceinline__ double sum_of_parts(const double* slot, int parts) {
+  double sum = 0.0;
+  for (int k = threadIdx.x; k < parts; k += kRowThreads) sum += slot[k];
+  return block_sum(sum);
+}
+
+// A block adds up one pair of rows, blockIdx.y <= blockIdx.x.
+template <typename Out>
+__global__ void __launch_bounds__(kRowThreads) gram_finish_kernel(const double* workspace, int parts, Out* out) {
+  const int i = blockIdx.y, j = blockIdx.x, tasks = gridDim.x;
+  if (j < i) return;  // the whole block
+  const double sum = sum_of_parts(workspace + gram_slot(i, j, tasks) * parts, parts);
+  if (threadIdx.x > 0) return;
+  out[int64_t(i) * tasks + j] += sum;
+  if (i != j) out[int64_t(j) * tasks + i] += sum;
+}
+
+template <typename Out>
+__global__ void __launch_bounds__(kRowThreads) dots_finish_kernel(const double* workspace, int parts, Out* out) {
+  const double sum = sum_of_parts(workspace + int64_t(blockIdx.x) * parts, parts);
+  if (threadIdx.x == 0) out[blockIdx.x] += sum;
+}
+
+// Weighted sum of all rows into the output behind them in the table, kRows rows at a time. A thread writes the columns
+// that it has read, and after it has read them from every row: the output may be one of the rows, and so nothing here is
+// __restrict__.
+template <typename T, typename Table>
+__global__ void __launch_bounds__(kRowThreads, 3)
+    combine_kernel(const __grid_constant__ Table table, const double* weights) {
+  using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  constexpr int kRows = 4, kPackets = kCombinePackets, kSize = Packet<T>::kSize, kSingles = 4;
+  const int tasks = table.stride - 1, thread = static_cast<int>(threadIdx.x);
+  for (Walk<Table> at(table, blockIdx.x, gridDim.x); at.more(); at.next()) {
+    const Span span = span_of<T, kPackets>(at);
+    T* out = const_cast<T*>(row_of<T>(at, tasks, span));
+    if (span.packets > 0) {
+      Sum sums[kPackets][kSize] = {};
+      for (int first = 0; first < tasks; first += kRows) {
+        Packet<T> x[kRows][kPackets];
+#pragma unroll
+        for (int t = 0; t < kRows; ++t)
+          if (first + t < tasks) {
+            const auto* row = reinterpret_cast<const Packet<T>*>(row_of<T>(at, first + t, span));
+#pragma unroll
+            for (int u = 0; u < kPackets; ++u)
+              if (thread + u * kRowThreads < span.packets) x[t][u] = row[thread + u * kRowThreads];
+          }
+#pragma unroll
+        for (int t = 0; t < kRows; ++t)
+          if (first + t < tasks) {
+            const Sum weight = static_cast<Sum>(weights[first + t]);
+#pragma unroll
+            for (int u = 0; u < kPackets; ++u)
+#pragma unroll
+              for (int j = 0; j < kSize; ++j) sums[u][j] += weight * element(x[t][u], j);
+          }
+      }
+#pragma unroll
+      for (int u = 0; u < kPackets; ++u)
+        if (thread + u * kRowThreads < span.packets) {
+          Packet<T> y;
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) set_element(y, j, sums[u][j]);
+          reinterpret_cast<Packet<T>*>(out)[thread + u * kRowThreads] = y;
+        }
+    }
+    for (int c = span.packets * kSize + thread; c < span.count; c += kSingles * kRowThreads) {
+      Sum sums[kSingles] = {};
+#pragma unroll 4
+      for (int t = 0; t < tasks; ++t) {
+        const T* row = row_of<T>(at, t, span);
+        const Sum weight = static_cast<Sum>(weights[t]);
+#pragma unroll
+        for (int u = 0; u < kSingles; ++u)
+          if (c + u * kRowThreads < span.count) sums[u] += weight * to_float(row[c + u * kRowThreads]);
+      }
+#pragma unroll
+      for (int u = 0; u < kSingles; ++u)
+        if (c + u * kRowThreads < span.count) out[c + u * kRowThreads] = round_to<T>(sums[u]);
+    }
+  }
+}
+
+}  // namespace mtlgrad::cuda

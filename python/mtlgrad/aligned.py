@@ -1,0 +1,235 @@
+"""Aligned-MTL (Senushkin et al., CVPR 2023, arXiv 2305.19000): task gradients made orthogonal and equally long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .jacobian import Losses, named_losses, parameter_list
+from .ops.align import SCALES, AlignResult, Scale
+from .ops.rows import Rows
+
+
+class AlignedMTL(nn.Module):
+    r"""Aligned-MTL in three forms, each around the same T x T alignment (:func:`mtlgrad.ops.align`).
+
+    - ``z = aligned(features)``: a layer between backbone and heads (the paper's upper-bound form, of the gradient at
+      the shared representation). One ordinary ``loss.backward()``.
+    - :meth:`merge`: ``.jac`` of parameters (:func:`mtlgrad.task_backward`, or TorchJD) to ``.grad``.
+    - :meth:`weigh`: task weights first, then one backward of the weighted sum, by whatever trainer.
+
+    With G the tasks' gradients as columns, the update is G B p: B makes the columns of G B orthogonal and of one
+    length, p is the preference. A positive factor common to all losses (a loss scale) goes through unchanged.
+
+    Args:
+        num_tasks: T.
+        preference: p, [T], finite and not negative; ones if not given (as in the published code; 1/T in the paper's
+            text differs from it by a factor T).
+        scale: the length of the aligned gradients: the smallest singular value of G (``"min"``), the median one or
+            their root mean square (``"rmse"``).
+        scale_heads: multiplies each head's gradient by its task's weight too, as the published code can: give
+            ``heads=`` to :meth:`merge`. :meth:`weigh` always does, for its weights go into the losses; the layer
+            cannot, since the heads have their gradients before the weights exist.
+        rtol: eigenvalues of the Gram matrix below rtol times the largest are taken for zero (default T x 1.2e-7).
+        check_finite: raises ``ValueError`` naming the task whose gradient has NaN or infinity; this reads from the
+            device. Without it the merged gradient is NaN.
+
+    After each use, float64 (the rank int64), on the gradients' device, unread by the host:
+
+    Attributes:
+        weights: [T], the tasks' weights B p.
+        singular_values: [T], of G, descending.
+        rank: []; below T where gradients are dependent or a task is absent. With ``scale="min"`` the update jumps when
+            it changes.
+        condition_number: [], the largest singular value over the smallest.
+    """
+
+    weights: Tensor | None
+    singular_values: Tensor | None
+    rank: Tensor | None
+    condition_number: Tensor | None
+
+    def __init__(
+        self,
+        num_tasks: int,
+        preference: Tensor | Sequence[float] | None = None,
+        scale: Scale = "min",
+        scale_heads: bool = False,
+        *,
+        rtol: float | None = None,
+        check_finite: bool = False,
+    ):
+        super().__init__()
+        if num_tasks < 1:
+            raise ValueError(f"AlignedMTL: num_tasks: expected at least 1, found {num_tasks}")
+        if scale not in SCALES:
+            raise ValueError(f"AlignedMTL: scale: expected one of {', '.join(SCALES)}, found {scale!r}")
+        self.num_tasks = num_tasks
+        self.preference = _checked_preference(preference, num_tasks)
+        self.scale: Scale = scale
+        self.scale_heads = scale_heads
+        self.rtol = rtol
+        self.check_finite = check_finite
+        self._on_device: tuple[torch.device, Tensor] | None = None
+        self.weights = self.singular_values = self.rank = self.condition_number = None
+
+    def extra_repr(self) -> str:
+        return f"num_tasks={self.num_tasks}, preference={self.preference}, scale={self.scale!r}"
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """T views of the features, one per head: view t goes to head t, and to nothing else.
+
+        In the backward the T gradients that arrive meet here, and their aligned sum goes on into the backbone. A view
+        that no loss uses has a zero gradient. In evaluation, or without gradients, the views are all there is.
+
+        Args:
+            features: [B, ...], any floating dtype.
+        """
+        if self.scale_heads:
+            raise RuntimeError(
+                "AlignedMTL: scale_heads: expected False in the layer, found True: heads have their gradients before "
+                "the weights exist; use weigh(losses, features), or task_backward and merge(parameters, heads=...)"
+            )
+        if not isinstance(features, Tensor):
+            raise TypeError(f"AlignedMTL: features: expected a tensor, found {type(features).__name__}")
+        return _Views.apply(features, self)  # type: ignore[no-any-return]
+
+    def align(self, rows: Rows | ops.Stacked) -> AlignResult:
+        """The alignment of T gradients (``rows`` as in :func:`mtlgrad.ops.gram`), kept in the attributes."""
+        gram = ops.gram(rows)
+        if len(gram) != self.num_tasks:
+            raise ValueError(f"AlignedMTL: expected the gradients of {self.num_tasks} tasks, found {len(gram)}")
+        preference = self._preference_on(gram.device)
+        result = ops.align(gram, preference, self.scale, self.rtol, check_finite=self.check_finite)
+        self.weights, self.singular_values, self.rank, self.condition_number, _ = result
+        return result
+
+    @torch.no_grad()
+    def merge(
+        self,
+        parameters: Iterable[Tensor],
+        retain_jac: bool = False,
+        *,
+        heads: Sequence[Iterable[Tensor]] | None = None,
+    ) -> None:
+        """``.jac`` to ``.grad``: the aligned sum is added to what ``.grad`` holds, and ``.jac`` is deleted.
+
+        All the parameters are aligned as one system. Those without ``.jac`` are left alone.
+
+        Args:
+            parameters: leaves with ``.jac`` [T, *shape], of :func:`mtlgrad.task_backward` or TorchJD.
+            retain_jac: keeps ``.jac``.
+            heads: with ``scale_heads``, for each task its head's parameters; their ``.grad`` is multiplied by the
+                task's weight.
+        """
+        if self.scale_heads != (heads is not None):
+            raise ValueError(
+                "AlignedMTL.merge: heads: expected the heads' parameters, one iterable a task, exactly if "
+                f"scale_heads=True, found scale_heads={self.scale_heads} and {'none' if heads is None else 'some'}"
+            )
+        wanted = [p for p in parameter_list("AlignedMTL.merge", "parameters", parameters) if hasattr(p, "jac")]
+        if not wanted:
+            raise ValueError(
+                "AlignedMTL.merge: parameters: expected at least one with .jac, found none; call task_backward first"
+            )
+        for p in wanted:
+            if p.jac.shape != (self.num_tasks, *p.shape):  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"AlignedMTL.merge: parameters: expected .jac of shape {[self.num_tasks, *p.shape]}, "
+                    f"found {list(p.jac.shape)}"  # type: ignore[attr-defined]
+                )
+        rows = ops.Stacked([p.jac for p in wanted])  # type: ignore[attr-defined]
+        weights = self.align(rows).weights
+        for p, gradient in zip(wanted, ops.combine(rows, weights), strict=True):
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+            if not retain_jac:
+                del p.jac  # type: ignore[attr-defined]
+        if heads is not None:
+            self._scale(heads, weights)
+
+    def _scale(self, heads: Sequence[Iterable[Tensor]], weights: Tensor) -> None:
+        listed = [list(head) for head in heads]
+        if len(listed) != self.num_tasks:
+            raise ValueError(f"AlignedMTL.merge: heads: expected {self.num_tasks}, found {len(listed)}")
+        every = [p for head in listed for p in head]
+        if len(set(every)) < len(every):
+            raise ValueError("AlignedMTL.merge: heads: expected every parameter in one head, found one in two")
+        for head, weight in zip(listed, weights, strict=True):
+            for p in head:
+                if p.grad is not None:
+                    p.grad.mul_(weight.to(p.grad.dtype))
+
+    def weigh(self, losses: Losses, shared: Tensor | Iterable[Tensor]) -> Tensor:
+        """Weights for one ordinary backward of ``(weights * torch.stack(losses)).sum()``.
+
+        That backward gives the shared parameters the aligned gradient; heads get theirs times the task's weight.
+
+        Args:
+            losses: one scalar a task, in a sequence or a dict; None for an absent task, which counts as a zero gradient.
+            shared: the shared parameters; or the features, for the upper-bound form: T passes through the heads alone.
+
+        Returns:
+            [T], in the losses' dtype, without gradient. The graph is kept; ``.grad`` and ``.jac`` are not touched. T
+            copies of the gradient at ``shared`` are held on the way.
+        """
+        names, values = named_losses("AlignedMTL.weigh", losses)
+        if len(values) != self.num_tasks:
+            raise ValueError(f"AlignedMTL.weigh: losses: expected {self.num_tasks}, found {len(values)}")
+        listed = [shared] if isinstance(shared, Tensor) else list(shared)
+        wanted = [tensor for tensor in listed if tensor.requires_grad]
+        if not wanted:
+            raise ValueError("AlignedMTL.weigh: shared: expected a tensor that requires a gradient, found none")
+        rows = [
+            [torch.zeros_like(tensor) for tensor in wanted]
+            if loss is None or not loss.requires_grad
+            else torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for loss in values
+        ]
+        weights = self.align(rows).weights
+        dtypes = [loss.dtype for loss in values if loss is not None]
+        return weights.to(dtypes[0] if dtypes else torch.get_default_dtype())
+
+    def _preference_on(self, device: torch.device) -> Tensor | None:
+        """Copied to a device once: a copy at each use would wait for the host, and could not be captured in a graph."""
+        if self.preference is None:
+            return None
+        if self._on_device is None or self._on_device[0] != device:
+            self._on_device = device, torch.tensor(self.preference, dtype=torch.float64, device=device)
+        return self._on_device[1]
+
+
+def _checked_preference(preference: Tensor | Sequence[float] | None, tasks: int) -> tuple[float, ...] | None:
+    if preference is None:
+        return None
+    values = tuple(float(p) for p in (preference.tolist() if isinstance(preference, Tensor) else preference))
+    if len(values) != tasks:
+        raise ValueError(f"AlignedMTL: preference: expected {tasks} numbers, one a task, found {len(values)}")
+    if not all(math.isfinite(p) and p >= 0.0 for p in values) or not any(values):
+        raise ValueError(f"AlignedMTL: preference: expected finite numbers from 0, not all 0, found {list(values)}")
+    return values
+
+
+class _Views(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, module: AlignedMTL) -> tuple[Tensor, ...]:
+        ctx.module = module
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype, ctx.device = features.shape, features.dtype, features.device
+        return tuple(features.view_as(features) for _ in range(module.num_tasks))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        if all(gradient is None for gradient in gradients):
+            return None, None
+        rows = [
+            torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device) if gradient is None else gradient
+            for gradient in gradients
+        ]
+        return ops.combine(rows, ctx.module.align(rows).weights), None

@@ -1,0 +1,206 @@
+"""Losses to per-task gradients: one ``.jac`` a shared parameter, [T, *shape], TorchJD's convention.
+
+``.jac`` is absent, never None, when there is none: ``del parameter.jac`` clears it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+Losses = Union[Sequence[Union[Tensor, None]], Mapping[str, Union[Tensor, None]]]
+
+
+def named_losses(op: str, losses: Losses) -> tuple[list[str], list[Tensor | None]]:
+    """Names for messages, and the losses in order; every one a scalar, or None for a task that is absent."""
+    if isinstance(losses, Tensor):
+        raise TypeError(
+            f"{op}: losses: expected a sequence or a dict of scalar losses, one a task, found one tensor; "
+            "use list(losses) for a tensor [T]"
+        )
+    if isinstance(losses, Mapping):
+        names, values = [f"task {name!r}" for name in losses], list(losses.values())
+    else:
+        values = list(losses)
+        names = [f"task {t}" for t in range(len(values))]
+    if not values:
+        raise ValueError(f"{op}: losses: expected at least one, found none")
+    for name, loss in zip(names, values, strict=True):
+        if loss is not None and not isinstance(loss, Tensor):
+            raise TypeError(f"{op}: losses: expected a tensor for {name}, found {type(loss).__name__}")
+        if loss is not None and loss.numel() != 1:
+            raise ValueError(
+                f"{op}: losses: expected a scalar for {name}, found shape {list(loss.shape)}; use loss.mean()"
+            )
+    return names, values
+
+
+def parameter_list(op: str, name: str, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters that want gradients, each once."""
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    found = list(dict.fromkeys(parameters))
+    for p in found:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{op}: {name}: expected tensors, found {type(p).__name__}; use module.parameters()")
+        if p.requires_grad and not p.is_leaf:
+            raise ValueError(f"{op}: {name}: expected leaf tensors, found the result of an operation {list(p.shape)}")
+    wanted = [p for p in found if p.requires_grad]
+    if not wanted:
+        raise ValueError(f"{op}: {name}: expected at least one parameter that requires a gradient, found none")
+    return wanted
+
+
+def task_backward(
+    losses: Losses,
+    shared: Iterable[Tensor],
+    *,
+    features: Tensor | Sequence[Tensor] | None = None,
+    retain_graph: bool = False,
+) -> None:
+    """Back-propagates every task's loss: shared parameters get ``.jac``, all others (the heads) their ordinary ``.grad``.
+
+    Both accumulate, so micro-batches add up. A parameter that a task does not reach has zeros in that task's row, and
+    so has a task whose loss is constant (no labels in this batch, say) or None: neither is an error.
+
+    Args:
+        losses: one scalar a task, in a sequence or a dict (whose order is the order of rows); None for an absent task.
+        shared: the parameters whose gradients are kept apart, e.g. ``backbone.parameters()``. Those that require no
+            gradient are left out.
+        features: the backbone's output, [B, ...], or several such tensors, if the losses reach the shared parameters
+            through them alone. Every head is then passed back once, to the features, and the backbone T times; without
+            it the whole graph is, T times.
+        retain_graph: keeps the graph for another backward.
+
+    Raises:
+        ValueError: a loss is not a scalar; a parameter's ``.jac`` has other than T rows; with ``features``, a loss
+            reaches a shared parameter past them.
+
+    Every pass is an ordinary ``backward``: hooks on parameters run once per task, non-reentrant activation
+    checkpointing works, and ``DistributedDataParallel`` needs ``no_sync()``. T copies of the shared parameters'
+    gradients are held.
+    """
+    op = "task_backward"
+    names, values = named_losses(op, losses)
+    parameters = parameter_list(op, "shared", shared)
+    for i, p in enumerate(parameters):
+        found = getattr(p, "jac", None)
+        if found is not None and found.shape[0] != len(values):
+            raise ValueError(
+                f"{op}: shared: expected .jac with {len(values)} rows, one a task, found {found.shape[0]} in parameter "
+                f"{i}; clear it with `del parameter.jac`"
+            )
+    if features is None:
+        starts: list[_Start | None] = [None if _constant(loss) else ([loss], [None]) for loss in values]
+    else:
+        starts = _through_heads(names, values, parameters, features, retain_graph)
+    last = max((t for t, start in enumerate(starts) if start is not None), default=-1)
+    jacobians: list[Tensor | None] = [None] * len(parameters)
+    with _set_aside(parameters):
+        for t, start in enumerate(starts):
+            if start is None:
+                continue
+            torch.autograd.backward(*start, retain_graph=retain_graph or t != last)
+            for i, p in enumerate(parameters):
+                if p.grad is None:
+                    continue
+                if jacobians[i] is None:
+                    jacobians[i] = p.grad.new_zeros(len(values), *p.shape)
+                jacobians[i][t].copy_(p.grad)  # type: ignore[index]
+                p.grad = None
+    for p, jacobian in zip(parameters, jacobians, strict=True):
+        if jacobian is None:
+            if not hasattr(p, "jac"):
+                p.jac = p.new_zeros(len(values), *p.shape)  # type: ignore[attr-defined]
+        elif hasattr(p, "jac"):
+            p.jac += jacobian
+        else:
+            p.jac = jacobian  # type: ignore[attr-defined]
+
+
+_Start = tuple[list[Tensor], list[Any]]  # what a backward starts from: tensors and the gradients that come into them
+
+
+def _constant(loss: Tensor | None) -> bool:
+    return loss is None or not loss.requires_grad
+
+
+@contextmanager
+def _set_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """No ``.grad`` inside; outside, what there was before."""
+    kept = [t.grad for t in tensors]
+    for t in tensors:
+        t.grad = None
+    try:
+        yield
+    finally:
+        for t, gradient in zip(tensors, kept, strict=True):
+            t.grad = gradient
+
+
+def _through_heads(
+    names: list[str],
+    losses: list[Tensor | None],
+    shared: list[Tensor],
+    features: Tensor | Sequence[Tensor],
+    retain_graph: bool,
+) -> list[_Start | None]:
+    """One backward per head, which leaves the heads' gradients; what arrived at the features is where T more start."""
+    op = "task_backward"
+    trunk = [features] if isinstance(features, Tensor) else list(features)
+    for feature in trunk:
+        if not isinstance(feature, Tensor) or feature.grad_fn is None:
+            raise ValueError(
+                f"{op}: features: expected tensors that the backbone computed with gradients, found "
+                f"{'a tensor without a graph' if isinstance(feature, Tensor) else type(feature).__name__}"
+            )
+    edges = {(feature.grad_fn, feature.output_nr) for feature in trunk}
+    own = set(shared)
+    starts: list[_Start | None] = []
+    last = max((t for t, loss in enumerate(losses) if not _constant(loss)), default=-1)
+    with _set_aside_nonleaf(trunk):
+        for t, loss in enumerate(losses):
+            if loss is None or _constant(loss):
+                starts.append(None)
+                continue
+            heads = _leaves(loss, edges)
+            if past := own.intersection(heads):
+                raise ValueError(
+                    f"{op}: features: expected the loss of {names[t]} to reach the shared parameters through the "
+                    f"features alone, found {len(past)} reached past them; leave features out"
+                )
+            loss.backward(retain_graph=retain_graph or t != last, inputs=[*heads, *trunk])
+            reached = [(f, f.grad) for f in trunk if f.grad is not None]
+            for feature in trunk:
+                feature.grad = None
+            starts.append(([f for f, _ in reached], [g for _, g in reached]) if reached else None)
+    return starts
+
+
+def _set_aside_nonleaf(tensors: Sequence[Tensor]) -> Any:
+    # .grad of a tensor that is not a leaf warns when read, unless it was retained
+    for tensor in tensors:
+        tensor.retain_grad()
+    return _set_aside(tensors)
+
+
+def _leaves(loss: Tensor, edges: set[tuple[Any, int]]) -> list[Tensor]:
+    """The leaves that `loss` reaches without passing the edges."""
+    found: dict[Tensor, None] = {}
+    root = loss.grad_fn
+    if root is None:
+        return [loss]
+    seen, stack = {root}, [root] if (root, loss.output_nr) not in edges else []
+    while stack:
+        for node, output in stack.pop().next_functions:
+            if node is None or (node, output) in edges or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                found[node.variable] = None
+            stack.append(node)
+    return list(found)
