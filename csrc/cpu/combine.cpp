@@ -4,6 +4,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "cpu/half.h"
 #include "cpu/parallel.h"
 
@@ -107,8 +111,12 @@ MTLGRAD_CLONES void add_rows_direct(const float* const* x, int64_t rows, int64_t
   add_direct<4>(x, n, sums);
 }
 
+// Fetches what the next panel but one will read, so that memory works on while this panel is multiplied: the processor
+// itself looks ahead only while it reads. An address past the row's end does no harm.
 template <typename S>
 MTLGRAD_CLONES void widen_to(double* __restrict__ out, const S* __restrict__ in, int64_t n) {
+  const char* ahead = reinterpret_cast<const char*>(in) + 2 * kPanel * sizeof(S);
+  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) __builtin_prefetch(ahead + i);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(widen(in[i]));
 }
@@ -214,8 +222,7 @@ MTLGRAD_CLONES double dot_piece(const S* x, const S* y, int64_t n) {
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// sum += w0 x0 + ..., in place or (`from` empty) from zero, into another type where this is the last of the rows. `out`
-// may be a row: an element is written after all of the same place were read.
+// out = from (nothing at first) + w0 x0 + ..., in the storage type where these are the last of the rows.
 template <int kRows, typename S, typename Out>
 MTLGRAD_INLINE void add_rows(const S* const* x, const Compute<S>* w, const Compute<S>* from, Out* out, int64_t n) {
   const S *x0 = x[0], *x1 = x[kRows > 1 ? 1 : 0], *x2 = x[kRows > 2 ? 2 : 0], *x3 = x[kRows > 3 ? 3 : 0];
@@ -249,24 +256,47 @@ MTLGRAD_CLONES void add_group(const S* const* x, const Compute<S>* w, int64_t ro
   return add_rows<4>(x, w, from, out, n);
 }
 
+// Outputs larger than this are written past the caches: fetching a line that is overwritten anyway costs a read.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+template <typename S>
+void store(S* out, const S* values, int64_t n, bool stream) {
+  int64_t i = 0;
+#ifdef __SSE2__
+  if (stream) {
+    constexpr int64_t kEach = 16 / sizeof(S);
+    while (i < n && reinterpret_cast<uintptr_t>(out + i) % 16) out[i] = values[i], ++i;
+    for (; i + kEach <= n; i += kEach)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i)));
+  }
+#endif
+  std::copy(values + i, values + n, out + i);
+}
+
 constexpr int64_t kBlock = 1024;  // columns whose sums stay in the first-level cache between groups of four rows
 
 template <typename S>
-void combine_share(const Rows& rows, const Compute<S>* weights, void* const* out, int64_t begin, int64_t end) {
+void combine_share(const Rows& rows, const Compute<S>* weights, void* const* out, int64_t begin, int64_t end,
+                   bool stream) {
   std::vector<const S*> x(rows.tasks);
   alignas(64) Compute<S> sums[kBlock];
+  alignas(64) S results[kBlock];
   for_pieces(rows, begin, end, kBlock, [&](int64_t p, int64_t first, int64_t count, int64_t) {
     for (int64_t t = 0; t < rows.tasks; ++t) x[t] = row_of<S>(rows, p, t) + first;
     const Compute<S>* from = nullptr;
-    for (int64_t t = 0; t < rows.tasks; t += 4) {
+    for (int64_t t = 0; t < rows.tasks; t += 4, from = sums) {
       const int64_t group = std::min<int64_t>(4, rows.tasks - t);
       if (t + group < rows.tasks)
         add_group(x.data() + t, weights + t, group, from, sums, count);
       else
-        add_group(x.data() + t, weights + t, group, from, static_cast<S*>(out[p]) + first, count);
-      from = sums;
+        add_group(x.data() + t, weights + t, group, from, results, count);
     }
+    store(static_cast<S*>(out[p]) + first, results, count, stream);
   });
+#ifdef __SSE2__
+  if (stream) _mm_sfence();  // orders this thread's stores past the caches before whatever it signals next
+#endif
 }
 
 }  // namespace
@@ -322,8 +352,10 @@ void combine(DType dtype, Rows rows, const double* weights, void* const* out, Pl
     using S = std::remove_pointer_t<decltype(type)>;
     const std::vector<Compute<S>> rounded(weights, weights + rows.tasks);
     parallel_for(shares.slots, place.threads, [&](int64_t slot) {
-      const int64_t begin = std::min(slot * shares.size, shares.columns);
-      combine_share<S>(rows, rounded.data(), out, begin, std::min(begin + shares.size, shares.columns));
+      // Last columns first: they are what gram, just before, left in the caches.
+      const int64_t begin = std::min((shares.slots - 1 - slot) * shares.size, shares.columns);
+      const int64_t end = std::min(begin + shares.size, shares.columns);
+      combine_share<S>(rows, rounded.data(), out, begin, end, shares.columns * int64_t{sizeof(S)} > kStreamBytes);
     });
   });
 }

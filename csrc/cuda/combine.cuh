@@ -55,12 +55,16 @@ __device__ __forceinline__ uint32_t bits_of(__nv_bfloat16 v) { return __bfloat16
 
 // What a thread reads at once, 16 bytes. Two half-precision numbers stay together in one register until they are used:
 // as an array of them the compiler would give each its own.
-using Pair = uint32_t __attribute__((may_alias));
-
-template <typename T>
+template <typename T, bool kPairs = sizeof(T) == 2>
 struct alignas(16) Packet {
   static constexpr int kSize = 16 / sizeof(T);
-  std::conditional_t<sizeof(T) == 2, Pair, T> v[sizeof(T) == 2 ? 4 : kSize];
+  T v[kSize];
+};
+
+template <typename T>
+struct __attribute__((may_alias, aligned(16))) Packet<T, true> {
+  static constexpr int kSize = 8;
+  uint32_t v[4];
 };
 
 template <typename T>
@@ -73,14 +77,13 @@ __device__ __forceinline__ auto element(const Packet<T>& x, int j) {
     return x.v[j];
 }
 
-template <typename T, typename Sum>
-__device__ __forceinline__ void set_element(Packet<T>& x, int j, Sum sum) {
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t bits = bits_of(round_to<T>(sum));
-    x.v[j / 2] = j % 2 ? x.v[j / 2] | bits << 16 : bits;
-  } else {
-    x.v[j] = sum;
-  }
+// Elements are set from the first to the last.
+template <typename T>
+__device__ __forceinline__ void set_element(Packet<T>& x, int j, T v) {
+  if constexpr (sizeof(T) == 2)
+    x.v[j / 2] = j % 2 ? x.v[j / 2] | bits_of(v) << 16 : bits_of(v);
+  else
+    x.v[j] = v;
 }
 
 // Packets of each row that a thread asks for before it uses the first, where so many rows are read together: about 128
@@ -128,11 +131,11 @@ struct Walk {
   }
 };
 
-// The columns [begin, begin + count) of a tensor that an item is, and how they are read: `packets` packets, and what is
-// left, or all that is not aligned, one by one. The same for every thread.
+// The columns [begin, begin + count) of a tensor that an item is; the same for every thread.
 struct Span {
   int64_t begin;
-  int count, packets;
+  int count;
+  bool aligned;
 };
 
 template <typename T, int kPackets, typename Table>
@@ -140,8 +143,7 @@ __device__ __forceinline__ Span span_of(const Walk<Table>& at) {
   constexpr int kColumns = item_columns<T>(kPackets);
   const Segment& segment = at.table.segments[at.tensor];
   const int64_t begin = int64_t(at.item - segment.first) * kColumns, left = segment.size - begin;
-  const int count = left < kColumns ? static_cast<int>(left) : kColumns;
-  return {begin, count, segment.aligned ? count / Packet<T>::kSize : 0};
+  return {begin, left < kColumns ? static_cast<int>(left) : kColumns, segment.aligned != 0};
 }
 
 template <typename T, typename Table>
@@ -150,25 +152,27 @@ __device__ __forceinline__ const T* row_of(const Walk<Table>& at, int t, Span sp
 }
 
 // use(v) for each column of an item that is this thread's, v[t] being the element of row index(t). All loads are under
-// way before the first use. Reading one by one, neighbouring threads read neighbours too, so that rows that are not
-// aligned take more instructions, but no more memory traffic.
+// way before the first use. Where rows are not aligned they are read one by one, neighbouring threads reading
+// neighbours: more instructions, but no more memory traffic. Zeros may come in place of columns that do not exist.
 template <typename T, int kRows, int kPackets, typename Table, typename Index, typename Use>
 __device__ __forceinline__ void for_columns(const Walk<Table>& at, const Index& index, const Use& use) {
   constexpr int kSize = Packet<T>::kSize, kSingles = singles_for<T>(kRows);
   const int thread = static_cast<int>(threadIdx.x);
   const Span span = span_of<T, kPackets>(at);
-  if (span.packets > 0) {
+  if (span.aligned) {
     Packet<T> x[kPackets][kRows];
 #pragma unroll
-    for (int u = 0; u < kPackets; ++u)
-      if (thread + u * kRowThreads < span.packets) {
+    for (int u = 0; u < kPackets; ++u) {
+      const int c = (thread + u * kRowThreads) * kSize;
+      if (c < span.count) {
 #pragma unroll
         for (int t = 0; t < kRows; ++t)
-          x[u][t] = reinterpret_cast<const Packet<T>*>(row_of<T>(at, index(t), span))[thread + u * kRowThreads];
+          x[u][t] = *reinterpret_cast<const Packet<T>*>(row_of<T>(at, index(t), span) + c);
       }
+    }
 #pragma unroll
     for (int u = 0; u < kPackets; ++u)
-      if (thread + u * kRowThreads < span.packets) {
+      if ((thread + u * kRowThreads) * kSize < span.count) {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
           double v[kRows];
@@ -177,20 +181,22 @@ __device__ __forceinline__ void for_columns(const Walk<Table>& at, const Index& 
           use(v);
         }
       }
-  }
-  for (int c = span.packets * kSize + thread; c < span.count; c += kSingles * kRowThreads) {
-    T x[kSingles][kRows];
+  } else {
+#pragma unroll 1  // what it unrolls to is in kSingles
+    for (int c = thread; c < span.count; c += kSingles * kRowThreads) {
+      T x[kSingles][kRows];
 #pragma unroll
-    for (int u = 0; u < kSingles; ++u)
+      for (int u = 0; u < kSingles; ++u)
 #pragma unroll
-      for (int t = 0; t < kRows; ++t)
-        x[u][t] = c + u * kRowThreads < span.count ? row_of<T>(at, index(t), span)[c + u * kRowThreads] : T{};
+        for (int t = 0; t < kRows; ++t)
+          x[u][t] = c + u * kRowThreads < span.count ? row_of<T>(at, index(t), span)[c + u * kRowThreads] : T{};
 #pragma unroll
-    for (int u = 0; u < kSingles; ++u) {
-      double v[kRows];
+      for (int u = 0; u < kSingles; ++u) {
+        double v[kRows];
 #pragma unroll
-      for (int t = 0; t < kRows; ++t) v[t] = to_float(x[u][t]);
-      use(v);
+        for (int t = 0; t < kRows; ++t) v[t] = to_float(x[u][t]);
+        use(v);
+      }
     }
   }
 }
@@ -361,17 +367,19 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   for (Walk<Table> at(table, blockIdx.x, gridDim.x); at.more(); at.next()) {
     const Span span = span_of<T, kPackets>(at);
     T* out = const_cast<T*>(row_of<T>(at, tasks, span));
-    if (span.packets > 0) {
+    if (span.aligned) {
       Sum sums[kPackets][kSize] = {};
       for (int first = 0; first < tasks; first += kRows) {
         Packet<T> x[kRows][kPackets];
 #pragma unroll
         for (int t = 0; t < kRows; ++t)
           if (first + t < tasks) {
-            const auto* row = reinterpret_cast<const Packet<T>*>(row_of<T>(at, first + t, span));
+            const T* row = row_of<T>(at, first + t, span);
 #pragma unroll
-            for (int u = 0; u < kPackets; ++u)
-              if (thread + u * kRowThreads < span.packets) x[t][u] = row[thread + u * kRowThreads];
+            for (int u = 0; u < kPackets; ++u) {
+              const int c = (thread + u * kRowThreads) * kSize;
+              if (c < span.count) x[t][u] = *reinterpret_cast<const Packet<T>*>(row + c);
+            }
           }
 #pragma unroll
         for (int t = 0; t < kRows; ++t)
@@ -384,27 +392,30 @@ __global__ void __launch_bounds__(kRowThreads, 3)
           }
       }
 #pragma unroll
-      for (int u = 0; u < kPackets; ++u)
-        if (thread + u * kRowThreads < span.packets) {
+      for (int u = 0; u < kPackets; ++u) {
+        const int c = (thread + u * kRowThreads) * kSize;
+        if (c < span.count) {
           Packet<T> y;
 #pragma unroll
-          for (int j = 0; j < kSize; ++j) set_element(y, j, sums[u][j]);
-          reinterpret_cast<Packet<T>*>(out)[thread + u * kRowThreads] = y;
+          for (int j = 0; j < kSize; ++j) set_element(y, j, round_to<T>(sums[u][j]));
+          *reinterpret_cast<Packet<T>*>(out + c) = y;
         }
-    }
-    for (int c = span.packets * kSize + thread; c < span.count; c += kSingles * kRowThreads) {
-      Sum sums[kSingles] = {};
+      }
+    } else {
+      for (int c = thread; c < span.count; c += kSingles * kRowThreads) {
+        Sum sums[kSingles] = {};
 #pragma unroll 4
-      for (int t = 0; t < tasks; ++t) {
-        const T* row = row_of<T>(at, t, span);
-        const Sum weight = static_cast<Sum>(weights[t]);
+        for (int t = 0; t < tasks; ++t) {
+          const T* row = row_of<T>(at, t, span);
+          const Sum weight = static_cast<Sum>(weights[t]);
+#pragma unroll
+          for (int u = 0; u < kSingles; ++u)
+            if (c + u * kRowThreads < span.count) sums[u] += weight * to_float(row[c + u * kRowThreads]);
+        }
 #pragma unroll
         for (int u = 0; u < kSingles; ++u)
-          if (c + u * kRowThreads < span.count) sums[u] += weight * to_float(row[c + u * kRowThreads]);
+          if (c + u * kRowThreads < span.count) out[c + u * kRowThreads] = round_to<T>(sums[u]);
       }
-#pragma unroll
-      for (int u = 0; u < kSingles; ++u)
-        if (c + u * kRowThreads < span.count) out[c + u * kRowThreads] = round_to<T>(sums[u]);
     }
   }
 }

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .jacobian import Losses, named_losses, parameter_list
-from .ops.align import SCALES, AlignResult, Scale
+from .ops.align import SCALES, AlignResult, Scale, empty_result
 from .ops.rows import Rows
 
 
@@ -40,7 +40,8 @@ class AlignedMTL(nn.Module):
         check_finite: raises ``ValueError`` naming the task whose gradient has NaN or infinity; this reads from the
             device. Without it the merged gradient is NaN.
 
-    After each use, float64 (the rank int64), on the gradients' device, unread by the host:
+    After each use, float64 (the rank int64), on the gradients' device, unread by the host (None before the first use,
+    NaN between the layer's first forward and its backward):
 
     Attributes:
         weights: [T], the tasks' weights B p.
@@ -49,11 +50,6 @@ class AlignedMTL(nn.Module):
             it changes.
         condition_number: [], the largest singular value over the smallest.
     """
-
-    weights: Tensor | None
-    singular_values: Tensor | None
-    rank: Tensor | None
-    condition_number: Tensor | None
 
     def __init__(
         self,
@@ -76,11 +72,32 @@ class AlignedMTL(nn.Module):
         self.scale_heads = scale_heads
         self.rtol = rtol
         self.check_finite = check_finite
-        self._on_device: tuple[torch.device, Tensor] | None = None
-        self.weights = self.singular_values = self.rank = self.condition_number = None
+        # Not buffers: .half() would round them. Written in place by an operator, which torch.compile and CUDA graphs can.
+        self._result: AlignResult | None = None
+        self._preference: Tensor | None = None
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, preference={self.preference}, scale={self.scale!r}"
+
+    @property
+    def weights(self) -> Tensor | None:
+        return self._latest("weights")
+
+    @property
+    def singular_values(self) -> Tensor | None:
+        return self._latest("singular_values")
+
+    @property
+    def rank(self) -> Tensor | None:
+        return self._latest("rank")
+
+    @property
+    def condition_number(self) -> Tensor | None:
+        return self._latest("condition_number")
+
+    def _latest(self, name: str) -> Tensor | None:
+        # A copy: the next step writes to the same memory.
+        return None if self._result is None else getattr(self._result, name).clone()
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """T views of the features, one per head: view t goes to head t, and to nothing else.
@@ -98,17 +115,23 @@ class AlignedMTL(nn.Module):
             )
         if not isinstance(features, Tensor):
             raise TypeError(f"AlignedMTL: features: expected a tensor, found {type(features).__name__}")
+        self._prepare(features.device)
         return _Views.apply(features, self)  # type: ignore[no-any-return]
 
-    def align(self, rows: Rows | ops.Stacked) -> AlignResult:
-        """The alignment of T gradients (``rows`` as in :func:`mtlgrad.ops.gram`), kept in the attributes."""
+    def _prepare(self, device: torch.device) -> None:
+        """Memory on the device, once: a copy at each use would wait for the host, and could not be captured."""
+        if self._result is None or self._result.weights.device != device:
+            self._result = empty_result(self.num_tasks, device)
+            preference = [1.0] * self.num_tasks if self.preference is None else self.preference
+            self._preference = torch.tensor(preference, dtype=torch.float64, device=device)
+
+    def _weights_for(self, rows: Rows | ops.Stacked) -> Tensor:
+        """[T] float64 for T gradients (``rows`` as in :func:`mtlgrad.ops.gram`)."""
         gram = ops.gram(rows)
         if len(gram) != self.num_tasks:
             raise ValueError(f"AlignedMTL: expected the gradients of {self.num_tasks} tasks, found {len(gram)}")
-        preference = self._preference_on(gram.device)
-        result = ops.align(gram, preference, self.scale, self.rtol, check_finite=self.check_finite)
-        self.weights, self.singular_values, self.rank, self.condition_number, _ = result
-        return result
+        checked, out = self.check_finite, self._result
+        return ops.align(gram, self._preference, self.scale, self.rtol, check_finite=checked, out=out).weights
 
     @torch.no_grad()
     def merge(
@@ -145,7 +168,8 @@ class AlignedMTL(nn.Module):
                     f"found {list(p.jac.shape)}"  # type: ignore[attr-defined]
                 )
         rows = ops.Stacked([p.jac for p in wanted])  # type: ignore[attr-defined]
-        weights = self.align(rows).weights
+        self._prepare(wanted[0].device)
+        weights = self._weights_for(rows)
         for p, gradient in zip(wanted, ops.combine(rows, weights), strict=True):
             p.grad = gradient if p.grad is None else p.grad.add_(gradient)
             if not retain_jac:
@@ -191,17 +215,10 @@ class AlignedMTL(nn.Module):
             else torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
             for loss in values
         ]
-        weights = self.align(rows).weights
+        self._prepare(wanted[0].device)
+        weights = self._weights_for(rows)
         dtypes = [loss.dtype for loss in values if loss is not None]
-        return weights.to(dtypes[0] if dtypes else torch.get_default_dtype())
-
-    def _preference_on(self, device: torch.device) -> Tensor | None:
-        """Copied to a device once: a copy at each use would wait for the host, and could not be captured in a graph."""
-        if self.preference is None:
-            return None
-        if self._on_device is None or self._on_device[0] != device:
-            self._on_device = device, torch.tensor(self.preference, dtype=torch.float64, device=device)
-        return self._on_device[1]
+        return weights.to(dtypes[0] if dtypes else torch.get_default_dtype(), copy=True)
 
 
 def _checked_preference(preference: Tensor | Sequence[float] | None, tasks: int) -> tuple[float, ...] | None:
@@ -232,4 +249,4 @@ class _Views(torch.autograd.Function):
             torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device) if gradient is None else gradient
             for gradient in gradients
         ]
-        return ops.combine(rows, ctx.module.align(rows).weights), None
+        return ops.combine(rows, ctx.module._weights_for(rows)), None

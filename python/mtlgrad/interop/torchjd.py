@@ -35,7 +35,7 @@ class AlignedMTLWeighting(theirs.AlignedMTLWeighting):
     For ``torchjd.autogram``, and inside :class:`AlignedMTL`, whose arguments and errors it has.
 
     Shapes: ``weighting(gramian)``, [m, m] of any floating dtype, gives [m], float64 for float64, else float32.
-    Differentiable.
+    Differentiable where no two eigenvalues are equal.
 
     Source: Senushkin et al., CVPR 2023, arXiv 2305.19000, section 4, algorithm 1.
     """
@@ -83,7 +83,8 @@ class AlignedMTL(theirs.AlignedMTL):
             mean square (``"rmse"``).
         rtol: m x 1.2e-7 if not given. TorchJD has the same for float32, and m x 2.2e-16 for float64.
 
-    Shapes: ``aggregator(matrix)``, [m, n] of any floating dtype, gives [n] of that dtype. Differentiable.
+    Shapes: ``aggregator(matrix)``, [m, n] of any floating dtype, gives [n] of that dtype. Differentiable where no two
+    singular values are equal.
 
     Errors: ``ValueError`` for an unknown ``scale_mode`` (when called), a ``pref_vector`` that is no vector or has not m
     entries. NaN or infinity in a gradient gives a gradient of NaN, where TorchJD fails in ``eigh``.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ def align(
     rtol: float | None = None,
     *,
     check_finite: bool = False,
+    out: AlignResult | None = None,
 ) -> AlignResult:
     r"""Makes the condition number of the gradients' system one, then weighs the tasks by a preference.
 
@@ -44,9 +44,10 @@ def align(
         rtol: relative to the largest *eigenvalue*; T x 1.2e-7 if not given, the published rule in float32.
         check_finite: reads the diagonal on the host and raises ``ValueError`` with the task's number if it is NaN or
             infinite.
+        out: written in place if given, e.g. the result of an earlier call for as many tasks.
 
     Returns:
-        :class:`AlignResult`, float64 (the rank int64) on the Gram matrix's device; nothing was read by the host. If
+        ``out`` or a new :class:`AlignResult`, float64 (the rank int64) on the Gram matrix's device; nothing was read by the host. If
         anything in ``gram`` is not finite, everything is NaN, and the rank -1. A task whose gradient is zero gets the
         weight zero; if all are, the weights are the preference. Not differentiable.
 
@@ -65,18 +66,27 @@ def align(
     elif not 0.0 <= rtol < 1.0:
         raise ValueError(f"align: rtol: expected a number from 0 to below 1, found {rtol}")
     if preference is None:
-        preference = _ones(tasks, gram.device)
+        preference = gram.new_ones(tasks, dtype=torch.float64)
     elif not isinstance(preference, Tensor):
         preference = torch.tensor(preference, dtype=torch.float64, device=gram.device)
-    result = AlignResult(*align_op(gram.detach(), preference.detach(), scale, rtol))
+    gram, preference = gram.detach(), preference.detach()
     if check_finite:
-        check_gram("align", gram.detach())
-    return result
+        check_gram("align", gram)
+    if out is None:
+        return AlignResult(*align_op(gram, preference, scale, rtol))
+    align_into_op(gram, preference, scale, rtol, *out)
+    return out
 
 
-@lru_cache(maxsize=64)
-def _ones(tasks: int, device: torch.device) -> Tensor:
-    return torch.ones(tasks, dtype=torch.float64, device=device)
+def empty_result(tasks: int, device: torch.device) -> AlignResult:
+    """Where :func:`align` can write: NaN, and rank -1."""
+    return AlignResult(
+        weights=torch.full((tasks,), torch.nan, dtype=torch.float64, device=device),
+        singular_values=torch.full((tasks,), torch.nan, dtype=torch.float64, device=device),
+        rank=torch.full((), -1, device=device),
+        condition_number=torch.full((), torch.nan, dtype=torch.float64, device=device),
+        transform=torch.full((tasks, tasks), torch.nan, dtype=torch.float64, device=device),
+    )
 
 
 def _check(gram: Tensor, preference: Tensor) -> int:
@@ -93,27 +103,15 @@ def _check(gram: Tensor, preference: Tensor) -> int:
     return gram.shape[0]
 
 
-def _outputs(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tasks = gram.shape[0]
-    new = {"dtype": torch.float64, "device": gram.device}
-    rank = torch.empty((), dtype=torch.int64, device=gram.device)
-    return (
-        torch.empty(tasks, **new),
-        torch.empty(tasks, **new),
-        rank,
-        torch.empty((), **new),
-        torch.empty(tasks, tasks, **new),
-    )
-
-
-def _align(gram: Tensor, preference: Tensor, scale: str, rtol: float) -> tuple[Tensor, ...]:
+def _run(gram: Tensor, preference: Tensor, scale: str, rtol: float, out: AlignResult) -> None:
     tasks = _check(gram, preference)
     kernels = kernels_for(gram.device)
     if kernels is None or tasks > MAX_TASKS:
-        return tuple(reference.align(gram, preference, scale, rtol))  # type: ignore[arg-type]
+        for target, value in zip(out, reference.align(gram, preference, scale, rtol), strict=True):  # type: ignore[arg-type]
+            target.copy_(value)
+        return
     gram = gram.to(torch.float64).contiguous()
     preference = preference.to(torch.float64).contiguous()
-    outputs = _outputs(gram)
     workspace = gram.new_empty(kernels.align_workspace(tasks))
     kernels.align(
         gram.data_ptr(),
@@ -121,20 +119,67 @@ def _align(gram: Tensor, preference: Tensor, scale: str, rtol: float) -> tuple[T
         SCALES.index(scale),
         rtol,
         tasks,
-        *(output.data_ptr() for output in outputs),
+        *(output.data_ptr() for output in out),
         workspace.data_ptr(),
         *place(gram.device),
     )
-    return outputs
 
 
-def _fake_align(gram: Tensor, preference: Tensor, scale: str, rtol: float) -> Any:
+def _new(gram: Tensor) -> AlignResult:
+    tasks = gram.shape[0]
+    kind = {"dtype": torch.float64, "device": gram.device}
+    return AlignResult(
+        weights=torch.empty(tasks, **kind),
+        singular_values=torch.empty(tasks, **kind),
+        rank=torch.empty((), dtype=torch.int64, device=gram.device),
+        condition_number=torch.empty((), **kind),
+        transform=torch.empty(tasks, tasks, **kind),
+    )
+
+
+def _align(gram: Tensor, preference: Tensor, scale: str, rtol: float) -> tuple[Tensor, ...]:
     _check(gram, preference)
-    return _outputs(gram)
+    out = _new(gram)
+    _run(gram, preference, scale, rtol, out)
+    return tuple(out)
+
+
+def _fake_align(gram: Tensor, preference: Tensor, scale: str, rtol: float) -> tuple[Tensor, ...]:
+    _check(gram, preference)
+    return tuple(_new(gram))
+
+
+def _check_into(gram: Tensor, preference: Tensor, out: tuple[Tensor, ...]) -> None:
+    tasks = _check(gram, preference)
+    shapes = ((tasks,), (tasks,), (), (), (tasks, tasks))
+    for name, tensor, shape in zip(AlignResult._fields, out, shapes, strict=True):
+        check_shape("align", f"out.{name}", tensor, shape)
+        dtype = torch.int64 if name == "rank" else torch.float64
+        fits = tensor.dtype == dtype and tensor.device == gram.device and tensor.is_contiguous()
+        message = (
+            f"align: out.{name}: expected contiguous {dtype} on {gram.device}, "
+            f"found {tensor.dtype} on {tensor.device}"
+        )
+        torch._check(fits, lambda message=message: message)
+
+
+def _align_into(gram: Tensor, preference: Tensor, scale: str, rtol: float, *out: Tensor) -> None:
+    _check_into(gram, preference, out)
+    _run(gram, preference, scale, rtol, AlignResult(*out))
+
+
+def _fake_align_into(gram: Tensor, preference: Tensor, scale: str, rtol: float, *out: Tensor) -> None:
+    _check_into(gram, preference, out)
 
 
 align_op = register(
     "align(Tensor gram, Tensor preference, str scale, float rtol) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _align,
     _fake_align,
+)
+align_into_op = register(
+    "align_into(Tensor gram, Tensor preference, str scale, float rtol, Tensor(a!) weights, Tensor(b!) singular_values, "
+    "Tensor(c!) rank, Tensor(d!) condition_number, Tensor(e!) transform) -> ()",
+    _align_into,
+    _fake_align_into,
 )

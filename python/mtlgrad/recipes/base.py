@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -30,27 +30,7 @@ class Task:
     metric: str
     higher_is_better: bool
     unit: str = ""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A split, packed in a given row order: row i's tokens are ``tokens[offsets[i]:offsets[i + 1]]``."""
-
-    tokens: Tensor  #: [K] int64
-    offsets: Tensor  #: [R + 1] int64
-    targets: list[Tensor]  #: per task [R], float32 or (multiclass) int64
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
-        """Yields (tokens, offsets, targets) of `size` rows each, the last one shorter; slices, but for the offsets."""
-        starts = list(range(0, len(self), size))
-        bounds = [*self.offsets[::size].tolist()[: len(starts)], len(self.tokens)]
-        for i, start in enumerate(starts):
-            stop = min(start + size, len(self))
-            tokens = self.tokens[bounds[i] : bounds[i + 1]]
-            yield tokens, self.offsets[start : stop + 1] - bounds[i], [y[start:stop] for y in self.targets]
+    digits: int = 4  #: of the metric, behind the point
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ class Settings:
     data: str = "clothing"
     methods: tuple[str, ...] = ("bayesagg",)
     seeds: int = 3
-    epochs: int = 8
+    epochs: int = 8  #: the clothing recipe's; every recipe has its own, which the command line takes
     batch_size: int = 128
     lr: float = 1e-3
     # BayesAgg's own. Measured on the validation split, three seeds, Delta_m where the plain sum has -0.48 +- 0.06, all
@@ -71,6 +51,8 @@ class Settings:
     power: tuple[float, float] = (0.3, 0.1)  #: regression, classification; published for UTKFace
     warmup: int = 4
     covariance: str = "block"
+    preference: tuple[float, ...] | None = None  #: Aligned-MTL's, one number a task; ones if None
+    scale: str = "min"  #: Aligned-MTL's
     device: str = "cpu"
     #: A second thread gains a fifth on an idle machine; on a busy one the two wait for each other (seen: 30 times).
     threads: int = 1
@@ -111,6 +93,8 @@ class Result:
     epoch_ms: list[float]  #: what the method did between epochs, spread over the epoch's steps
     history: list[dict[str, Any]] = field(default_factory=list)
     variance: Tensor | None = None  #: [T, D] mean gradient variance in the last epoch (bayesagg)
+    condition: list[float] = field(default_factory=list)  #: of the gradients, in the timed steps (aligned, aligned-ub)
+    rank: list[int] = field(default_factory=list)  #: likewise
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,13 +112,18 @@ class MultiTaskNet(nn.Module):
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
 
-    def features(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        features: Tensor = self.backbone(tokens, offsets)
+    def features(self, *inputs: Tensor) -> Tensor:
+        """What a part's batches yield -> [B, D]."""
+        features: Tensor = self.backbone(*inputs)
         return features
 
-    def outputs(self, features: Tensor) -> list[Tensor]:
-        """Per task [B, O]."""
-        return [head(features) for head in self.heads]
+    def outputs(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Per task [B, O], of the features that its head gets."""
+        return [head(own) for head, own in zip(self.heads, features, strict=True)]
+
+    def losses(self, tasks: Sequence[Task], features: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+        """Per task the batch's loss."""
+        return [task_loss(t, o, y) for t, o, y in zip(tasks, self.outputs(features), targets, strict=True)]
 
 
 def task_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ..data import load_clothing
-from .base import MultiTaskNet, Part, Task
+from .base import Settings, Task
+from .parts import Recipe, Rows, Split
+
+
+@dataclass(frozen=True)
+class Texts:
+    """R texts, packed: row i's tokens are ``tokens[offsets[i]:offsets[i + 1]]``."""
+
+    tokens: Tensor  #: [K] int64
+    offsets: Tensor  #: [R + 1] int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (tokens, offsets); the tokens are slices."""
+        starts = range(0, len(self), size)
+        bounds = [*self.offsets[::size].tolist()[: len(starts)], len(self.tokens)]
+        for i, start in enumerate(starts):
+            tokens = self.tokens[bounds[i] : bounds[i + 1]]
+            yield tokens, self.offsets[start : start + size + 1] - bounds[i]
 
 
 class TextBackbone(nn.Module):
@@ -31,70 +54,30 @@ class TextBackbone(nn.Module):
         return torch.relu(self.project(hidden))
 
 
-class Clothing:
-    """The recipe: tasks, splits (packed once), the net, and the metrics."""
+class Clothing(Recipe):
+    """The data set's own split, whatever the seed."""
 
     name = "clothing"
-    width = 64
+    epochs = Settings.epochs
     tasks = (
         Task("rating", "regression", 1, "RMSE", False, "stars"),
         Task("recommended", "binary", 1, "AUC", True),
         Task("department", "multiclass", 6, "accuracy", True),
-        Task("age", "regression", 1, "RMSE", False, "years"),
+        Task("age", "regression", 1, "RMSE", False, "years", digits=2),
     )
 
     def __init__(self, device: torch.device):
+        super().__init__(device)
         self.data = load_clothing()
-        self.device = device
-        self.train_rows = self.data.rows("train")
-        # Regression targets are standardised by the training rows, so that the tasks' losses start near one another.
-        self.scale = {}
-        targets = []
-        for task in self.tasks:
-            values = getattr(self.data, task.name)
-            if task.kind == "regression":
-                mean, std = values[self.train_rows].mean(), values[self.train_rows].std()
-                self.scale[task.name] = float(std)
-                values = (values - mean) / std
-            targets.append(values)
-        self.targets = targets
-        self.validation = self._part(self.data.rows("validation"))
-        self.test = self._part(self.data.rows("test"))
+        self.rows = Rows(*(self.data.rows(name) for name in ("train", "validation", "test")))
 
-    def _part(self, rows: Tensor) -> Part:
+    def split(self, seed: int) -> Split:
+        labels = [getattr(self.data, task.name) for task in self.tasks]
+        return Split(seed, self.rows, self.tasks, labels, self._texts, self.device)
+
+    def _texts(self, rows: Tensor) -> Texts:
         tokens, offsets = self.data.pack(rows)
-        move = self.device
-        return Part(tokens.to(move), offsets.to(move), [y[rows].to(move) for y in self.targets])
+        return Texts(tokens.to(self.device), offsets.to(self.device))
 
-    def shuffled(self, seed: int, epoch: int) -> Part:
-        """The training rows in the order of this seed and epoch: no state to keep, so resuming needs none."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.train_rows), generator=generator)
-        return self._part(self.train_rows[order])
-
-    def net(self, tasks: tuple[Task, ...]) -> MultiTaskNet:
-        """A fresh net for these tasks, drawn from the global generator: a seed gives every method the same start."""
-        backbone = TextBackbone(len(self.data.vocabulary), 128, self.width)
-        # Regression heads have no bias: BayesAgg's regression posterior has none, and the targets average 0.
-        heads = [nn.Linear(self.width, task.outputs, bias=task.kind != "regression") for task in tasks]
-        return MultiTaskNet(backbone, heads).to(self.device)
-
-    def metric(self, task: Task, output: Tensor, target: Tensor) -> float:
-        """The task's metric on a whole split: output [R, O], target [R]; regression errors in the label's own unit."""
-        if task.kind == "multiclass":
-            return float((output.argmax(1) == target).double().mean())
-        if task.kind == "binary":
-            return auc(output.squeeze(1), target)
-        return float(((output.squeeze(1) - target).double() ** 2).mean().sqrt()) * self.scale[task.name]
-
-
-def auc(score: Tensor, target: Tensor) -> float:
-    """Area under the ROC curve: how often a positive outranks a negative, ties counting half; [R] both."""
-    positive, negative = score[target > 0.5], score[target <= 0.5].sort().values
-    if not len(positive) or not len(negative):
-        return float("nan")
-    below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
-    return float(below.double().mean() / 2 / len(negative))
-
-
-RECIPES = {Clothing.name: Clothing}
+    def backbone(self) -> nn.Module:
+        return TextBackbone(len(self.data.vocabulary), 128, self.width)

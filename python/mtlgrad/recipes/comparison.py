@@ -10,9 +10,13 @@ from torch import Tensor
 
 from . import report
 from .base import Interrupted, Job, Result, Settings, TrainError
-from .clothing import RECIPES, Clothing
+from .clothing import Clothing
 from .folder import CHECKPOINT, RunFolder
+from .parts import Recipe
+from .river import River
 from .training import Trainer
+
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (Clothing, River)}
 
 
 class Stop:
@@ -30,7 +34,7 @@ class Watcher(Protocol):
     def done(self, number: int, result: Result) -> None: ...
 
 
-def jobs_of(settings: Settings, recipe: Clothing) -> list[Job]:
+def jobs_of(settings: Settings, recipe: Recipe) -> list[Job]:
     """Seed by seed, so that what is complete when somebody stops the run can be compared."""
     jobs = []
     for seed in range(settings.seeds):
@@ -42,7 +46,7 @@ def jobs_of(settings: Settings, recipe: Clothing) -> list[Job]:
 class Comparison:
     """A run: what is done, what is in progress, and where it is kept."""
 
-    def __init__(self, settings: Settings, recipe: Clothing, folder: RunFolder, state: dict[str, Any] | None = None):
+    def __init__(self, settings: Settings, recipe: Recipe, folder: RunFolder, state: dict[str, Any] | None = None):
         self.settings, self.recipe, self.folder = settings, recipe, folder
         self.jobs = jobs_of(settings, recipe)
         self.results: list[Result] = [] if state is None else [Result.from_dict(r) for r in state["done"]]
@@ -133,7 +137,7 @@ def _final(trainer: Trainer) -> dict[str, Any]:
     return {**job, "net": trainer.net.state_dict(), "weighting": trainer.weighting.state_dict()}
 
 
-def _recipe(settings: Settings) -> Clothing:
+def _recipe(settings: Settings) -> Recipe:
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

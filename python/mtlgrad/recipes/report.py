@@ -114,7 +114,7 @@ def rows(columns: Sequence[Summary], tasks: Sequence[Task]) -> list[list[str]]:
     cells = [["", *(c.method for c in columns)]]
     for i, task in enumerate(tasks):
         unit = f" ({task.unit})" if task.unit else ""
-        form = ".2f" if task.unit == "years" else ".4f"
+        form = f".{task.digits}f"
         label = f"{task.name}: {task.metric}{unit} {'↑' if task.higher_is_better else '↓'}"
         cells.append([label, *(spread(c.metrics[i], form) for c in columns)])
     cells.append(["Δm %, + is worse ↓", *(spread(c.delta, "+.2f") for c in columns)])

@@ -1,0 +1,138 @@
+"""Recipes, and their data as a training sees it: splits, parts of them, batches, metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .base import MultiTaskNet, Task
+
+
+class Inputs(Protocol):
+    """The inputs of R rows, in a given order."""
+
+    def __len__(self) -> int:
+        """R."""
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
+        """What the backbone takes, of `size` rows each, the last one shorter."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """R rows in a given order, with their targets."""
+
+    inputs: Inputs
+    targets: list[Tensor]  #: per task [R], float32 or (multiclass) int64
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batches(self, size: int) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
+        """Yields (inputs, targets) of `size` rows each, the last one shorter; targets are slices."""
+        starts = range(0, len(self), size)
+        for start, inputs in zip(starts, self.inputs.batches(size), strict=True):
+            yield inputs, [y[start : start + size] for y in self.targets]
+
+    def only(self, task: int) -> Part:
+        """The same rows with the targets of one task."""
+        return replace(self, targets=[self.targets[task]])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a data set are for what, each [R] int64."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+class Split:
+    """A recipe's data for one seed. Regression targets are standardised by the training rows.
+
+    So the tasks' losses start near one another; metrics are in the label's own unit again.
+
+    Args:
+        labels: per task all rows' labels, [N].
+        inputs: packs the inputs of the rows [R] in the order given.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        rows: Rows,
+        tasks: Sequence[Task],
+        labels: Sequence[Tensor],
+        inputs: Callable[[Tensor], Inputs],
+        device: torch.device,
+    ):
+        self.seed, self.rows, self.device, self._inputs = seed, rows, device, inputs
+        self.unit: dict[str, float] = {}  #: per regression task what a standardised error of one is in the label's unit
+        self._targets = []
+        for task, values in zip(tasks, labels, strict=True):
+            if task.kind == "regression":
+                mean, std = values[rows.train].mean(), values[rows.train].std()
+                self.unit[task.name] = float(std)
+                values = (values - mean) / std
+            self._targets.append(values)
+        self.validation = self._part(rows.validation)
+        self.test = self._part(rows.test)
+
+    def _part(self, rows: Tensor) -> Part:
+        return Part(self._inputs(rows), [y[rows].to(self.device) for y in self._targets])
+
+    def shuffled(self, epoch: int) -> Part:
+        """The training rows in the order of this seed and epoch: no state to keep, so resuming needs none."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.rows.train), generator=generator)
+        return self._part(self.rows.train[order])
+
+    def metric(self, task: Task, output: Tensor, target: Tensor) -> float:
+        """The task's metric on a whole part: output [R, O], target [R]; regression errors in the label's own unit."""
+        if task.kind == "multiclass":
+            return float((output.argmax(1) == target).double().mean())
+        if task.kind == "binary":
+            return auc(output.squeeze(1), target)
+        return float(((output.squeeze(1) - target).double() ** 2).mean().sqrt()) * self.unit[task.name]
+
+
+class Recipe(ABC):
+    """Tasks, data and net."""
+
+    name: ClassVar[str]
+    tasks: ClassVar[tuple[Task, ...]]
+    epochs: ClassVar[int]  #: unless the user says otherwise
+    width: ClassVar[int] = 64  #: D, of the shared representation
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @abstractmethod
+    def split(self, seed: int) -> Split:
+        """The data for all trainings of a seed, single-task nets included."""
+
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """A fresh backbone, from a batch's inputs to [B, D]."""
+
+    def net(self, tasks: Sequence[Task]) -> MultiTaskNet:
+        """A fresh net for these tasks, drawn from the global generator: a seed gives every method the same start."""
+        backbone = self.backbone()
+        # Regression heads have no bias: BayesAgg's regression posterior has none, and the targets average 0.
+        heads = [nn.Linear(self.width, task.outputs, bias=task.kind != "regression") for task in tasks]
+        return MultiTaskNet(backbone, heads).to(self.device)
+
+
+def auc(score: Tensor, target: Tensor) -> float:
+    """Area under the ROC curve: how often a positive outranks a negative, ties counting half; [R] both."""
+    positive, negative = score[target > 0.5], score[target <= 0.5].sort().values
+    if not len(positive) or not len(negative):
+        return float("nan")
+    below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
+    return float(below.double().mean() / 2 / len(negative))

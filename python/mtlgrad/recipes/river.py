@@ -1,0 +1,66 @@
+"""River flow: past flows at eight sites -> shared representation -> the flow at each site, 48 hours ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..data import load_river
+from .base import Task
+from .parts import Recipe, Rows, Split
+
+SITES = ("CHSI2", "NASI2", "EADM7", "SCLM7", "CLKM7", "VALI2", "NAPM7", "DLDI4")
+
+
+@dataclass(frozen=True)
+class Table:
+    """R rows of F numbers."""
+
+    values: Tensor  #: [R, F] float32
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor]]:
+        for start in range(0, len(self), size):
+            yield (self.values[start : start + size],)
+
+
+class River(Recipe):
+    """A random split for each seed, 60 % training, 10 % validation, 30 % test.
+
+    Neighbouring hours resemble one another and fall on both sides of such a split: it measures how well a method fits
+    eight tasks at once, not how well floods are foreseen.
+    """
+
+    name = "river"
+    epochs = 40
+    tasks = tuple(Task(site, "regression", 1, "RMSE", False, digits=3) for site in SITES)
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.data = load_river()
+
+    def split(self, seed: int) -> Split:
+        count = len(self.data.inputs)
+        # Another stream than that of the training rows' order, which starts at the seed as well.
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 2**32))
+        rows = Rows(*order.split([count * 6 // 10, count // 10, count - count * 6 // 10 - count // 10]))
+        inputs = standardised(self.data.inputs, rows.train).to(self.device)
+        labels = list(self.data.targets.unbind(1))
+        return Split(seed, rows, self.tasks, labels, lambda chosen: Table(inputs[chosen.to(self.device)]), self.device)
+
+    def backbone(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(self.data.inputs.shape[1], 128), nn.ReLU(), nn.Linear(128, self.width), nn.ReLU()
+        )
+
+
+def standardised(values: Tensor, train: Tensor) -> Tensor:
+    """[N, F]: what is missing (NaN) becomes its column's mean over the training rows; then mean 0, deviation 1 there."""
+    mean = values[train].nanmean(0)
+    filled = torch.where(values.isnan(), mean, values)
+    return (filled - mean) / filled[train].std(0)
