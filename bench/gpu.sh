@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command of under 9 minutes: builds on the spot with the torch that is there,
-# runs the tests, the benchmark, and compute-sanitizer where there is one. Logs and CSVs go to $OUT, or to bench/results.
+# runs the tests, the benchmarks (GPU_STEMS="combine" for some), and compute-sanitizer where there is one. Logs and CSVs
+# go to $OUT, or to bench/results.
 # A part that fails or finds no time left does not stop the next one; the exit code is then 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -36,12 +37,18 @@ export CMAKE_ARGS="-DMTLGRAD_REQUIRE_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=${capabi
 
 part build 150 3 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index .
 part info 30 20 "$python" -c 'import mtlgrad; [print(*item) for item in mtlgrad.build_info().items()]'
-part tests 120 5 "$python" -m pytest -q -k "${GPU_TESTS:-cuda or moments or bayesagg}" tests
-part bench 180 200 "$python" -m bench.bench_moments --device cuda --results "$out" --rounds 30
+chosen=${GPU_TESTS:-cuda or moments or bayesagg or combine or align or jacobian}
+part tests 120 5 "$python" -m pytest -q -k "$chosen" tests
+for stem in ${GPU_STEMS:-combine step moments}; do
+  part "bench_$stem" 150 400 "$python" -m "bench.bench_$stem" --device cuda --results "$out" --rounds 30 --seconds 3
+done
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
-  for tool in memcheck racecheck; do
-    part "$tool" 90 3 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m bench.bench_moments --quick --device cuda
+  for stem in ${GPU_STEMS:-combine moments}; do
+    for tool in memcheck racecheck; do
+      part "${tool}_$stem" 60 3 "$sanitizer" --tool "$tool" --error-exitcode 1 \
+        "$python" -m "bench.bench_$stem" --quick --device cuda
+    done
   done
 else
   echo "== compute-sanitizer: not here"

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, memory, moments_cases
-from bench.harness import Case, Contender, Options, Work
+from bench import harness, memory, moments_cases, networks, table
+from bench.combine_cases import uneven
+from bench.harness import Case, Contender, Options, Result, Work
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -35,23 +36,53 @@ def raises() -> torch.Tensor:
     raise RuntimeError("no compiler\nat all")
 
 
-def test_quick_run_of_the_moments_benchmark(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.bench_moments", "--quick", "--device", "cpu"]
-    start = time.monotonic()
-    done = subprocess.run(
-        [*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+def quick_rows(stem: str, tmp_path: Path) -> list[dict[str, str]]:
+    command = [sys.executable, "-m", f"bench.bench_{stem}", "--quick", "--device", "cpu", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 60  # 20 s on an idle machine
-    with (tmp_path / "moments_cpu.csv").open(newline="") as file:
+    with (tmp_path / f"{stem}_cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == harness.COLUMNS
+    assert tuple(rows[0]) == table.COLUMNS
+    measured = [row for row in rows if row["operation"] != "ceiling"]
+    for row in measured:
+        if row["contender"].startswith("torchjd") and row["note"].startswith("failed: ModuleNotFoundError"):
+            continue
+        assert float(row["median_ms"]) > 0
+        assert float(row["times_first"]) > 0
+        assert math.isfinite(float(row["checked_error"]))
+    return measured
+
+
+def contenders(rows: list[dict[str, str]], operation: str) -> set[str]:
+    return {row["contender"] for row in rows if row["operation"] == operation}
+
+
+def test_quick_run_of_the_moments_benchmark(tmp_path: Path) -> None:
+    start = time.monotonic()
+    rows = quick_rows("moments", tmp_path)
+    assert time.monotonic() - start < 60  # 20 s on an idle machine
     steps = [row for row in rows if row["operation"] == "aggregate"]
     assert {row["shape"].split()[0] for row in steps} == {"cifar-mtl", "utkface", "regression-2048"}
-    for row in steps:
-        assert float(row["median_ms"]) > 0
-        assert math.isfinite(float(row["checked_error"]))
-    assert {"mtlgrad", "reference", "published"} <= {row["contender"] for row in steps}
+    assert {"mtlgrad", "reference", "published"} <= contenders(rows, "aggregate")
+
+
+def test_quick_run_of_the_combine_benchmark(tmp_path: Path) -> None:
+    rows = quick_rows("combine", tmp_path)
+    assert contenders(rows, "aligned matrix") == {"mtlgrad", "mtlgrad out=", "reference", "torchjd"}
+    peers = {"torchjd", "torchjd per tensor"}
+    assert contenders(rows, "aligned resnet-50") == {
+        *("mtlgrad merge", "mtlgrad stacked", "mtlgrad lists", "reference"),
+        *peers,
+    }
+    for operation in "gram", "dots", "combine", "align":
+        assert {"mtlgrad", "reference"} <= contenders(rows, operation)
+    assert {row["dtype"] for row in rows if row["operation"] == "gram"} == {"float32", "bfloat16"}
+
+
+def test_quick_run_of_the_step_benchmark(tmp_path: Path) -> None:
+    rows = quick_rows("step", tmp_path)
+    wanted = {"plain", "mtlgrad layer", "mtlgrad weigh", "mtlgrad merge", "torchjd"}
+    assert contenders(rows, "step resnet-18") == wanted
 
 
 def test_a_wrong_contender_ends_the_run_before_anything_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -93,6 +124,26 @@ def test_an_optional_contender_that_is_wrong_is_not_timed() -> None:
     assert "median_ms" not in row
 
 
+def test_a_peer_known_to_be_wrong_is_timed_and_its_row_says_how_wrong() -> None:
+    wrong = Contender(lambda: torch.tensor(3.0), 1e-6, "a peer", tolerated=True)
+    rows = harness.run_case(doubled(fine=right(), wrong=wrong), "", QUICK, [])
+    row = next(row for row in rows if row["contender"] == "wrong")
+    assert row["note"].startswith("a peer; wrong: its error is 5.00e-01, 1e-06 is allowed; ")
+    assert float(row["median_ms"]) > 0
+
+
+def test_prepare_comes_before_every_call() -> None:
+    seen = []
+
+    def call() -> torch.Tensor:
+        seen.append("call")
+        return torch.tensor(2.0)
+
+    harness.run_case(doubled(x=Contender(call, 1e-6, prepare=lambda: seen.append("prepare"))), "", QUICK, [])
+    assert len(seen) >= 8
+    assert seen == ["prepare", "call"] * (len(seen) // 2)
+
+
 def test_a_slow_contender_is_called_once() -> None:
     calls = []
 
@@ -105,20 +156,47 @@ def test_a_slow_contender_is_called_once() -> None:
     assert next(row for row in rows if row["contender"] == "slow")["note"] == "1 runs"
 
 
+def test_times_are_compared_within_rounds() -> None:
+    first = Result(times={0: 1.0, 1: 10.0, 2: 1.0})
+    assert table.times_first(Result(times={1: 20.0, 2: 2.0}), first) == 2.0
+    assert table.times_first(Result(times={-1: 3.0}), first) == 3.0
+    assert math.isnan(table.times_first(Result(), first))
+
+
 def test_turns_are_spread_evenly() -> None:
     order = list(harness.turns({"often": 6, "seldom": 2}))
-    assert order == ["often"] * 3 + ["seldom"] + ["often"] * 3 + ["seldom"]
+    assert [i for i, name in order if name == "often"] == list(range(6))
+    assert [i for i, name in order if name == "seldom"] == [2, 5]
+    assert order[-2:] == [(5, "seldom"), (5, "often")]  # every other round goes backwards
     assert list(harness.turns({})) == []
+
+
+def test_shapes_of_a_resnet_50() -> None:
+    shapes = networks.resnet50_shapes()
+    assert len(shapes) == 161
+    assert sum(math.prod(shape) for shape in shapes) == 25_557_032
+    assert (
+        sum(p.numel() for p in networks.resnet18().parameters()) == 11_689_512 - 513_000
+    )  # its own classifier is 513,000
+
+
+@pytest.mark.parametrize("count", [1, 10, 1000])
+def test_uneven_sizes(count: int) -> None:
+    sizes = uneven(1_000_000, count)
+    assert len(sizes) == count
+    assert sum(sizes) == 1_000_000
+    assert min(sizes) > 0
+    assert count == 1 or max(sizes) > 30 * min(sizes)
 
 
 def test_rows_of_other_cases_are_kept_on_request(tmp_path: Path) -> None:
     path = tmp_path / "new" / "moments_cpu.csv"
-    harness.write_rows(path, [{"operation": "a", "shape": "s", "note": "old"}, {"operation": "b", "shape": "s"}], False)
-    harness.write_rows(path, [{"operation": "a", "shape": "s", "note": "new"}], True)
+    table.write_rows(path, [{"operation": "a", "shape": "s", "note": "old"}, {"operation": "b", "shape": "s"}], False)
+    table.write_rows(path, [{"operation": "a", "shape": "s", "note": "new"}], True)
     with path.open(newline="") as file:
         assert [(row["operation"], row["note"]) for row in csv.DictReader(file)] == [("b", ""), ("a", "new")]
     with pytest.raises(ValueError, match="not in fieldnames"):
-        harness.write_rows(path, [{"no such column": 1}], False)
+        table.write_rows(path, [{"no such column": 1}], False)
     assert os.listdir(path.parent) == [path.name]
     assert len(path.read_text().splitlines()) == 3
 

@@ -162,7 +162,7 @@ def test_attributes_can_be_set():
         assert torch.equal(other(matrix), aggregator(matrix))
 
 
-def test_runs_on_our_kernels():
+def test_runs_on_our_operations():
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             called.add(str(func))

@@ -178,7 +178,7 @@ def test_a_zero_gradient_has_no_direction():
     assert found.magnitude_similarity[1, [0, 2, 3]].eq(0.0).all()
     assert found.magnitude_similarity[1, 1].isnan()
     assert found.norms[1] == 0.0
-    assert found.condition_number.isinf()
+    assert found.condition_number > 1e7  # infinite, but for rounding in the eigenvalues
     rest = torch.tensor([0, 2, 3])
     torch.testing.assert_close(found.cosine[rest][:, rest], others.cosine)
     torch.testing.assert_close(found.singular_values[:3], others.singular_values)

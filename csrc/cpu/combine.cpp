@@ -75,6 +75,7 @@ using Floats = float __attribute__((vector_size(32), aligned(4)));  // eight, fr
 MTLGRAD_INLINE Vec load(const double* at) { return *reinterpret_cast<const volatile Vec*>(at); }
 
 constexpr int64_t kDirect = 4;               // up to so many rows, all sums stay in registers
+constexpr int64_t kAhead = 1024;             // floats: the processor's own prefetching stops at each page of memory
 constexpr int64_t kPitch = kPanel + kLanes;  // not a power of two: rows of a panel would share cache sets
 constexpr int64_t kSums = 16 * kLanes;       // doubles of a tile: 4 x 4 vectors
 
@@ -94,11 +95,19 @@ MTLGRAD_INLINE void add_direct(const float* const* x, int64_t n, double* sums) {
   const auto widened = [](const float* at) __attribute__((always_inline)) {
     return __builtin_convertvector(*reinterpret_cast<const Floats*>(at), Vec);
   };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  const auto add_eight = [&](int64_t i) __attribute__((always_inline)) {
     const Vec r0 = widened(x0 + i), r1 = kRows > 1 ? widened(x1 + i) : r0, r2 = kRows > 2 ? widened(x2 + i) : r0;
     add(r0, r1, r2, kRows > 3 ? widened(x3 + i) : r0);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    __builtin_prefetch(x0 + i + kAhead);
+    if constexpr (kRows > 1) __builtin_prefetch(x1 + i + kAhead);
+    if constexpr (kRows > 2) __builtin_prefetch(x2 + i + kAhead);
+    if constexpr (kRows > 3) __builtin_prefetch(x3 + i + kAhead);
+    add_eight(i), add_eight(i + kLanes);
   }
+  for (; i + kLanes <= n; i += kLanes) add_eight(i);
   for (; i < n; ++i) add(Vec{x0[i]}, Vec{x1[i]}, Vec{x2[i]}, Vec{x3[i]});
   s[0] = s00, s[1] = s01, s[2] = s02, s[3] = s03, s[5] = s11, s[6] = s12, s[7] = s13, s[10] = s22, s[11] = s23;
   s[15] = s33;

@@ -31,9 +31,13 @@ template <int kSegmentCapacity, int kPointerCapacity>
 struct Table {
   static constexpr int kSegments = kSegmentCapacity, kPointers = kPointerCapacity;
   int32_t count, stride, items;
-  Segment segments[kSegments];
+  Segment segments[kSegments + 1];  // and a last one that begins where the items end
   const void* pointers[kPointers];
 };
+
+// What rows of T are summed in by combine.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
@@ -127,7 +131,7 @@ struct Walk {
 
   __device__ __forceinline__ void next() {
     ++item;
-    if (tensor + 1 < table.count && table.segments[tensor + 1].first == item) ++tensor;
+    if (table.segments[tensor + 1].first == item) ++tensor;
   }
 };
 
@@ -147,49 +151,57 @@ __device__ __forceinline__ Span span_of(const Walk<Table>& at) {
 }
 
 template <typename T, typename Table>
-__device__ __forceinline__ const T* row_of(const Walk<Table>& at, int t, Span span) {
-  return static_cast<const T*>(at.table.pointers[at.tensor * at.table.stride + t]) + span.begin;
+__device__ __forceinline__ const T* row_of(const Walk<Table>& at, int t) {
+  return static_cast<const T*>(at.table.pointers[at.tensor * at.table.stride + t]);
 }
 
-// use(v) for each column of an item that is this thread's, v[t] being the element of row index(t). All loads are under
-// way before the first use. Where rows are not aligned they are read one by one, neighbouring threads reading
-// neighbours: more instructions, but no more memory traffic. Zeros may come in place of columns that do not exist.
+// use(v) for each column of kPackets packets from column c of the item on, a block's width apart; all loads are under way before
+// the first use.
+template <typename T, int kRows, int kPackets, typename Row, typename Use>
+__device__ __forceinline__ void for_packets(int c, const Row& row, const Use& use) {
+  Packet<T> x[kPackets][kRows];
+#pragma unroll
+  for (int u = 0; u < kPackets; ++u)
+#pragma unroll
+    for (int t = 0; t < kRows; ++t)
+      x[u][t] = *reinterpret_cast<const Packet<T>*>(row(t, c + u * item_columns<T>(1)));
+#pragma unroll
+  for (int u = 0; u < kPackets; ++u)
+#pragma unroll
+    for (int j = 0; j < Packet<T>::kSize; ++j) {
+      double v[kRows];
+#pragma unroll
+      for (int t = 0; t < kRows; ++t) v[t] = element(x[u][t], j);
+      use(v);
+    }
+}
+
+// use(v) for each column of an item that is this thread's, v[t] being the element of row index(t). Where rows are not
+// aligned they are read one by one, neighbouring threads reading neighbours: more instructions, but no more memory
+// traffic. Zeros may come in place of columns that do not exist. The loops over what is left of a tensor must not be
+// unrolled, for the registers that it takes.
 template <typename T, int kRows, int kPackets, typename Table, typename Index, typename Use>
 __device__ __forceinline__ void for_columns(const Walk<Table>& at, const Index& index, const Use& use) {
-  constexpr int kSize = Packet<T>::kSize, kSingles = singles_for<T>(kRows);
-  const int thread = static_cast<int>(threadIdx.x);
+  constexpr int kStep = item_columns<T>(1), kSingles = singles_for<T>(kRows);
   const Span span = span_of<T, kPackets>(at);
+  const auto row = [&](int t, int c) { return row_of<T>(at, index(t)) + (span.begin + c); };
   if (span.aligned) {
-    Packet<T> x[kPackets][kRows];
-#pragma unroll
-    for (int u = 0; u < kPackets; ++u) {
-      const int c = (thread + u * kRowThreads) * kSize;
-      if (c < span.count) {
-#pragma unroll
-        for (int t = 0; t < kRows; ++t)
-          x[u][t] = *reinterpret_cast<const Packet<T>*>(row_of<T>(at, index(t), span) + c);
-      }
+    int c = static_cast<int>(threadIdx.x) * Packet<T>::kSize;
+    if (c + (kPackets - 1) * kStep < span.count) {
+      for_packets<T, kRows, kPackets>(c, row, use);
+    } else if constexpr (kPackets > 1) {
+#pragma unroll 1
+      for (; c < span.count; c += kStep) for_packets<T, kRows, 1>(c, row, use);
     }
-#pragma unroll
-    for (int u = 0; u < kPackets; ++u)
-      if ((thread + u * kRowThreads) * kSize < span.count) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          double v[kRows];
-#pragma unroll
-          for (int t = 0; t < kRows; ++t) v[t] = element(x[u][t], j);
-          use(v);
-        }
-      }
   } else {
-#pragma unroll 1  // what it unrolls to is in kSingles
-    for (int c = thread; c < span.count; c += kSingles * kRowThreads) {
+#pragma unroll 1
+    for (int c = threadIdx.x; c < span.count; c += kSingles * kRowThreads) {
       T x[kSingles][kRows];
 #pragma unroll
       for (int u = 0; u < kSingles; ++u)
 #pragma unroll
         for (int t = 0; t < kRows; ++t)
-          x[u][t] = c + u * kRowThreads < span.count ? row_of<T>(at, index(t), span)[c + u * kRowThreads] : T{};
+          x[u][t] = c + u * kRowThreads < span.count ? *row(t, c + u * kRowThreads) : T{};
 #pragma unroll
       for (int u = 0; u < kSingles; ++u) {
         double v[kRows];
@@ -355,62 +367,76 @@ __global__ void __launch_bounds__(kRowThreads) dots_finish_kernel(const double* 
   if (threadIdx.x == 0) out[blockIdx.x] += sum;
 }
 
-// Weighted sum of all rows into the output behind them in the table, kRows rows at a time. A thread writes the columns
-// that it has read, and after it has read them from every row: the output may be one of the rows, and so nothing here is
-// __restrict__.
+// sums[u][j] += weight * element for rows first .. first + kRows - 1; all loads are under way before the first use.
+template <typename T, int kRows, int kPackets, typename Sum, typename Row>
+__device__ __forceinline__ void add_rows(Sum (&sums)[kPackets][Packet<T>::kSize], int first, int c, const Row& row,
+                                         const double* weights) {
+  Packet<T> x[kRows][kPackets];
+#pragma unroll
+  for (int t = 0; t < kRows; ++t)
+#pragma unroll
+    for (int u = 0; u < kPackets; ++u)
+      x[t][u] = *reinterpret_cast<const Packet<T>*>(row(first + t, c + u * item_columns<T>(1)));
+#pragma unroll
+  for (int t = 0; t < kRows; ++t) {
+    const Sum weight = static_cast<Sum>(weights[first + t]);
+#pragma unroll
+    for (int u = 0; u < kPackets; ++u)
+#pragma unroll
+      for (int j = 0; j < Packet<T>::kSize; ++j) sums[u][j] += weight * element(x[t][u], j);
+  }
+}
+
+// The weighted sum of all rows, four at a time, in kPackets packets from column c on.
+template <typename T, int kPackets, typename Row>
+__device__ __forceinline__ void combine_packets(int tasks, int c, const Row& row, const double* weights, T* out) {
+  Accumulator<T> sums[kPackets][Packet<T>::kSize] = {};
+  int first = 0;
+#pragma unroll 1
+  for (; first + 4 <= tasks; first += 4) add_rows<T, 4>(sums, first, c, row, weights);
+  switch (tasks - first) {
+    case 3: add_rows<T, 3>(sums, first, c, row, weights); break;
+    case 2: add_rows<T, 2>(sums, first, c, row, weights); break;
+    case 1: add_rows<T, 1>(sums, first, c, row, weights); break;
+    default: break;
+  }
+#pragma unroll
+  for (int u = 0; u < kPackets; ++u) {
+    Packet<T> x;
+#pragma unroll
+    for (int j = 0; j < Packet<T>::kSize; ++j) set_element(x, j, round_to<T>(sums[u][j]));
+    *reinterpret_cast<Packet<T>*>(out + c + u * item_columns<T>(1)) = x;
+  }
+}
+
+// Weighted sum of all rows into the output behind them in the table. A thread writes the columns that it has read, and
+// after it has read them from every row: the output may be one of the rows, and so nothing here is __restrict__.
 template <typename T, typename Table>
 __global__ void __launch_bounds__(kRowThreads, 3)
     combine_kernel(const __grid_constant__ Table table, const double* weights) {
-  using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  constexpr int kRows = 4, kPackets = kCombinePackets, kSize = Packet<T>::kSize, kSingles = 4;
-  const int tasks = table.stride - 1, thread = static_cast<int>(threadIdx.x);
+  constexpr int kStep = item_columns<T>(1), kSingles = 4;
+  const int tasks = table.stride - 1;
   for (Walk<Table> at(table, blockIdx.x, gridDim.x); at.more(); at.next()) {
-    const Span span = span_of<T, kPackets>(at);
-    T* out = const_cast<T*>(row_of<T>(at, tasks, span));
+    const Span span = span_of<T, kCombinePackets>(at);
+    const auto row = [&](int t, int c) { return row_of<T>(at, t) + (span.begin + c); };
+    T* out = const_cast<T*>(row(tasks, 0));
     if (span.aligned) {
-      Sum sums[kPackets][kSize] = {};
-      for (int first = 0; first < tasks; first += kRows) {
-        Packet<T> x[kRows][kPackets];
-#pragma unroll
-        for (int t = 0; t < kRows; ++t)
-          if (first + t < tasks) {
-            const T* row = row_of<T>(at, first + t, span);
-#pragma unroll
-            for (int u = 0; u < kPackets; ++u) {
-              const int c = (thread + u * kRowThreads) * kSize;
-              if (c < span.count) x[t][u] = *reinterpret_cast<const Packet<T>*>(row + c);
-            }
-          }
-#pragma unroll
-        for (int t = 0; t < kRows; ++t)
-          if (first + t < tasks) {
-            const Sum weight = static_cast<Sum>(weights[first + t]);
-#pragma unroll
-            for (int u = 0; u < kPackets; ++u)
-#pragma unroll
-              for (int j = 0; j < kSize; ++j) sums[u][j] += weight * element(x[t][u], j);
-          }
-      }
-#pragma unroll
-      for (int u = 0; u < kPackets; ++u) {
-        const int c = (thread + u * kRowThreads) * kSize;
-        if (c < span.count) {
-          Packet<T> y;
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) set_element(y, j, round_to<T>(sums[u][j]));
-          *reinterpret_cast<Packet<T>*>(out + c) = y;
-        }
-      }
+      int c = static_cast<int>(threadIdx.x) * Packet<T>::kSize;
+      if (c + (kCombinePackets - 1) * kStep < span.count)
+        combine_packets<T, kCombinePackets>(tasks, c, row, weights, out);
+      else
+#pragma unroll 1
+        for (; c < span.count; c += kStep) combine_packets<T, 1>(tasks, c, row, weights, out);
     } else {
-      for (int c = thread; c < span.count; c += kSingles * kRowThreads) {
-        Sum sums[kSingles] = {};
+#pragma unroll 1
+      for (int c = threadIdx.x; c < span.count; c += kSingles * kRowThreads) {
+        Accumulator<T> sums[kSingles] = {};
 #pragma unroll 4
         for (int t = 0; t < tasks; ++t) {
-          const T* row = row_of<T>(at, t, span);
-          const Sum weight = static_cast<Sum>(weights[t]);
+          const auto weight = static_cast<Accumulator<T>>(weights[t]);
 #pragma unroll
           for (int u = 0; u < kSingles; ++u)
-            if (c + u * kRowThreads < span.count) sums[u] += weight * to_float(row[c + u * kRowThreads]);
+            if (c + u * kRowThreads < span.count) sums[u] += weight * to_float(*row(t, c + u * kRowThreads));
         }
 #pragma unroll
         for (int u = 0; u < kSingles; ++u)

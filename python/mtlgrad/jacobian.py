@@ -80,8 +80,9 @@ def task_backward(
         ValueError: a loss is not a scalar; a parameter's ``.jac`` has other than T rows; with ``features``, a loss
             reaches a shared parameter past them.
 
-    Every pass is an ordinary ``backward``: hooks on parameters run once per task, non-reentrant activation
-    checkpointing works, and ``DistributedDataParallel`` needs ``no_sync()``. T copies of the shared parameters'
+    Passes through the shared part are ordinary backwards: hooks on parameters run once per task, non-reentrant
+    activation checkpointing works, and ``DistributedDataParallel`` needs ``no_sync()``. With ``features`` the heads'
+    gradients are accumulated here, without the hooks that follow an accumulation. T copies of the shared parameters'
     gradients are held.
     """
     op = "task_backward"
@@ -94,11 +95,13 @@ def task_backward(
                 f"{op}: shared: expected .jac with {len(values)} rows, one a task, found {found.shape[0]} in parameter "
                 f"{i}; clear it with `del parameter.jac`"
             )
+    heads: list[tuple[Tensor, Tensor]] = []
     if features is None:
         starts: list[_Start | None] = [None if _constant(loss) else ([loss], [None]) for loss in values]
     else:
-        starts = _through_heads(names, values, parameters, features, retain_graph)
+        starts = _through_heads(names, values, parameters, features, retain_graph, heads)
     last = max((t for t, start in enumerate(starts) if start is not None), default=-1)
+    reached: list[set[int]] = [set() for _ in parameters]
     jacobians: list[Tensor | None] = [None] * len(parameters)
     with _set_aside(parameters):
         for t, start in enumerate(starts):
@@ -109,14 +112,22 @@ def task_backward(
                 if p.grad is None:
                     continue
                 if jacobians[i] is None:
-                    jacobians[i] = p.grad.new_zeros(len(values), *p.shape)
+                    jacobians[i] = p.grad.new_empty(len(values), *p.shape)
                 jacobians[i][t].copy_(p.grad)  # type: ignore[index]
+                reached[i].add(t)
                 p.grad = None
-    for p, jacobian in zip(parameters, jacobians, strict=True):
+    for p, gradient in heads:
+        # Copied: it may be the gradient of another tensor too, as in a sum.
+        p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
+    for p, jacobian, tasks in zip(parameters, jacobians, reached, strict=True):
         if jacobian is None:
             if not hasattr(p, "jac"):
                 p.jac = p.new_zeros(len(values), *p.shape)  # type: ignore[attr-defined]
-        elif hasattr(p, "jac"):
+            continue
+        for t in range(len(values)):
+            if t not in tasks:
+                jacobian[t].zero_()
+        if hasattr(p, "jac"):
             p.jac += jacobian
         else:
             p.jac = jacobian  # type: ignore[attr-defined]
@@ -148,8 +159,9 @@ def _through_heads(
     shared: list[Tensor],
     features: Tensor | Sequence[Tensor],
     retain_graph: bool,
+    found: list[tuple[Tensor, Tensor]],
 ) -> list[_Start | None]:
-    """One backward per head, which leaves the heads' gradients; what arrived at the features is where T more start."""
+    """One pass per head: its leaves' gradients go to `found`, what arrives at the features is where T passes start."""
     op = "task_backward"
     trunk = [features] if isinstance(features, Tensor) else list(features)
     for feature in trunk:
@@ -162,30 +174,24 @@ def _through_heads(
     own = set(shared)
     starts: list[_Start | None] = []
     last = max((t for t, loss in enumerate(losses) if not _constant(loss)), default=-1)
-    with _set_aside_nonleaf(trunk):
-        for t, loss in enumerate(losses):
-            if loss is None or _constant(loss):
-                starts.append(None)
-                continue
-            heads = _leaves(loss, edges)
-            if past := own.intersection(heads):
-                raise ValueError(
-                    f"{op}: features: expected the loss of {names[t]} to reach the shared parameters through the "
-                    f"features alone, found {len(past)} reached past them; leave features out"
-                )
-            loss.backward(retain_graph=retain_graph or t != last, inputs=[*heads, *trunk])
-            reached = [(f, f.grad) for f in trunk if f.grad is not None]
-            for feature in trunk:
-                feature.grad = None
-            starts.append(([f for f, _ in reached], [g for _, g in reached]) if reached else None)
+    for t, loss in enumerate(losses):
+        if loss is None or _constant(loss):
+            starts.append(None)
+            continue
+        heads = _leaves(loss, edges)
+        if past := own.intersection(heads):
+            raise ValueError(
+                f"{op}: features: expected the loss of {names[t]} to reach the shared parameters through the features "
+                f"alone, found {len(past)} reached past them; leave features out"
+            )
+        # Not backward(inputs=...): that would run the features' own node too, once per head.
+        gradients = torch.autograd.grad(
+            loss, [*trunk, *heads], retain_graph=retain_graph or t != last, allow_unused=True
+        )
+        reached = [(f, g) for f, g in zip(trunk, gradients) if g is not None]
+        starts.append(([f for f, _ in reached], [g for _, g in reached]) if reached else None)
+        found += [(p, g) for p, g in zip(heads, gradients[len(trunk) :]) if g is not None]
     return starts
-
-
-def _set_aside_nonleaf(tensors: Sequence[Tensor]) -> Any:
-    # .grad of a tensor that is not a leaf warns when read, unless it was retained
-    for tensor in tensors:
-        tensor.retain_grad()
-    return _set_aside(tensors)
 
 
 def _leaves(loss: Tensor, edges: set[tuple[Any, int]]) -> list[Tensor]:

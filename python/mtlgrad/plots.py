@@ -33,19 +33,26 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _panels(tasks: Sequence[str], curves: Curves, label: str, draw: Any) -> bytes:
-    """One panel a task, one line a method."""
-    figure = _figure(3.2 * len(tasks), 3.2)
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for i, (task, axis) in enumerate(zip(tasks, axes, strict=True)):
+def _panels(tasks: Sequence[str], curves: Curves, label: str, draw: Any, *, same_scale: bool = False) -> bytes:
+    """One panel a task, at most four in a row; one line a method."""
+    columns = min(len(tasks), 4)
+    rows = -(-len(tasks) // columns)
+    figure = _figure(3.2 * columns, 3.2 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=same_scale)
+    for axis in grid.flat[len(tasks) :]:
+        axis.remove()
+    for i, (task, axis) in enumerate(zip(tasks, grid.flat)):
         for k, (method, epochs) in enumerate(curves.items()):
             draw(axis, i, method, range(1, len(epochs) + 1), [line[i] for line in epochs], f"C{k}")
         axis.set_title(task)
-        axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(label)
-    axes[0].legend(fontsize="small")
+        if i + columns >= len(tasks):
+            axis.set_xlabel("epoch")
+    for row in grid:
+        row[0].set_ylabel(label)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize="small")
     return _png(figure)
 
 
@@ -64,12 +71,16 @@ def loss_curves(tasks: Sequence[str], train: Curves, validation: Curves) -> byte
 
 def task_weights(tasks: Sequence[str], shares: Curves) -> bytes:
     """Per task and method: the task's share of all weights over the epochs, means over seeds; [epochs][tasks] each."""
+    lowest = min(share for epochs in shares.values() for line in epochs for share in line)
 
     def draw(axis: Any, i: int, method: str, epochs: range, values: list[float], colour: str) -> None:
         axis.plot(epochs, values, color=colour, label=method, marker="." if len(values) == 1 else None)
-        axis.set_ylim(0.0, 1.0)
+        if lowest >= 0.0:
+            axis.set_ylim(bottom=0.0)
+        else:
+            axis.axhline(0.0, color="black", linewidth=0.6)
 
-    return _panels(tasks, shares, "share of the weights", draw)
+    return _panels(tasks, shares, "share of the weights", draw, same_scale=True)
 
 
 def uncertainty_map(tasks: Sequence[str], variance: Tensor) -> bytes:

@@ -27,8 +27,8 @@ class _ViaReference(torch.autograd.Function):
                 full[i] = tensor
             return ctx.reference(*full)
 
-        pull_back = torch.func.vjp(reference, *(tensors[i] for i in active))[1]
-        found = pull_back(gradients if len(gradients) > 1 else gradients[0])
+        like, pull_back = torch.func.vjp(reference, *(tensors[i] for i in active))
+        found = pull_back(gradients if isinstance(like, tuple) else gradients[0])
         result: list[Tensor | None] = [None] * len(tensors)
         for i, gradient in zip(active, found):
             result[i] = gradient

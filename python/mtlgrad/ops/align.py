@@ -157,8 +157,7 @@ def _check_into(gram: Tensor, preference: Tensor, out: tuple[Tensor, ...]) -> No
         dtype = torch.int64 if name == "rank" else torch.float64
         fits = tensor.dtype == dtype and tensor.device == gram.device and tensor.is_contiguous()
         message = (
-            f"align: out.{name}: expected contiguous {dtype} on {gram.device}, "
-            f"found {tensor.dtype} on {tensor.device}"
+            f"align: out.{name}: expected contiguous {dtype} on {gram.device}, found {tensor.dtype} on {tensor.device}"
         )
         torch._check(fits, lambda message=message: message)
 

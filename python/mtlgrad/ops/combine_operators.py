@@ -98,7 +98,9 @@ def _check_combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: 
     )
 
 
-def _run_combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor] | None) -> list[Tensor]:
+def _run_combine(
+    tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor] | None
+) -> list[Tensor]:
     """Writes to `out`, whose tensors are dense, or to new tensors in the rows' element order."""
     device = tensors[0].device
     kernels = kernels_for(device)

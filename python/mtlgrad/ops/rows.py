@@ -80,18 +80,30 @@ def _check(op: str, fits: bool, expected: str, found: str) -> None:
 
 def check_rows(op: str, tensors: list[Tensor], tasks: int, stacked: bool) -> None:
     """Shapes, dtypes and devices: every row like the first."""
-    first = tensors[0]
     count = len(tensors) if stacked else len(tensors) // tasks
+    shapes = [tensor.shape for tensor in tensors]
+    dtypes = [tensor.dtype for tensor in tensors]
+    # What is true of nearly all calls is found out at once; only the rest is worth a loop that can name the tensor.
+    fits = len({tensor.device for tensor in tensors}) == 1 and DTYPE_CODES.keys() >= set(dtypes)
+    if stacked:
+        fits = fits and all(len(shape) > 0 and shape[0] == tasks for shape in shapes)
+    else:
+        fits = fits and shapes == shapes[:count] * tasks and dtypes == dtypes[:count] * tasks
+    if not fits:
+        _explain(op, tensors, tasks, stacked, count)
+
+
+def _explain(op: str, tensors: list[Tensor], tasks: int, stacked: bool, count: int) -> None:
     for i, tensor in enumerate(tensors):
-        if tensor.dtype not in DTYPE_CODES:
-            check_floating(op, rows=tensor)
-        if tensor.device != first.device:
-            message = f"{op}: rows: expected all on {first.device}, found {tensor.device}"
+        check_floating(op, rows=tensor)
+        if tensor.device != tensors[0].device:
+            message = f"{op}: rows: expected all on {tensors[0].device}, found {tensor.device}"
             torch._check(False, lambda message=message: message)
-        if stacked and (tensor.dim() == 0 or tensor.shape[0] != tasks):
-            message = f"{op}: rows: expected {tasks} rows in every tensor, found shape {shape_of(tensor)} in tensor {i}"
-            torch._check(False, lambda message=message: message)
-        if stacked or i < count:
+        if stacked:
+            if tensor.dim() == 0 or tensor.shape[0] != tasks:
+                found = f"found shape {shape_of(tensor)} in tensor {i}"
+                message = f"{op}: rows: expected {tasks} rows in every tensor, {found}"
+                torch._check(False, lambda message=message: message)
             continue
         like = tensors[i % count]
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
@@ -122,36 +134,41 @@ class Group(NamedTuple):
     sizes: list[int]
     orders: list[Tensor]  #: per parameter a tensor of a row's shape and element order
     places: list[int]  #: which parameters these are
-    kept: list[Tensor]  #: copies that the pointers need alive
+    kept: list[Tensor]  #: what the pointers need alive
 
 
 def groups(tensors: list[Tensor], tasks: int, stacked: bool) -> list[Group]:
     """Pointer tables per dtype. Rows that are not dense, or not all in one element order, are copied."""
-    found: dict[torch.dtype, Group] = {}
     count = len(tensors) if stacked else len(tensors) // tasks
+    places: dict[torch.dtype, list[int]] = {}
     for p in range(count):
-        first = tensors[p]
-        group = found.get(first.dtype)
-        if group is None:
-            group = found[first.dtype] = Group(DTYPE_CODES[first.dtype], [], [], [], [], [])
-        if stacked:
-            order = first[0]
-            if not _dense(order):
-                first = first.contiguous()
-                order = first[0]
-                group.kept.append(first)
-            start, step = first.data_ptr(), first.stride(0) * first.element_size()
-            group.pointers.extend(range(start, start + tasks * step, step) if step > 0 else [start] * tasks)
-        else:
-            order = first if _dense(first) else first.contiguous()
-            for t in range(tasks):
-                row = order if t == 0 else _in_order_of(tensors[t * count + p], order)
-                group.kept.append(row)
-                group.pointers.append(row.data_ptr())
-        group.sizes.append(order.numel())
-        group.orders.append(order)
-        group.places.append(p)
-    return list(found.values())
+        places.setdefault(tensors[p].dtype, []).append(p)
+    make = _stacked_group if stacked else _listed_group
+    return [make(tensors, tasks, count, chosen) for chosen in places.values()]
+
+
+def _stacked_group(tensors: list[Tensor], tasks: int, count: int, places: list[int]) -> Group:
+    kept = [tensors[p] for p in places]
+    orders = [tensor[0] for tensor in kept]
+    for i, order in enumerate(orders):
+        if not _dense(order):
+            kept[i] = kept[i].contiguous()
+            orders[i] = kept[i][0]
+    pointers: list[int] = []
+    for tensor in kept:
+        start, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+        pointers += [start + t * step for t in range(tasks)]
+    return Group(DTYPE_CODES[kept[0].dtype], pointers, [order.numel() for order in orders], orders, places, kept)
+
+
+def _listed_group(tensors: list[Tensor], tasks: int, count: int, places: list[int]) -> Group:
+    orders = [tensors[p] for p in places]
+    kept = [tensors[t * count + p] for p in places for t in range(tasks)]
+    if not all([tensor.is_contiguous() for tensor in kept]):
+        orders = [order if _dense(order) else order.contiguous() for order in orders]
+        kept = [_in_order_of(tensor, orders[i // tasks]) for i, tensor in enumerate(kept)]
+    pointers = [tensor.data_ptr() for tensor in kept]
+    return Group(DTYPE_CODES[orders[0].dtype], pointers, [order.numel() for order in orders], orders, places, kept)
 
 
 def columns(group: Group) -> int:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..ops.align import Scale
+
 Kind = Literal["regression", "binary", "multiclass"]
 
 
@@ -52,7 +54,7 @@ class Settings:
     warmup: int = 4
     covariance: str = "block"
     preference: tuple[float, ...] | None = None  #: Aligned-MTL's, one number a task; ones if None
-    scale: str = "min"  #: Aligned-MTL's
+    scale: Scale = "min"  #: Aligned-MTL's
     device: str = "cpu"
     #: A second thread gains a fifth on an idle machine; on a busy one the two wait for each other (seen: 30 times).
     threads: int = 1

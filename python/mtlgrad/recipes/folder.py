@@ -22,6 +22,61 @@ CHECKPOINT = "checkpoint.pt"
 FORMAT = "mtlgrad train 1"  #: raised when an older checkpoint can no longer be continued
 
 
+class NewFolder:
+    """``out/name``, filled out of sight and then renamed: nobody ever sees half of it, and nothing is overwritten.
+
+    Without a name it is date, time and `fallback`, numbered if that is taken. Left without :meth:`publish`, nothing
+    remains, not even the folders above that were made for it.
+    """
+
+    def __init__(self, out: Path, name: str | None, fallback: str):
+        self.out, self.name = out, name
+        self.stem = name or time.strftime("%Y%m%d-%H%M%S-") + fallback
+        self.work = out / f".new-{os.getpid()}"
+        self.made: tuple[Path, ...] = ()  #: the folders above that did not exist before, innermost first
+
+    def __enter__(self) -> NewFolder:
+        try:
+            if self.name is not None and (self.out / self.name).exists():
+                raise self._taken()
+            self.made = tuple(p for p in (self.out, *self.out.parents) if not p.exists())
+            self.work.mkdir(parents=True)
+        except OSError as error:
+            _remove_empty(self.made)
+            raise self._unusable(error) from None
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.work.exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+            _remove_empty(self.made)
+        if isinstance(error, OSError):
+            raise self._unusable(error) from None
+
+    def publish(self) -> Path:
+        for number in range(1, 1000):
+            path = self.out / (self.stem if number == 1 else f"{self.stem}-{number}")
+            if not path.exists():
+                try:
+                    os.rename(self.work, path)
+                    return path
+                except OSError:
+                    if not path.exists():  # else another process was faster
+                        raise
+            if self.name is not None:
+                raise self._taken()
+        raise TrainError(f"argument --out: {self.out} has a thousand runs of this second")
+
+    def _taken(self) -> TrainError:
+        path = self.out / self.stem
+        resume = f", or --resume {path}" if (path / CHECKPOINT).exists() else ""
+        return TrainError(f"argument --name: expected a new name, found {path}; take another{resume}")
+
+    def _unusable(self, error: OSError) -> TrainError:
+        reason = error.strerror or str(error)
+        return TrainError(f"argument --out: expected a folder to write in, found {self.out}: {reason}; choose another")
+
+
 class RunFolder:
     """``out/name``; every file is written to a temporary sibling and renamed, so a reader never sees half of one."""
 
@@ -32,39 +87,10 @@ class RunFolder:
 
     @staticmethod
     def create(out: Path, name: str | None, fallback: str, state: dict[str, Any]) -> RunFolder:
-        """Makes the folder with its first checkpoint inside, in one rename: two processes never share one.
-
-        Without a name it is date, time and `fallback`, numbered if that is taken.
-        """
-        made = tuple(p for p in (out, *out.parents) if not p.exists())
-        temporary = out / f".new-{os.getpid()}"
-        try:
-            temporary.mkdir(parents=True)
-            _write(temporary / CHECKPOINT, _bytes({"format": FORMAT, **state}))
-            stem = name or time.strftime("%Y%m%d-%H%M%S-") + fallback
-            for number in range(1, 1000):
-                path = out / (stem if number == 1 else f"{stem}-{number}")
-                if not path.exists():
-                    try:
-                        os.rename(temporary, path)
-                        return RunFolder(path, made)
-                    except OSError:
-                        if not path.exists():  # else another process was faster
-                            raise
-                if name is not None:
-                    raise TrainError(
-                        f"argument --name: expected a new name, found {path}; take another, or --resume {path}"
-                    )
-            raise TrainError(f"argument --out: {out} has a thousand runs of this second")
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            _remove_empty(made)
-            if isinstance(error, OSError):
-                reason = error.strerror or str(error)
-                raise TrainError(
-                    f"argument --out: expected a folder to write in, found {out}: {reason}; choose another"
-                ) from None
-            raise
+        """Makes the folder with its first checkpoint inside, in one rename: two processes never share one."""
+        with NewFolder(out, name, fallback) as new:
+            _write(new.work / CHECKPOINT, _bytes({"format": FORMAT, **state}))
+            return RunFolder(new.publish(), new.made)
 
     @staticmethod
     def open(path: Path) -> tuple[RunFolder, dict[str, Any]]:
@@ -131,8 +157,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _remove_empty(folders: tuple[Path, ...]) -> None:
-    with contextlib.suppress(OSError):
-        for folder in folders:
+    for folder in folders:
+        with contextlib.suppress(OSError):
             folder.rmdir()
 
 

@@ -46,9 +46,10 @@ class River(Recipe):
 
     def split(self, seed: int) -> Split:
         count = len(self.data.inputs)
-        # Another stream than that of the training rows' order, which starts at the seed as well.
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 2**32))
-        rows = Rows(*order.split([count * 6 // 10, count // 10, count - count * 6 // 10 - count // 10]))
+        # Another stream than those of the training rows' order.
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(2_000_000_000 + seed))
+        train, validation = count * 6 // 10, count // 10
+        rows = Rows(*order.tensor_split([train, train + validation]))
         inputs = standardised(self.data.inputs, rows.train).to(self.device)
         labels = list(self.data.targets.unbind(1))
         return Split(seed, rows, self.tasks, labels, lambda chosen: Table(inputs[chosen.to(self.device)]), self.device)
@@ -60,7 +61,7 @@ class River(Recipe):
 
 
 def standardised(values: Tensor, train: Tensor) -> Tensor:
-    """[N, F]: what is missing (NaN) becomes its column's mean over the training rows; then mean 0, deviation 1 there."""
+    """[N, F], mean 0 and deviation 1 over the training rows; what is missing (NaN) gets its column's mean there: 0."""
     mean = values[train].nanmean(0)
     filled = torch.where(values.isnan(), mean, values)
     return (filled - mean) / filled[train].std(0)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Job, Part, Result, Settings, TrainError, task_loss
-from .clothing import Clothing
-from .weighting import METHODS, timed
+from .base import Job, Result, Settings, TrainError, task_loss
+from .parts import Part, Recipe
+from .weighting import METHODS, Step, timed
 
 TIME_EVERY = 20  # steps: enough for a steady median, and the extra work that is timed stays a small part of the run
 EVALUATION_ROWS = 4096
@@ -23,16 +23,17 @@ Watch = Callable[[int, int, Tensor], None]  # epoch, step, per-task losses [T], 
 class Trainer:
     """Trains one net with one method. Everything follows from the job, the settings and the loaded state."""
 
-    def __init__(self, recipe: Clothing, job: Job, settings: Settings):
+    def __init__(self, recipe: Recipe, job: Job, settings: Settings):
         self.recipe, self.job, self.settings = recipe, job, settings
         self.tasks = recipe.tasks if job.task is None else (recipe.tasks[job.task],)
+        self.split = recipe.split(job.seed)
         torch.manual_seed(job.seed)
         self.net = recipe.net(self.tasks)
         self.weighting = METHODS[job.method](self.tasks, self.net, settings).to(recipe.device)
         parameters = [*self.net.parameters(), *self.weighting.parameters()]
         # fused: one pass over the embeddings instead of ten, a quarter of the step.
         self.optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=True)
-        self.steps = math.ceil(len(recipe.train_rows) / settings.batch_size)
+        self.steps = math.ceil(len(self.split.rows.train) / settings.batch_size)
         self.epoch = 0
         self.result = Result(job, [t.name for t in self.tasks], [], [], [], [], [])
 
@@ -41,50 +42,60 @@ class Trainer:
         start = time.perf_counter()
         self.net.train()
         self.weighting.start_epoch(self.epoch)
-        part = self._targets(self.recipe.shuffled(self.job.seed, self.epoch))
+        part = self._own(self.split.shuffled(self.epoch))
         total = torch.zeros(len(self.tasks), device=self.recipe.device)
         shares: list[Tensor] = []
         variances: list[Tensor] = []
         seen = 0
-        for i, batch in enumerate(part.batches(self.settings.batch_size)):
-            rows = len(batch[1]) - 1
-            total += rows * self._step(self.epoch * self.steps + i, batch, shares, variances)
+        for i, (inputs, targets) in enumerate(part.batches(self.settings.batch_size)):
+            rows = len(targets[0])
+            total += rows * self._step(self.epoch * self.steps + i, inputs, targets, shares, variances)
             seen += rows
             watch(self.epoch, i, total / seen)
         self._end_epoch(total / seen, shares, variances, start)
 
-    def _step(self, step: int, batch: Any, shares: list[Tensor], variances: list[Tensor]) -> Tensor:
-        tokens, offsets, targets = batch
+    def _step(
+        self,
+        number: int,
+        inputs: tuple[Tensor, ...],
+        targets: list[Tensor],
+        shares: list[Tensor],
+        variances: list[Tensor],
+    ) -> Tensor:
         # The cosine schedule as a formula of the step: nothing to restore when resuming.
-        lr = self.settings.lr * 0.5 * (1.0 + math.cos(math.pi * step / (self.steps * self.settings.epochs)))
+        lr = self.settings.lr * 0.5 * (1.0 + math.cos(math.pi * number / (self.steps * self.settings.epochs)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        kept: list[Any] = []
+        made: list[Step] = []
 
         def work() -> None:
-            features = self.weighting.through(self.net.features(tokens, offsets), targets)
-            outputs = self.net.outputs(features)
-            losses = [task_loss(t, o, y) for t, o, y in zip(self.tasks, outputs, targets, strict=True)]
+            features = self.net.features(*inputs)
+            losses = self.net.losses(self.tasks, self.weighting.through(features, targets), targets)
             self.optimizer.zero_grad()
-            self.weighting.total(losses).backward()
+            self.weighting.backward(self.net, features, losses)
             self.optimizer.step()
-            kept.extend((features.detach(), losses))
+            made.append(Step(self.net, inputs, targets, features.detach(), [loss.detach() for loss in losses]))
 
         # The last of every 20 steps, for the first of an epoch sets things up.
-        timing = step % self.steps % TIME_EVERY == min(TIME_EVERY, self.steps) - 1
+        timing = number % self.steps % TIME_EVERY == min(TIME_EVERY, self.steps) - 1
         if not timing or not self.weighting.working:
             work()
         else:
-            milliseconds = timed(work, self.recipe.device)
-            features, losses = kept
-            current = torch.stack(losses).detach().cpu()
-            share, variance = self.weighting.shares(current), self.weighting.variance()
-            own = timed(lambda: self.weighting.own_work(features, targets, losses), self.recipe.device)
-            self.result.step_ms.append(milliseconds)
-            self.result.own_ms.append(own)
-            shares += [share] if share is not None else []
-            variances += [variance] if variance is not None else []
-        return torch.stack(kept[1]).detach()
+            self.result.step_ms.append(timed(work, self.recipe.device))
+            self._look(made[0], shares, variances)
+        return torch.stack(made[0].losses)
+
+    def _look(self, step: Step, shares: list[Tensor], variances: list[Tensor]) -> None:
+        """What the method did in a step, and how long its own part takes."""
+        share, variance = self.weighting.shares(torch.stack(step.losses).cpu()), self.weighting.variance()
+        shares += [share] if share is not None else []
+        variances += [variance] if variance is not None else []
+        system = self.weighting.system()
+        if system is not None:
+            self.result.condition.append(system[0])
+            self.result.rank.append(system[1])
+        own = self.weighting.own_work(step)
+        self.result.own_ms.append(0.0 if own is None else timed(own, self.recipe.device))
 
     def _end_epoch(self, train: Tensor, shares: list[Tensor], variances: list[Tensor], start: float) -> None:
         between = timed(self.weighting.end_epoch, self.recipe.device)
@@ -97,7 +108,7 @@ class Trainer:
                 raise TrainError(
                     f"{title}: the loss of {task.name} became {loss} in epoch {self.epoch + 1}; lower --lr, now {lr:g}"
                 )
-        metrics, losses = self.evaluate(self.recipe.validation)
+        metrics, losses = self.evaluate(self.split.validation)
         # In a warm-up no step is timed, and the sum is what runs.
         share = torch.stack(shares).mean(0) if shares else torch.full((len(self.tasks),), 1.0 / len(self.tasks))
         if variances:
@@ -114,27 +125,25 @@ class Trainer:
             }
         )
 
-    def _targets(self, part: Part) -> Part:
+    def _own(self, part: Part) -> Part:
         """A single-task net sees its own targets alone."""
-        if self.job.task is None:
-            return part
-        return Part(part.tokens, part.offsets, [part.targets[self.job.task]])
+        return part if self.job.task is None else part.only(self.job.task)
 
     @torch.no_grad()
     def evaluate(self, part: Part) -> tuple[list[float], list[float]]:
         """Per task: the metric and the loss on a whole split."""
         self.net.eval()
-        part = self._targets(part)
-        chunks = []
-        for tokens, offsets, _ in part.batches(EVALUATION_ROWS):
-            chunks.append(self.weighting.predict(self.net, self.net.features(tokens, offsets)))
+        part = self._own(part)
+        chunks = [
+            self.weighting.predict(self.net, self.net.features(*inputs)) for inputs, _ in part.batches(EVALUATION_ROWS)
+        ]
         outputs = [torch.cat(column) for column in zip(*chunks, strict=True)]
         triples = list(zip(self.tasks, outputs, part.targets, strict=True))
-        return [self.recipe.metric(*t) for t in triples], [float(task_loss(*t)) for t in triples]
+        return [self.split.metric(*t) for t in triples], [float(task_loss(*t)) for t in triples]
 
     def finish(self) -> Result:
         """The result on the test split, once every epoch is done."""
-        self.result.metrics, self.result.losses = self.evaluate(self.recipe.test)
+        self.result.metrics, self.result.losses = self.evaluate(self.split.test)
         return self.result
 
     def state_dict(self) -> dict[str, Any]:

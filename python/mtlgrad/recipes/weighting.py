@@ -1,17 +1,32 @@
 """The methods that ``mtlgrad train`` compares, behind one small interface.
 
-A training step is: ``features = w.through(features, targets)``, heads, losses, ``w.total(losses).backward()``.
+A training step is: ``views = w.through(features, targets)``, each head on its view, losses,
+``w.backward(net, features, losses)``.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
+from ..aligned import AlignedMTL
+from ..jacobian import task_backward
 from .base import MultiTaskNet, Settings, Task
+
+
+class Step(NamedTuple):
+    """A step that was made, for a method to do its own part of it once more."""
+
+    net: MultiTaskNet
+    inputs: tuple[Tensor, ...]  #: the backbone's
+    targets: list[Tensor]
+    features: Tensor  #: [B, D], detached
+    losses: list[Tensor]  #: detached
 
 
 class Weighting(nn.Module):
@@ -23,15 +38,19 @@ class Weighting(nn.Module):
         super().__init__()
         self.tasks = tasks
 
-    def through(self, features: Tensor, targets: list[Tensor]) -> Tensor:
-        """Stands between backbone and heads; [B, D] -> [B, D]."""
-        return features
+    def through(self, features: Tensor, targets: list[Tensor]) -> Sequence[Tensor]:
+        """Stands between backbone and heads: [B, D] -> what each head gets, T times [B, D]."""
+        return [features] * len(self.tasks)
 
     def total(self, losses: list[Tensor]) -> Tensor:
         return torch.stack(losses).sum()
 
+    def backward(self, net: MultiTaskNet, features: Tensor, losses: list[Tensor]) -> None:
+        """Gives every parameter its gradient."""
+        self.total(losses).backward()
+
     def predict(self, net: MultiTaskNet, features: Tensor) -> list[Tensor]:
-        return net.outputs(features)
+        return net.outputs([features] * len(self.tasks))
 
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of epoch 0, 1, ..."""
@@ -45,23 +64,28 @@ class Weighting(nn.Module):
         return True
 
     def shares(self, losses: Tensor) -> Tensor | None:
-        """How the tasks are weighed at the moment, [T], summing to one; None where there is nothing to say."""
+        """How the tasks are weighed at the moment, [T], absolute values summing to one; None where nothing is known."""
         return torch.full((len(self.tasks),), 1.0 / len(self.tasks))
 
     def variance(self) -> Tensor | None:
         """[T, D] gradient variance of the last backward; None where the method has no such thing."""
         return None
 
-    def own_work(self, features: Tensor, targets: list[Tensor], losses: list[Tensor]) -> None:
-        """Does once more what the method adds to a step, and nothing else: it is timed. The sum adds nothing."""
+    def system(self) -> tuple[float, int] | None:
+        """Condition number and rank of the last backward's task gradients; None where the method has no such thing."""
+        return None
+
+    def own_work(self, step: Step) -> Callable[[], object] | None:
+        """A call that does once more what the method adds to a step, and nothing else: it is timed. None if nothing."""
+        return None
 
 
 class _OverLosses(Weighting):
     """Methods that are a formula over the losses; their own work is that formula, forth and back."""
 
-    def own_work(self, features: Tensor, targets: list[Tensor], losses: list[Tensor]) -> None:
-        leaves = [loss.detach().requires_grad_() for loss in losses]
-        torch.autograd.grad(self.total(leaves), leaves)
+    def own_work(self, step: Step) -> Callable[[], object] | None:
+        leaves = [loss.clone().requires_grad_() for loss in step.losses]
+        return lambda: torch.autograd.grad(self.total(leaves), leaves)
 
 
 class Uncertainty(_OverLosses):
@@ -100,6 +124,73 @@ class LogSum(_OverLosses):
         return weights / weights.sum()
 
 
+class _Alignment(Weighting):
+    """What both forms of Aligned-MTL share."""
+
+    def __init__(self, tasks: tuple[Task, ...], net: MultiTaskNet, settings: Settings):
+        super().__init__(tasks, net, settings)
+        self.aligned = AlignedMTL(len(tasks), settings.preference, settings.scale)
+
+    def shares(self, losses: Tensor) -> Tensor | None:
+        """Negative where alignment turns the update against a task's gradient, for the good of the others."""
+        if self.aligned.weights is None:
+            return None
+        weights = self.aligned.weights.float().cpu()
+        return weights / weights.abs().sum()
+
+    def system(self) -> tuple[float, int] | None:
+        condition, rank = self.aligned.condition_number, self.aligned.rank
+        return None if condition is None or rank is None else (float(condition), int(rank))
+
+    def _at_features(self, step: Step) -> tuple[Tensor, ...]:
+        """Per task the gradient at the features."""
+        views = [step.features.clone().requires_grad_() for _ in self.tasks]
+        return torch.autograd.grad(step.net.losses(self.tasks, views, step.targets), views)
+
+    def _merged(self, rows: Any) -> object:
+        """As in `AlignedMTL`, whose record of the last backward stays as it is."""
+        return ops.combine(rows, ops.align(ops.gram(rows), self.aligned.preference, self.aligned.scale).weights)
+
+
+class Aligned(_Alignment):
+    """Aligned-MTL of the tasks' gradients on the backbone's parameters: one backward per task through the backbone."""
+
+    name = "aligned"
+
+    def backward(self, net: MultiTaskNet, features: Tensor, losses: list[Tensor]) -> None:
+        shared = list(net.backbone.parameters())
+        task_backward(losses, shared, features=features)
+        self.aligned.merge(shared)
+
+    def own_work(self, step: Step) -> Callable[[], object] | None:
+        """All passes through the backbone but one, the Gram matrix, the alignment and the weighted sum."""
+        shared = list(step.net.backbone.parameters())
+        incoming = self._at_features(step)
+        device = step.features.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws again
+            features = step.net.features(*step.inputs)
+
+        def passed_back(gradient: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(features, shared, gradient, retain_graph=True)
+
+        first = passed_back(incoming[0])
+        return lambda: self._merged([first, *(passed_back(gradient) for gradient in incoming[1:])])
+
+
+class AlignedAtFeatures(_Alignment):
+    """Aligned-MTL's upper-bound form, a layer: the gradients at the shared representation, in one ordinary backward."""
+
+    name = "aligned-ub"
+
+    def through(self, features: Tensor, targets: list[Tensor]) -> Sequence[Tensor]:
+        return cast("Sequence[Tensor]", self.aligned(features))
+
+    def own_work(self, step: Step) -> Callable[[], object] | None:
+        """The Gram matrix, the alignment and the weighted sum."""
+        rows = self._at_features(step)
+        return lambda: self._merged(rows)
+
+
 class BayesAggregation(Weighting):
     """BayesAgg-MTL, after `warmup` epochs of plain sum."""
 
@@ -132,8 +223,8 @@ class BayesAggregation(Weighting):
         # The last epoch of the warm-up shows the layer the data for its first posterior; before, it is left out.
         self.watching = epoch >= self.warmup - 1
 
-    def through(self, features: Tensor, targets: list[Tensor]) -> Tensor:
-        return self.bayes(features, targets) if self.watching else features
+    def through(self, features: Tensor, targets: list[Tensor]) -> Sequence[Tensor]:
+        return super().through(self.bayes(features, targets) if self.watching else features, targets)
 
     def total(self, losses: list[Tensor]) -> Tensor:
         return self.bayes.total(losses) if self.watching else super().total(losses)
@@ -145,7 +236,7 @@ class BayesAggregation(Weighting):
 
     def predict(self, net: MultiTaskNet, features: Tensor) -> list[Tensor]:
         if not self.working:
-            return net.outputs(features)
+            return super().predict(net, features)
         return [output.reshape(len(features), -1) for output in self.bayes.predict(features)]
 
     def shares(self, losses: Tensor) -> Tensor | None:
@@ -158,11 +249,14 @@ class BayesAggregation(Weighting):
         variance = self.bayes.gradient_variance if self.working else None
         return None if variance is None else variance.detach().float().cpu()
 
-    def own_work(self, features: Tensor, targets: list[Tensor], losses: list[Tensor]) -> None:
-        self.bayes.aggregate(features.detach(), targets)
+    def own_work(self, step: Step) -> Callable[[], object] | None:
+        return lambda: self.bayes.aggregate(step.features, step.targets)
 
 
-METHODS: dict[str, type[Weighting]] = {w.name: w for w in (Weighting, Uncertainty, LogSum, BayesAggregation)}
+METHODS: dict[str, type[Weighting]] = {
+    w.name: w for w in (Weighting, Uncertainty, LogSum, Aligned, AlignedAtFeatures, BayesAggregation)
+}
+ALIGNED = tuple(name for name, method in METHODS.items() if issubclass(method, _Alignment))
 
 
 def timed(work: Any, device: torch.device) -> float:

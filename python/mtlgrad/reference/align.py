@@ -18,11 +18,15 @@ class AlignResult(NamedTuple):
     weights: Tensor  #: [T]: the aligned update is the sum of the gradients weighed by these
     singular_values: Tensor  #: [T], of the matrix of gradients, descending
     rank: Tensor  #: [] int64: how many of them are above the tolerance; -1 where the Gram matrix is not finite
-    condition_number: Tensor  #: []: the largest singular value over the smallest; infinite if that is zero, NaN if all are
+    condition_number: (
+        Tensor  #: []: the largest singular value over the smallest; infinite if that is zero, NaN if all are
+    )
     transform: Tensor  #: [T, T], B of the paper: columns of G B are the aligned gradients, weights = B preference
 
 
-def align(gram: Tensor, preference: Tensor | None = None, scale: Scale = "min", rtol: float | None = None) -> AlignResult:
+def align(
+    gram: Tensor, preference: Tensor | None = None, scale: Scale = "min", rtol: float | None = None
+) -> AlignResult:
     r"""Makes the condition number of the gradients' system one; see :func:`mtlgrad.ops.align`.
 
     The gradients are the columns of G = U S V' (their Gram matrix is G'G = V S^2 V'). The orthogonal system nearest to

@@ -1,0 +1,141 @@
+"""The two-task landscape of CAGrad (Liu et al., NeurIPS 2021, arXiv 2110.14048), as Nash-MTL and Aligned-MTL run it.
+
+Two parameters, two losses. Below the axis they are bowls with their minima 14 apart, and the Pareto front runs between
+these. Above it each has a narrow, curved valley whose floor falls gently and whose walls are steep: there the tasks'
+gradients oppose each other and differ in length by orders of magnitude, so their sum bounces between walls. Starts and
+optimizer (Adam at a learning rate of 1e-3, 35,000 steps) are Nash-MTL's (Navon et al., ICML 2022, arXiv 2202.01017),
+which Aligned-MTL takes over (Senushkin et al., CVPR 2023, arXiv 2305.19000, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.align import Scale
+
+STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
+REACHED = 0.1  #: distance in loss space up to which an optimum counts as reached; the losses span about 20
+LOWEST = 5e-6  #: under the logarithm: the valleys' floors are cut off there
+
+
+_SIGN = torch.tensor([1.0, -1.0])  # task 1, task 2: the landscape is the same for both, but for a reflection
+
+
+def losses(x: Tensor) -> Tensor:
+    """Both tasks' losses, [..., 2] -> [..., 2]."""
+    a, b = x[..., :1], x[..., 1:]
+    valley = (_SIGN * (b.tanh() - 3.5) - 0.5 * a).abs().clamp_min(LOWEST).log() + 6
+    bowl = (a - 7 * _SIGN) ** 2 / 10 + (b + 8) ** 2 / 100 - 20
+    blend = (0.5 * b).tanh()
+    return valley * blend.clamp_min(0) - bowl * blend.clamp_max(0)
+
+
+def optimum(preference: Sequence[float]) -> Tensor:
+    """Where the losses weighed by `preference` [2] are least, [2] float64: a dense grid, then finer ones around its best."""
+    weights = torch.tensor(preference, dtype=torch.float64)
+    centre, reach = torch.zeros(2, dtype=torch.float64), 11.0
+    for count in (441, 41, 41, 41, 41):
+        axes = [centre[i] + torch.linspace(-reach, reach, count, dtype=torch.float64) for i in range(2)]
+        grid = torch.cartesian_prod(*axes)
+        centre = grid[(losses(grid) @ weights).argmin()]
+        reach *= 4.0 / (count - 1)  # two cells to each side
+    return centre
+
+
+def pareto_front(points: int = 41) -> Tensor:
+    """The optima of all preferences, [points, 2] parameters, float64; the front is convex, so these are all of it."""
+    return torch.stack([optimum((p, 1.0 - p)) for p in torch.linspace(0, 1, points, dtype=torch.float64).tolist()])
+
+
+@dataclass(frozen=True)
+class Method:
+    """The plain (weighted) sum, or Aligned-MTL with a preference."""
+
+    name: str
+    preference: tuple[float, float]
+    aligned: bool
+
+
+def methods(preference: tuple[float, float]) -> list[Method]:
+    """Sum and Aligned-MTL, without a preference and with one."""
+    weights = ", ".join(f"{p:g}" for p in preference)
+    return [
+        Method("sum", (1.0, 1.0), False),
+        Method(f"sum, weights {weights}", preference, False),
+        Method("Aligned-MTL", (1.0, 1.0), True),
+        Method(f"Aligned-MTL, preference {weights}", preference, True),
+    ]
+
+
+def descend(
+    chosen: Sequence[Method],
+    steps: int,
+    lr: float,
+    scale: Scale,
+    every: int,
+    watch: Callable[[int], None],
+    starts: Sequence[tuple[float, float]] = STARTS,
+) -> Tensor:
+    """Adam from all starts with all methods, float32 as published.
+
+    Returns:
+        [records, methods, starts, 2], the parameters at the start, after every `every` steps, and at the end. `watch` is
+        told the number of steps made, as often.
+    """
+    count = len(starts)
+    x = torch.tensor([starts] * len(chosen)).flatten(0, 1)
+    weights = torch.tensor([m.preference for m in chosen], dtype=torch.float64).repeat_interleave(count, 0)
+    aligned = [i for i in range(len(x)) if chosen[i // count].aligned]
+    preferences = {i: weights[i].clone() for i in aligned}
+    # Adam works on every number by itself: one optimizer for all is one for each.
+    optimizer = torch.optim.Adam([x], lr=lr, fused=True)
+    record = [x.clone()]
+    for step in range(1, steps + 1):
+        rows = gradients(x).double()
+        grams = rows @ rows.mT  # ops.gram's, of all trajectories in one call
+        for i in aligned:
+            weights[i] = ops.align(grams[i], preferences[i], scale).weights
+        x.grad = (weights.unsqueeze(1) @ rows).squeeze(1).float()
+        optimizer.step()
+        if step % every == 0 or step == steps:
+            record.append(x.clone())
+            watch(step)
+    return torch.stack(record).unflatten(1, (len(chosen), count))
+
+
+def gradients(x: Tensor) -> Tensor:
+    """[N, 2] -> [N, task, 2], both losses' gradients at every point."""
+    each = x.expand(2, *x.shape).detach().requires_grad_()
+    return torch.autograd.grad(losses(each).diagonal(0, 0, 2).sum(), each)[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where one trajectory ended."""
+
+    method: Method
+    start: tuple[float, float]
+    point: tuple[float, float]
+    losses: tuple[float, float]
+    distance: float  #: to the optimum of the method's own preference, in loss space
+
+    @property
+    def reached(self) -> bool:
+        return self.distance <= REACHED
+
+
+def outcomes(chosen: Sequence[Method], ends: Tensor, starts: Sequence[tuple[float, float]] = STARTS) -> list[Outcome]:
+    """Start by start; ends is [methods, starts, 2]."""
+    found = []
+    goals = [losses(optimum(method.preference)) for method in chosen]
+    for i, start in enumerate(starts):
+        for method, end, goal in zip(chosen, ends[:, i].double(), goals, strict=True):
+            value = losses(end)
+            point, both = (float(end[0]), float(end[1])), (float(value[0]), float(value[1]))
+            found.append(Outcome(method, start, point, both, float((value - goal).norm())))
+    return found
