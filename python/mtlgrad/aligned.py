@@ -72,7 +72,7 @@ class AlignedMTL(nn.Module):
         self.scale_heads = scale_heads
         self.rtol = rtol
         self.check_finite = check_finite
-        # Not buffers: .half() would round them. Written in place by an operator, which torch.compile and CUDA graphs can.
+        # Not buffers, which .half() would round. Operators write in place, as torch.compile and CUDA graphs need.
         self._result: AlignResult | None = None
         self._preference: Tensor | None = None
 
@@ -116,7 +116,7 @@ class AlignedMTL(nn.Module):
         if not isinstance(features, Tensor):
             raise TypeError(f"AlignedMTL: features: expected a tensor, found {type(features).__name__}")
         self._prepare(features.device)
-        return _Views.apply(features, self)  # type: ignore[no-any-return]
+        return _Views.apply(features, self)
 
     def _prepare(self, device: torch.device) -> None:
         """Memory on the device, once: a copy at each use would wait for the host, and could not be captured."""
@@ -125,13 +125,9 @@ class AlignedMTL(nn.Module):
             preference = [1.0] * self.num_tasks if self.preference is None else self.preference
             self._preference = torch.tensor(preference, dtype=torch.float64, device=device)
 
-    def _weights_for(self, rows: Rows | ops.Stacked) -> Tensor:
-        """[T] float64 for T gradients (``rows`` as in :func:`mtlgrad.ops.gram`)."""
-        gram = ops.gram(rows)
-        if len(gram) != self.num_tasks:
-            raise ValueError(f"AlignedMTL: expected the gradients of {self.num_tasks} tasks, found {len(gram)}")
-        checked, out = self.check_finite, self._result
-        return ops.align(gram, self._preference, self.scale, self.rtol, check_finite=checked, out=out).weights
+    def _merge(self, rows: Rows | ops.Stacked) -> Any:
+        options: dict[str, Any] = {"check_finite": self.check_finite, "result": self._result}
+        return ops.merge(rows, self._preference, self.scale, self.rtol, **options)[0]
 
     @torch.no_grad()
     def merge(
@@ -162,29 +158,29 @@ class AlignedMTL(nn.Module):
                 "AlignedMTL.merge: parameters: expected at least one with .jac, found none; call task_backward first"
             )
         for p in wanted:
-            if p.jac.shape != (self.num_tasks, *p.shape):  # type: ignore[attr-defined]
+            if p.jac.shape != (self.num_tasks, *p.shape):
                 raise ValueError(
                     f"AlignedMTL.merge: parameters: expected .jac of shape {[self.num_tasks, *p.shape]}, "
-                    f"found {list(p.jac.shape)}"  # type: ignore[attr-defined]
+                    f"found {list(p.jac.shape)}"
                 )
-        rows = ops.Stacked([p.jac for p in wanted])  # type: ignore[attr-defined]
+        rows = ops.Stacked([p.jac for p in wanted])
         self._prepare(wanted[0].device)
-        weights = self._weights_for(rows)
-        for p, gradient in zip(wanted, ops.combine(rows, weights), strict=True):
+        for p, gradient in zip(wanted, self._merge(rows), strict=True):
             p.grad = gradient if p.grad is None else p.grad.add_(gradient)
             if not retain_jac:
-                del p.jac  # type: ignore[attr-defined]
+                del p.jac
         if heads is not None:
-            self._scale(heads, weights)
+            self._scale(heads)
 
-    def _scale(self, heads: Sequence[Iterable[Tensor]], weights: Tensor) -> None:
+    def _scale(self, heads: Sequence[Iterable[Tensor]]) -> None:
         listed = [list(head) for head in heads]
         if len(listed) != self.num_tasks:
             raise ValueError(f"AlignedMTL.merge: heads: expected {self.num_tasks}, found {len(listed)}")
         every = [p for head in listed for p in head]
         if len(set(every)) < len(every):
             raise ValueError("AlignedMTL.merge: heads: expected every parameter in one head, found one in two")
-        for head, weight in zip(listed, weights, strict=True):
+        assert self._result is not None
+        for head, weight in zip(listed, self._result.weights, strict=True):
             for p in head:
                 if p.grad is not None:
                     p.grad.mul_(weight.to(p.grad.dtype))
@@ -195,14 +191,14 @@ class AlignedMTL(nn.Module):
         That backward gives the shared parameters the aligned gradient; heads get theirs times the task's weight.
 
         Args:
-            losses: one scalar a task, in a sequence or a dict; None for an absent task, which counts as a zero gradient.
+            losses: one scalar a task, in a sequence or a dict; None for an absent task: a zero gradient.
             shared: the shared parameters; or the features, for the upper-bound form: T passes through the heads alone.
 
         Returns:
             [T], in the losses' dtype, without gradient. The graph is kept; ``.grad`` and ``.jac`` are not touched. T
             copies of the gradient at ``shared`` are held on the way.
         """
-        names, values = named_losses("AlignedMTL.weigh", losses)
+        _, values = named_losses("AlignedMTL.weigh", losses)
         if len(values) != self.num_tasks:
             raise ValueError(f"AlignedMTL.weigh: losses: expected {self.num_tasks}, found {len(values)}")
         listed = [shared] if isinstance(shared, Tensor) else list(shared)
@@ -216,7 +212,10 @@ class AlignedMTL(nn.Module):
             for loss in values
         ]
         self._prepare(wanted[0].device)
-        weights = self._weights_for(rows)
+        checked, out = self.check_finite, self._result
+        weights = ops.align(
+            ops.gram(rows), self._preference, self.scale, self.rtol, check_finite=checked, out=out
+        ).weights
         dtypes = [loss.dtype for loss in values if loss is not None]
         return weights.to(dtypes[0] if dtypes else torch.get_default_dtype(), copy=True)
 
@@ -249,4 +248,4 @@ class _Views(torch.autograd.Function):
             torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device) if gradient is None else gradient
             for gradient in gradients
         ]
-        return ops.combine(rows, ctx.module._weights_for(rows)), None
+        return ctx.module._merge(rows), None

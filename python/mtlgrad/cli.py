@@ -1,4 +1,4 @@
-"""The command ``mtlgrad``: ``info`` and ``train``."""
+"""The command ``mtlgrad``: ``info``, ``train`` and ``toy``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from .recipes.base import Settings, TrainError
-from .recipes.clothing import RECIPES
-from .recipes.comparison import Comparison, Stop
-from .recipes.weighting import METHODS
+from .ops.align import SCALES
+from .recipes.base import Interrupted, Settings, TrainError
+from .recipes.comparison import RECIPES, Comparison, Stop
+from .recipes.weighting import ALIGNED, METHODS
 
 COVARIANCES = ("full", "block", "kron", "diag")
 BAD_INPUT, STOPPED = 2, 130
@@ -79,10 +79,16 @@ def _device(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mtlgrad", description="Multi-task learning for PyTorch: gradients of several tasks, merged.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,train}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,train,toy}")
     info = commands.add_parser("info", help="what was compiled, and which device is usable")
-    info.add_argument("--json", action="store_true", help="as JSON")
+    info.add_argument("--json", dest="as_json", action="store_true", help="as JSON")
 
+    _add_train(commands)
+    _add_toy(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a real multi-task model and compare methods",
@@ -95,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     several = "several of them, in one run and table"
     which.add_argument("--compare", type=_one_of(METHODS), nargs="+", metavar="METHOD", help=several)
     add("--seeds", type=_whole(1, 1000), metavar="N", help=f"train everything N times (default: {default.seeds})")
-    add("--epochs", type=_whole(1, 100_000), metavar="N", help=f"(default: {default.epochs})")
+    epochs = ", ".join(f"{recipe.epochs} for {name}" for name, recipe in RECIPES.items())
+    add("--epochs", type=_whole(1, 100_000), metavar="N", help=f"(default: {epochs})")
     add("--batch-size", type=_whole(1, 1_000_000), metavar="N", help=f"(default: {default.batch_size})")
     add("--lr", type=_positive, help=f"Adam's learning rate, cosine schedule (default: {default.lr})")
     add("--gamma", type=_positive, help=f"bayesagg: the last layers' prior (default: {default.gamma})")
@@ -106,12 +113,28 @@ def _parser() -> argparse.ArgumentParser:
     structures = ", ".join(COVARIANCES)
     covariance = f"bayesagg: structure of the multiclass posterior, {structures} (default: {default.covariance})"
     add("--covariance", type=_one_of(COVARIANCES), help=covariance)
+    preference = f"{', '.join(ALIGNED)}: the tasks' weights, one number a task (default: ones)"
+    add("--preference", type=_not_negative, nargs="+", metavar="P", help=preference)
+    scale = f"{', '.join(ALIGNED)}: the aligned gradients' length, {', '.join(SCALES)} (default: {default.scale})"
+    add("--scale", type=_one_of(SCALES), help=scale)
     add("--device", type=_device, help=f"cpu, cuda or cuda:N (default: {default.device}: the model is small)")
     add("--threads", type=_whole(1, 1024), metavar="N", help=f"threads on the CPU (default: {default.threads})")
     add("--out", type=Path, metavar="DIR", help="where the run's folder is made (default: runs)")
     add("--name", type=_name, help="name of the run's folder (default: date, time and data set)")
     add("--resume", type=Path, metavar="PATH", help="continue a run, given its folder; takes no other settings")
-    return parser
+
+
+def _add_toy(commands: Any) -> None:
+    toy = commands.add_parser("toy", help="two tasks on a landscape of two parameters: where sum and Aligned-MTL end")
+    add = toy.add_argument
+    preference = "the tasks' weights (default: 0.7 0.3)"
+    add("--preference", type=_not_negative, nargs=2, default=(0.7, 0.3), metavar=("P1", "P2"), help=preference)
+    add("--steps", type=_whole(1, 10_000_000), default=35_000, metavar="N", help="(default: %(default)s)")
+    add("--lr", type=_positive, default=1e-3, help="Adam's learning rate, constant (default: %(default)s)")
+    scale = f"the aligned gradients' length, {', '.join(SCALES)} (default: %(default)s)"
+    add("--scale", type=_one_of(SCALES), default="min", help=scale)
+    add("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the folder is made (default: %(default)s)")
+    add("--name", type=_name, help="name of the folder (default: date, time and toy)")
 
 
 def _settings(given: dict[str, Any]) -> Settings:
@@ -119,11 +142,29 @@ def _settings(given: dict[str, Any]) -> Settings:
     if "method" in given or "compare" in given:
         methods = given.pop("compare", None) or [given.pop("method")]
         given["methods"] = tuple(dict.fromkeys(methods))
-    if "power" in given:
-        given["power"] = tuple(given["power"])
+    for name in {"power", "preference"} & given.keys():
+        given[name] = tuple(given[name])
+    recipe = RECIPES[given.get("data", Settings.data)]
+    given.setdefault("epochs", recipe.epochs)
     # A short run is not all warm-up, unless that is asked for.
-    given.setdefault("warmup", max(1, min(Settings.warmup, given.get("epochs", Settings.epochs) // 2)))
-    return Settings(**given)
+    given.setdefault("warmup", max(1, min(Settings.warmup, given["epochs"] // 2)))
+    settings = Settings(**given)
+    if not set(ALIGNED) & set(settings.methods):
+        for name in ("preference", "scale"):
+            if name in given:
+                found = ", ".join(settings.methods)
+                raise TrainError(f"argument --{name}: expected with {' or '.join(ALIGNED)}, found {found}; drop it")
+    if settings.preference is not None:
+        _check_preference(settings.preference, [task.name for task in recipe.tasks])
+    return settings
+
+
+def _check_preference(preference: Sequence[float], tasks: Sequence[str]) -> None:
+    expected = f"argument --preference: expected {len(tasks)} numbers, one a task ({', '.join(tasks)})"
+    if len(preference) != len(tasks):
+        raise TrainError(f"{expected}, found {len(preference)}")
+    if not any(preference):
+        raise TrainError(f"{expected}, not all 0; found zeros alone")
 
 
 @contextlib.contextmanager
@@ -143,28 +184,44 @@ def _signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _with_figures(command: str, work: Callable[[dict[str, Any], Stop], int], given: dict[str, Any]) -> int:
+    """Runs what needs the extra `train` and takes a while: it can be stopped, and its errors are one line."""
     missing = [name for name in ("rich", "matplotlib") if not _installed(name)]
     if missing:
-        sys.stderr.write(f"mtlgrad train: needs {' and '.join(missing)}, not found; pip install 'mtlgrad[train]'\n")
+        sys.stderr.write(f"mtlgrad {command}: needs {' and '.join(missing)}, not found; pip install 'mtlgrad[train]'\n")
         return BAD_INPUT
     stop = Stop()
     with _signals(stop):
         try:
-            given = {k: v for k, v in vars(arguments).items() if k != "command"}
-            resume = given.pop("resume", None)
-            if resume is not None and given:
-                option = "--" + next(iter(given)).replace("_", "-")
-                raise TrainError(f"argument --resume: takes its settings from the run, found {option} as well; drop it")
-            if resume is not None:
-                comparison = Comparison.resume(resume)
-            else:
-                out, name = given.pop("out", Path("runs")), given.pop("name", None)
-                comparison = Comparison.start(_settings(given), out, name)
-            return _run(comparison, stop)
+            return work(given, stop)
         except TrainError as error:
-            sys.stderr.write(f"mtlgrad train: {error}\n")
+            sys.stderr.write(f"mtlgrad {command}: {error}\n")
             return BAD_INPUT
+
+
+def _train(given: dict[str, Any], stop: Stop) -> int:
+    resume = given.pop("resume", None)
+    if resume is not None and given:
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise TrainError(f"argument --resume: takes its settings from the run, found {option} as well; drop it")
+    if resume is not None:
+        comparison = Comparison.resume(resume)
+    else:
+        out, name = given.pop("out", Path("runs")), given.pop("name", None)
+        comparison = Comparison.start(_settings(given), out, name)
+    return _run(comparison, stop)
+
+
+def _toy(given: dict[str, Any], stop: Stop) -> int:
+    from .recipes.toy_run import run
+
+    _check_preference(given["preference"], ("task 1", "task 2"))
+    try:
+        run(**given, stop=stop)
+    except Interrupted:
+        print("stopped; nothing was written")
+        return STOPPED
+    return 0
 
 
 def _installed(name: str) -> bool:
@@ -176,18 +233,15 @@ def _installed(name: str) -> bool:
 
 def _run(comparison: Comparison, stop: Stop) -> int:
     """Runs or continues a comparison under the eyes of the user."""
-    from rich.console import Console
-
     from .recipes import figures, report
-    from .recipes.progress import LineProgress, LiveProgress, say, show_table
+    from .recipes.progress import LineProgress, LiveProgress, console_for_output, say, show_table
 
     settings, tasks, folder = comparison.settings, comparison.recipe.tasks, comparison.folder
-    console = Console()
+    console = console_for_output()
     progress: LiveProgress | LineProgress
     if console.is_terminal:
         progress = LiveProgress(console, settings, comparison.jobs, tasks, len(comparison.results))
     else:
-        console = Console(width=max(console.width, 110))
         progress = LineProgress(console, comparison.jobs, tasks)
     say(console, f"{settings.data}: {', '.join(settings.methods)} and single-task nets; run folder {folder.path}")
     with progress:
@@ -205,6 +259,8 @@ def _run(comparison: Comparison, stop: Stop) -> int:
             console,
             f"bayesagg: all {settings.epochs} epochs were warm-up, that is, the plain sum; give it more --epochs",
         )
+    for line in report.systems(comparison.results, settings.methods, len(tasks)):
+        say(console, line)
     if not finished:
         say(console, f"stopped; what was done is saved: mtlgrad train --resume {folder.path}")
         return STOPPED
@@ -213,11 +269,11 @@ def _run(comparison: Comparison, stop: Stop) -> int:
     return STOPPED if stop.requested else 0
 
 
-def _info(arguments: argparse.Namespace) -> int:
+def _info(as_json: bool) -> int:
     from . import build_info
 
     info = build_info()
-    if arguments.json:
+    if as_json:
         print(json.dumps(info, indent=2, default=str))
         return 0
     width = max(len(str(key)) for key in info)
@@ -232,7 +288,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal gets "?" for the arrows, not a traceback
     try:
         arguments = _parser().parse_args(argv)
-        return _info(arguments) if arguments.command == "info" else _train(arguments)
+        given = vars(arguments)
+        command = given.pop("command")
+        if command == "info":
+            return _info(**given)
+        return _with_figures(command, _train if command == "train" else _toy, given)
     except KeyboardInterrupt:
         return STOPPED
     except BrokenPipeError:  # `mtlgrad train | head`

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -98,4 +99,46 @@ def uncertainty_map(tasks: Sequence[str], variance: Tensor) -> bytes:
     axis.set_title("bayesagg: variance of the gradient, mean over the last epoch")
     axis.set_xlabel("dimension of the shared representation, sorted")
     figure.colorbar(image, ax=axis, label="log10 variance")
+    return _png(figure)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What one method did on a landscape of two parameters and two losses, from S starts in R records."""
+
+    title: str
+    height: Tensor  #: [n, n] what the method minimises, at (axis[j], axis[i]) of `landscape`
+    path: Tensor  #: [R, S, 2] parameters
+    losses: Tensor  #: [R, S, 2]
+    goal: Tensor  #: [2] the parameters it should reach
+    goal_losses: Tensor  #: [2]
+
+
+def landscape(axis: Tensor, descents: Sequence[Descent], front: Tensor, front_losses: Tensor) -> bytes:
+    """A column a method: above the parameters with contours, below the losses; the Pareto front [P, 2] in both.
+
+    `axis` [n] has the coordinates of the contours' grid.
+    """
+    figure = _figure(3.6 * len(descents), 7.2)
+    grid = figure.subplots(2, len(descents), squeeze=False, sharex="row", sharey="row")
+    for descent, above, below in zip(descents, grid[0], grid[1], strict=True):
+        above.contour(axis.numpy(), axis.numpy(), descent.height.numpy(), levels=18, cmap="Greys", linewidths=0.6)
+        for place, paths, line, goal in (
+            (above, descent.path, front, descent.goal),
+            (below, descent.losses, front_losses, descent.goal_losses),
+        ):
+            place.plot(*line.T.numpy(), color="black", linewidth=3, alpha=0.4, label="Pareto front")
+            for i in range(paths.shape[1]):
+                place.plot(*paths[:, i].T.numpy(), color=f"C{i}", linewidth=1.3, alpha=0.9)
+                place.plot(*paths[0, i].tolist(), "o", color=f"C{i}", markersize=5, label="start" if i == 0 else None)
+                place.plot(*paths[-1, i].tolist(), "X", color=f"C{i}", markersize=8, label="end" if i == 0 else None)
+            place.plot(*goal.tolist(), "*", color="black", markersize=13, markerfacecolor="none", label="optimum")
+        above.set_title(descent.title, fontsize="medium")
+        above.set_xlabel("parameter 1")
+        below.set_xlabel("loss 1")
+        below.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("parameter 2")
+    grid[1, 0].set_ylabel("loss 2")
+    handles, names = grid[1, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize="small")
     return _png(figure)

@@ -1,6 +1,6 @@
 """The operations themselves: checked tensor functions over the compiled kernels."""
 
-from .align import AlignResult, align
+from .align import AlignResult, align, merge
 from .combine import Stacked, combine, dots, gram
 from .moments import binary_moments, multiclass_moments, precision_mean, regression_moments, sampled_moments
 
@@ -12,6 +12,7 @@ __all__ = [
     "combine",
     "dots",
     "gram",
+    "merge",
     "multiclass_moments",
     "precision_mean",
     "regression_moments",

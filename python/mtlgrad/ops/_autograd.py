@@ -27,7 +27,7 @@ class _ViaReference(torch.autograd.Function):
                 full[i] = tensor
             return ctx.reference(*full)
 
-        like, pull_back = torch.func.vjp(reference, *(tensors[i] for i in active))
+        like, pull_back, *_ = torch.func.vjp(reference, *(tensors[i] for i in active))
         found = pull_back(gradients if isinstance(like, tuple) else gradients[0])
         result: list[Tensor | None] = [None] * len(tensors)
         for i, gradient in zip(active, found):

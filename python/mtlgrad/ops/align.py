@@ -1,24 +1,19 @@
-"""The T x T part of Aligned-MTL (Senushkin et al., CVPR 2023, arXiv 2305.19000): alignment weights from the Gram matrix."""
+"""The T x T part of Aligned-MTL (arXiv 2305.19000): the alignment of the gradients from their Gram matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..reference.align import EPS, AlignResult, Scale
-from ._kernels import kernels_for, place
-from ._library import register
-from .checks import check_floating, check_shape, shape_of
-from .combine import check_gram
+from ..reference.combine import Row, Rows
+from .align_operators import SCALES, align_into_op, align_op, merge_op
+from .checks import check_gram
+from .rows import Stacked, flatten, row_like
 
-__all__ = ["AlignResult", "Scale", "align"]
-
-SCALES: tuple[str, ...] = get_args(Scale)
-MAX_TASKS = 64  #: of the kernel (csrc/kernels.h); torch.linalg.eigh beyond
+__all__ = ["SCALES", "AlignResult", "Scale", "align", "empty_result", "merge"]
 
 
 def align(
@@ -47,9 +42,9 @@ def align(
         out: written in place if given, e.g. the result of an earlier call for as many tasks.
 
     Returns:
-        ``out`` or a new :class:`AlignResult`, float64 (the rank int64) on the Gram matrix's device; nothing was read by the host. If
-        anything in ``gram`` is not finite, everything is NaN, and the rank -1. A task whose gradient is zero gets the
-        weight zero; if all are, the weights are the preference. Not differentiable.
+        ``out`` or a new :class:`AlignResult`, float64 (the rank int64) on the Gram matrix's device; nothing was read by
+        the host. If anything in ``gram`` is not finite, everything is NaN, and the rank -1. A task whose gradient is
+        zero gets the weight zero; if all are, the weights are the preference. Not differentiable.
 
     With ``scale="min"`` the update jumps when the smallest eigenvalue crosses the tolerance (by up to 1 / sqrt(rtol)):
     watch the rank.
@@ -58,18 +53,9 @@ def align(
 
     Source: arXiv 2305.19000, section 4, algorithm 1; DESIGN 4.4.
     """
-    if scale not in SCALES:
-        raise ValueError(f"align: scale: expected one of {', '.join(SCALES)}, found {scale!r}")
     tasks = gram.shape[0] if gram.dim() else 0
-    if rtol is None:
-        rtol = tasks * EPS
-    elif not 0.0 <= rtol < 1.0:
-        raise ValueError(f"align: rtol: expected a number from 0 to below 1, found {rtol}")
-    if preference is None:
-        preference = gram.new_ones(tasks, dtype=torch.float64)
-    elif not isinstance(preference, Tensor):
-        preference = torch.tensor(preference, dtype=torch.float64, device=gram.device)
-    gram, preference = gram.detach(), preference.detach()
+    preference, rtol = _options("align", preference, scale, rtol, tasks, gram)
+    gram = gram.detach()
     if check_finite:
         check_gram("align", gram)
     if out is None:
@@ -89,96 +75,53 @@ def empty_result(tasks: int, device: torch.device) -> AlignResult:
     )
 
 
-def _check(gram: Tensor, preference: Tensor) -> int:
-    check_floating("align", gram=gram, preference=preference)
-    torch._check(
-        gram.dim() == 2 and gram.shape[0] == gram.shape[1] and gram.shape[0] > 0,
-        lambda: f"align: gram: expected shape [T, T] with T > 0, found {shape_of(gram)}",
-    )
-    check_shape("align", "preference", preference, (gram.shape[0],))
-    torch._check(
-        preference.device == gram.device,
-        lambda: f"align: preference: expected device {gram.device} like gram, found {preference.device}",
-    )
-    return gram.shape[0]
+def merge(
+    rows: Rows | Stacked,
+    preference: Tensor | Sequence[float] | None = None,
+    scale: Scale = "min",
+    rtol: float | None = None,
+    *,
+    check_finite: bool = False,
+    out: Row | None = None,
+    result: AlignResult | None = None,
+) -> tuple[Tensor | list[Tensor], AlignResult]:
+    """:func:`gram`, :func:`align` and :func:`combine` in one: the aligned gradient of T task gradients.
+
+    Args:
+        rows: as in :func:`gram`.
+        preference, scale, rtol, check_finite: as in :func:`align`.
+        out, result: written in place if given, as ``out`` of :func:`combine` and of :func:`align`.
+
+    Returns:
+        The gradient, shaped and typed like a row, and the alignment. Not differentiable.
+
+    Source: arXiv 2305.19000, algorithm 1; DESIGN 4.4.
+    """
+    flat = flatten("merge", rows)
+    first = flat.tensors[0]
+    preference, rtol = _options("merge", preference, scale, rtol, flat.tasks, first)
+    if result is None:
+        result = empty_result(flat.tasks, first.device)
+    if out is None:
+        merged = [torch.empty_like(part) for part in row_like(flat.tensors, flat.tasks, flat.stacked)]
+    else:
+        merged = [out] if isinstance(out, Tensor) else list(out)
+    with torch.no_grad():
+        merge_op(flat.tensors, flat.tasks, flat.stacked, preference, scale, rtol, check_finite, merged, *result)
+    return (merged if flat.listed else merged[0]), result
 
 
-def _run(gram: Tensor, preference: Tensor, scale: str, rtol: float, out: AlignResult) -> None:
-    tasks = _check(gram, preference)
-    kernels = kernels_for(gram.device)
-    if kernels is None or tasks > MAX_TASKS:
-        for target, value in zip(out, reference.align(gram, preference, scale, rtol), strict=True):  # type: ignore[arg-type]
-            target.copy_(value)
-        return
-    gram = gram.to(torch.float64).contiguous()
-    preference = preference.to(torch.float64).contiguous()
-    workspace = gram.new_empty(kernels.align_workspace(tasks))
-    kernels.align(
-        gram.data_ptr(),
-        preference.data_ptr(),
-        SCALES.index(scale),
-        rtol,
-        tasks,
-        *(output.data_ptr() for output in out),
-        workspace.data_ptr(),
-        *place(gram.device),
-    )
-
-
-def _new(gram: Tensor) -> AlignResult:
-    tasks = gram.shape[0]
-    kind = {"dtype": torch.float64, "device": gram.device}
-    return AlignResult(
-        weights=torch.empty(tasks, **kind),
-        singular_values=torch.empty(tasks, **kind),
-        rank=torch.empty((), dtype=torch.int64, device=gram.device),
-        condition_number=torch.empty((), **kind),
-        transform=torch.empty(tasks, tasks, **kind),
-    )
-
-
-def _align(gram: Tensor, preference: Tensor, scale: str, rtol: float) -> tuple[Tensor, ...]:
-    _check(gram, preference)
-    out = _new(gram)
-    _run(gram, preference, scale, rtol, out)
-    return tuple(out)
-
-
-def _fake_align(gram: Tensor, preference: Tensor, scale: str, rtol: float) -> tuple[Tensor, ...]:
-    _check(gram, preference)
-    return tuple(_new(gram))
-
-
-def _check_into(gram: Tensor, preference: Tensor, out: tuple[Tensor, ...]) -> None:
-    tasks = _check(gram, preference)
-    shapes = ((tasks,), (tasks,), (), (), (tasks, tasks))
-    for name, tensor, shape in zip(AlignResult._fields, out, shapes, strict=True):
-        check_shape("align", f"out.{name}", tensor, shape)
-        dtype = torch.int64 if name == "rank" else torch.float64
-        fits = tensor.dtype == dtype and tensor.device == gram.device and tensor.is_contiguous()
-        message = (
-            f"align: out.{name}: expected contiguous {dtype} on {gram.device}, found {tensor.dtype} on {tensor.device}"
-        )
-        torch._check(fits, lambda message=message: message)
-
-
-def _align_into(gram: Tensor, preference: Tensor, scale: str, rtol: float, *out: Tensor) -> None:
-    _check_into(gram, preference, out)
-    _run(gram, preference, scale, rtol, AlignResult(*out))
-
-
-def _fake_align_into(gram: Tensor, preference: Tensor, scale: str, rtol: float, *out: Tensor) -> None:
-    _check_into(gram, preference, out)
-
-
-align_op = register(
-    "align(Tensor gram, Tensor preference, str scale, float rtol) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _align,
-    _fake_align,
-)
-align_into_op = register(
-    "align_into(Tensor gram, Tensor preference, str scale, float rtol, Tensor(a!) weights, Tensor(b!) singular_values, "
-    "Tensor(c!) rank, Tensor(d!) condition_number, Tensor(e!) transform) -> ()",
-    _align_into,
-    _fake_align_into,
-)
+def _options(
+    op: str, preference: Tensor | Sequence[float] | None, scale: str, rtol: float | None, tasks: int, like: Tensor
+) -> tuple[Tensor, float]:
+    if scale not in SCALES:
+        raise ValueError(f"{op}: scale: expected one of {', '.join(SCALES)}, found {scale!r}")
+    if rtol is None:
+        rtol = tasks * EPS
+    elif not 0.0 <= rtol < 1.0:
+        raise ValueError(f"{op}: rtol: expected a number from 0 to below 1, found {rtol}")
+    if preference is None:
+        return like.new_ones(tasks, dtype=torch.float64), rtol
+    if not isinstance(preference, Tensor):
+        return torch.tensor(preference, dtype=torch.float64, device=like.device), rtol
+    return preference.detach(), rtol

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SMALLEST_NORM = 1.1754944e-38  #: of float32: below, every entry of a row is subnormal and has lost digits
+
 
 def shape_of(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
@@ -68,3 +70,18 @@ def check_class_range(op: str, targets: Tensor, classes: int, ignore: int) -> No
             f"{op}: targets: expected class indices from 0 to {classes - 1}, or {ignore} for no label, "
             f"found {targets[at].item()} at example {at}"
         )
+
+
+def check_gram(op: str, gram: Tensor) -> None:
+    """Reads the diagonal: ValueError that names the task whose gradient float32 could not hold."""
+    for t, square in enumerate(torch.diagonal(gram).tolist()):
+        if not square < float("inf"):
+            raise ValueError(
+                f"{op}: rows: expected finite gradients, found NaN or infinity in task {t}; look at its loss, or skip "
+                "the step (torch.amp.GradScaler does)"
+            )
+        if 0.0 < square < SMALLEST_NORM**2:
+            raise ValueError(
+                f"{op}: rows: expected gradients that float32 holds with all digits, found norm {square**0.5:.1e} in "
+                f"task {t}; scale the losses up"
+            )

@@ -15,19 +15,18 @@ infinity are passed on; ``check_finite=True`` reads the result on the host and n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from ..reference.combine import Row, Rows
 from ._autograd import differentiable
+from .checks import check_gram
 from .combine_operators import combine_into_op, combine_op, dots_op, gram_op
 from .rows import Flat, Stacked, flatten, unflatten
 
-__all__ = ["Stacked", "check_gram", "combine", "dots", "gram"]
-
-SMALLEST_NORM = 1.1754944e-38  #: of float32: below, every entry of a row is subnormal and has lost digits
+__all__ = ["Stacked", "combine", "dots", "gram"]
 
 
 def gram(rows: Rows | Stacked, *, check_finite: bool = False) -> Tensor:
@@ -48,7 +47,7 @@ def gram(rows: Rows | Stacked, *, check_finite: bool = False) -> Tensor:
         lambda *t: gram_op(list(t), flat.tasks, flat.stacked), lambda *t: reference.gram(_rows(t, flat)), *flat.tensors
     )
     if check_finite:
-        check_gram("gram", result)
+        check_gram("gram", result.detach())
     return result
 
 
@@ -76,6 +75,10 @@ def dots(rows: Rows | Stacked, vector: Row) -> Tensor:
     return result
 
 
+@overload
+def combine(rows: Tensor | Sequence[Tensor], weights: Tensor, out: Row | None = None) -> Tensor: ...
+@overload
+def combine(rows: Stacked | Sequence[Sequence[Tensor]], weights: Tensor, out: Row | None = None) -> list[Tensor]: ...
 def combine(rows: Rows | Stacked, weights: Tensor, out: Row | None = None) -> Tensor | list[Tensor]:
     """sum_t weights_t row_t: one read of every row, one write.
 
@@ -107,19 +110,3 @@ def combine(rows: Rows | Stacked, weights: Tensor, out: Row | None = None) -> Te
 
 def _rows(tensors: Sequence[Tensor], flat: Flat) -> Rows:
     return unflatten(list(tensors), flat.tasks, flat.stacked)
-
-
-def check_gram(op: str, gram: Tensor, names: Sequence[str] | None = None) -> None:
-    """Reads the diagonal: ValueError that names the task whose gradient float32 could not hold."""
-    for t, square in enumerate(torch.diagonal(gram).tolist()):
-        name = f"task {t}" if names is None else f"task {t} ({names[t]})"
-        if not square < float("inf"):
-            raise ValueError(
-                f"{op}: rows: expected finite gradients, found NaN or infinity in {name}; look at its loss, or skip "
-                "the step (torch.amp.GradScaler does)"
-            )
-        if 0.0 < square < SMALLEST_NORM**2:
-            raise ValueError(
-                f"{op}: rows: expected gradients that float32 holds with all digits, found norm {square**0.5:.1e} in "
-                f"{name}; scale the losses up"
-            )

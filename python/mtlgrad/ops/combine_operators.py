@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._kernels import kernels_for, place
+from ._kernels import compiled_for, kernels_for, place
 from ._library import register
 from .checks import check_shape, shape_of
-from .rows import check_rows, columns, groups, in_order, row_like, unflatten
+from .rows import Group, check_rows, columns, groups, in_order, row_like, unflatten
 
 
 def _workspace(size: int, like: Tensor) -> Tensor:
@@ -19,19 +21,24 @@ def _workspace(size: int, like: Tensor) -> Tensor:
 # ---- gram ------------------------------------------------------------------------------------------------------------
 
 
-def _gram(tensors: list[Tensor], tasks: int, stacked: bool) -> Tensor:
-    check_rows("gram", tensors, tasks, stacked)
-    device = tensors[0].device
-    kernels = kernels_for(device)
-    if kernels is None:
-        return reference.gram(unflatten(tensors, tasks, stacked))
+def gram_of(tables: list[Group], tasks: int, device: torch.device) -> Tensor:
+    """[T, T] float64 of rows that are checked, on a device with kernels."""
+    kernels = compiled_for(device)
     total = torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
-    for group in groups(tensors, tasks, stacked):
+    for group in tables:
         workspace = _workspace(kernels.gram_workspace(tasks, columns(group)), total)
         kernels.gram(
             group.code, group.pointers, group.sizes, tasks, total.data_ptr(), workspace.data_ptr(), *place(device)
         )
     return total
+
+
+def _gram(tensors: list[Tensor], tasks: int, stacked: bool) -> Tensor:
+    check_rows("gram", tensors, tasks, stacked)
+    device = tensors[0].device
+    if kernels_for(device) is None:
+        return reference.gram(unflatten(tensors, tasks, stacked))
+    return gram_of(groups(tensors, tasks, stacked), tasks, device)
 
 
 def _fake_gram(tensors: list[Tensor], tasks: int, stacked: bool) -> Tensor:
@@ -42,7 +49,7 @@ def _fake_gram(tensors: list[Tensor], tasks: int, stacked: bool) -> Tensor:
 # ---- dots ------------------------------------------------------------------------------------------------------------
 
 
-def _check_row(op: str, name: str, parts: list[Tensor], tensors: list[Tensor], tasks: int, stacked: bool) -> None:
+def check_row(op: str, name: str, parts: list[Tensor], tensors: list[Tensor], tasks: int, stacked: bool) -> None:
     """`parts` like a row, which `tensors` are known to hold."""
     like = row_like(tensors, tasks, stacked)
     torch._check(len(parts) == len(like), lambda: f"{op}: {name}: expected {len(like)} tensors, found {len(parts)}")
@@ -57,7 +64,7 @@ def _check_row(op: str, name: str, parts: list[Tensor], tensors: list[Tensor], t
 
 def _dots(tensors: list[Tensor], vector: list[Tensor], tasks: int, stacked: bool) -> Tensor:
     check_rows("dots", tensors, tasks, stacked)
-    _check_row("dots", "vector", vector, tensors, tasks, stacked)
+    check_row("dots", "vector", vector, tensors, tasks, stacked)
     device = tensors[0].device
     kernels = kernels_for(device)
     if kernels is None:
@@ -81,7 +88,7 @@ def _dots(tensors: list[Tensor], vector: list[Tensor], tasks: int, stacked: bool
 
 def _fake_dots(tensors: list[Tensor], vector: list[Tensor], tasks: int, stacked: bool) -> Tensor:
     check_rows("dots", tensors, tasks, stacked)
-    _check_row("dots", "vector", vector, tensors, tasks, stacked)
+    check_row("dots", "vector", vector, tensors, tasks, stacked)
     return tensors[0].new_empty(tasks, dtype=torch.float64)
 
 
@@ -98,22 +105,11 @@ def _check_combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: 
     )
 
 
-def _run_combine(
-    tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor] | None
-) -> list[Tensor]:
-    """Writes to `out`, whose tensors are dense, or to new tensors in the rows' element order."""
-    device = tensors[0].device
-    kernels = kernels_for(device)
-    if kernels is None:
-        results = reference.combine(unflatten(tensors, tasks, stacked), weights)
-        if out is None:
-            return list(results)
-        for target, result in zip(out, results, strict=True):
-            target.copy_(result)
-        return out
-    weights = weights.to(torch.float64).contiguous()
+def combine_of(tables: list[Group], weights: Tensor, tasks: int, out: list[Tensor] | None) -> list[Tensor]:
+    """The weighted sum of rows that are checked, on a device with kernels; in `out`, whose tensors are dense, or new
+    tensors in the rows' element order. `weights` are float64 and contiguous."""
     found: dict[int, Tensor] = {}
-    for group in groups(tensors, tasks, stacked):
+    for group in tables:
         if out is None:
             parts = [torch.empty_like(order) for order in group.orders]
         else:
@@ -122,23 +118,34 @@ def _run_combine(
                 out[p] if out[p].stride() == order.stride() else torch.empty_like(order)
                 for p, order in zip(group.places, group.orders, strict=True)
             ]
-        kernels.combine(
+        compiled_for(weights.device).combine(
             group.code,
             group.pointers,
             group.sizes,
             tasks,
             weights.data_ptr(),
             [part.data_ptr() for part in parts],
-            *place(device),
+            *place(weights.device),
         )
         found.update(zip(group.places, parts, strict=True))
     results = [found[p] for p in range(len(found))]
-    if out is None:
-        return results
+    return results if out is None else copy_into(out, results)
+
+
+def copy_into(out: list[Tensor], results: Sequence[Tensor]) -> list[Tensor]:
     for target, result in zip(out, results, strict=True):
         if target is not result:
             target.copy_(result)
     return out
+
+
+def _run_combine(
+    tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor] | None
+) -> list[Tensor]:
+    if kernels_for(tensors[0].device) is None:
+        results = list(reference.combine(unflatten(tensors, tasks, stacked), weights))
+        return results if out is None else copy_into(out, results)
+    return combine_of(groups(tensors, tasks, stacked), weights.to(torch.float64).contiguous(), tasks, out)
 
 
 def _combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool) -> list[Tensor]:
@@ -153,13 +160,13 @@ def _fake_combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: b
 
 def _combine_into(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor]) -> None:
     _check_combine(tensors, weights, tasks, stacked)
-    _check_row("combine", "out", out, tensors, tasks, stacked)
+    check_row("combine", "out", out, tensors, tasks, stacked)
     _run_combine(tensors, weights, tasks, stacked, out)
 
 
 def _fake_combine_into(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor]) -> None:
     _check_combine(tensors, weights, tasks, stacked)
-    _check_row("combine", "out", out, tensors, tasks, stacked)
+    check_row("combine", "out", out, tensors, tasks, stacked)
 
 
 gram_op = register("gram(Tensor[] rows, int tasks, bool stacked) -> Tensor", _gram, _fake_gram)

@@ -164,7 +164,7 @@ def _stacked_group(tensors: list[Tensor], tasks: int, count: int, places: list[i
 def _listed_group(tensors: list[Tensor], tasks: int, count: int, places: list[int]) -> Group:
     orders = [tensors[p] for p in places]
     kept = [tensors[t * count + p] for p in places for t in range(tasks)]
-    if not all([tensor.is_contiguous() for tensor in kept]):
+    if not all(tensor.is_contiguous() for tensor in kept):
         orders = [order if _dense(order) else order.contiguous() for order in orders]
         kept = [_in_order_of(tensor, orders[i // tasks]) for i, tensor in enumerate(kept)]
     pointers = [tensor.data_ptr() for tensor in kept]

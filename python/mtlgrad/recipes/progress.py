@@ -98,16 +98,29 @@ class LineProgress:
         say(self.console, f"{title}: {seconds:.1f} s, training losses {losses}")
 
 
+def console_for_output() -> Console:
+    """A terminal, or a file, which has no edge at which to break lines."""
+    console = Console()
+    return console if console.is_terminal else Console(width=1000)
+
+
 def say(console: Console, text: str) -> None:
     """A line as it is: no markup, no colours for numbers, and no line break in a path."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_table(console: Console, cells: list[list[str]]) -> None:
-    """The table of `report.rows`."""
-    table = Table(header_style="bold")
-    for i, name in enumerate(cells[0]):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for row in cells[1:]:
-        table.add_row(*row)
-    console.print(table)
+    """The table of `report.rows`: on a terminal too narrow for it one below another, each with the first column."""
+    widths = [max(len(row[i]) for row in cells) + 3 for i in range(len(cells[0]))]  # with a line and two blanks
+    first = 1
+    while first < len(widths):
+        count = 1
+        while first + count < len(widths) and widths[0] + sum(widths[first : first + count + 1]) < console.width:
+            count += 1
+        table = Table(header_style="bold")
+        for i in (0, *range(first, first + count)):
+            table.add_column(cells[0][i], justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
+        for row in cells[1:]:
+            table.add_row(row[0], *row[first : first + count])
+        console.print(table)
+        first += count

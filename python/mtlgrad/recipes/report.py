@@ -18,7 +18,7 @@ def method_of(result: Result) -> str:
     return result.job.method if result.job.task is None else SINGLE
 
 
-def _csv(rows: list[list[object]]) -> str:
+def as_csv(rows: list[list[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
@@ -38,7 +38,7 @@ def results_csv(results: Sequence[Result], tasks: Sequence[Task]) -> str:
     if base is not None:
         joint = [r for r in results if r.job.task is None]
         rows += [[r.job.method, r.job.seed, "all", "delta_m", change(r, base, tasks), 0, ""] for r in joint]
-    return _csv(rows)
+    return as_csv(rows)
 
 
 def history_csv(results: Sequence[Result]) -> str:
@@ -50,7 +50,7 @@ def history_csv(results: Sequence[Result]) -> str:
         for line in result.history:
             start, seconds = [method_of(result), result.job.seed, line["epoch"]], round(line["seconds"], 4)
             rows += [[*start, task, *(line[v][i] for v in values), seconds] for i, task in enumerate(result.tasks)]
-    return _csv(rows)
+    return as_csv(rows)
 
 
 def baseline(results: Sequence[Result], tasks: Sequence[Task]) -> list[float] | None:
@@ -126,3 +126,18 @@ def rows(columns: Sequence[Summary], tasks: Sequence[Task]) -> list[list[str]]:
         else:
             own.append(f"{c.own_ms:.2f} ({100 * c.own_ms / c.step_ms:.0f} %)")
     return [*cells, ["  the method's own", *own]]
+
+
+def systems(results: Sequence[Result], methods: Sequence[str], tasks: int) -> list[str]:
+    """A line for each method that looked at the tasks' gradients: how well conditioned they were, and of what rank."""
+    lines = []
+    for method in methods:
+        runs = [r for r in results if r.job.task is None and r.job.method == method]
+        conditions, ranks = [c for r in runs for c in r.condition], [k for r in runs for k in r.rank]
+        if conditions:
+            low = 100 * sum(rank < tasks for rank in ranks) / len(ranks)
+            lines.append(
+                f"{method}: condition number of the task gradients {statistics.median(conditions):.3g} (median); "
+                f"rank below {tasks}, where the min scale jumps, in {low:.1f} % of {len(ranks)} timed steps"
+            )
+    return lines

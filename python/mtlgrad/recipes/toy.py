@@ -36,7 +36,10 @@ def losses(x: Tensor) -> Tensor:
 
 
 def optimum(preference: Sequence[float]) -> Tensor:
-    """Where the losses weighed by `preference` [2] are least, [2] float64: a dense grid, then finer ones around its best."""
+    """Where the sum of losses weighed by `preference` [2] is least, [2] float64.
+
+    A dense grid, then finer ones around its best point: no gradient takes part, so descents can be judged by it.
+    """
     weights = torch.tensor(preference, dtype=torch.float64)
     centre, reach = torch.zeros(2, dtype=torch.float64), 11.0
     for count in (441, 41, 41, 41, 41):
@@ -84,8 +87,8 @@ def descend(
     """Adam from all starts with all methods, float32 as published.
 
     Returns:
-        [records, methods, starts, 2], the parameters at the start, after every `every` steps, and at the end. `watch` is
-        told the number of steps made, as often.
+        [records, methods, starts, 2], the parameters at the start, after every `every` steps, and at the end. `watch`
+        is told the number of steps made, as often.
     """
     count = len(starts)
     x = torch.tensor([starts] * len(chosen)).flatten(0, 1)
@@ -130,11 +133,11 @@ class Outcome:
 
 
 def outcomes(chosen: Sequence[Method], ends: Tensor, starts: Sequence[tuple[float, float]] = STARTS) -> list[Outcome]:
-    """Start by start; ends is [methods, starts, 2]."""
+    """Method by method, start by start; ends is [methods, starts, 2]."""
     found = []
-    goals = [losses(optimum(method.preference)) for method in chosen]
-    for i, start in enumerate(starts):
-        for method, end, goal in zip(chosen, ends[:, i].double(), goals, strict=True):
+    for method, points in zip(chosen, ends.double(), strict=True):
+        goal = losses(optimum(method.preference))
+        for start, end in zip(starts, points, strict=True):
             value = losses(end)
             point, both = (float(end[0]), float(end[1])), (float(value[0]), float(value[1]))
             found.append(Outcome(method, start, point, both, float((value - goal).norm())))

@@ -1,4 +1,4 @@
-"""The alignment of Aligned-MTL (Senushkin et al., CVPR 2023, arXiv 2305.19000), from the Gram matrix of the gradients."""
+"""The alignment of Aligned-MTL (Senushkin et al., CVPR 2023, arXiv 2305.19000), in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ class AlignResult(NamedTuple):
     weights: Tensor  #: [T]: the aligned update is the sum of the gradients weighed by these
     singular_values: Tensor  #: [T], of the matrix of gradients, descending
     rank: Tensor  #: [] int64: how many of them are above the tolerance; -1 where the Gram matrix is not finite
-    condition_number: (
-        Tensor  #: []: the largest singular value over the smallest; infinite if that is zero, NaN if all are
-    )
+    condition_number: Tensor  #: []: the largest singular value over the smallest: infinite if that is 0, NaN if all are
     transform: Tensor  #: [T, T], B of the paper: columns of G B are the aligned gradients, weights = B preference
 
 

@@ -7,13 +7,12 @@ given as a sequence, or as one tensor [T, ...]. They are never concatenated.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Union, overload
 
 import torch
 from torch import Tensor
 
-Row = Union[Tensor, Sequence[Tensor]]
-Rows = Union[Tensor, Sequence[Row]]
+Row = Tensor | Sequence[Tensor]
+Rows = Tensor | Sequence[Row]
 
 COLUMNS = 1 << 16  #: at a time: a float64 copy of whole gradients would not fit where the gradients just do
 
@@ -50,10 +49,6 @@ def dots(rows: Rows, vector: Row) -> Tensor:
     return total
 
 
-@overload
-def combine(rows: Union[Tensor, Sequence[Tensor]], weights: Tensor) -> Tensor: ...
-@overload
-def combine(rows: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tensor]: ...
 def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
     """sum_t weights_t row_t, shaped and typed like a row. See :func:`mtlgrad.ops.combine`."""
 
@@ -63,5 +58,5 @@ def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
         return torch.stack(terms).sum(0).to(parts[0].dtype)
 
     if all(isinstance(row, Tensor) for row in rows):
-        return weighted(list(rows))  # type: ignore[arg-type]
+        return weighted([row for row in rows if isinstance(row, Tensor)])
     return [weighted(parts) for parts in zip(*rows, strict=True)]
