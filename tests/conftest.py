@@ -12,6 +12,10 @@ import pytest
 import torch
 from simt.build import build
 
+from mtlgrad.ops import _kernels
+
+HAS_GPU = torch.cuda.is_available() and _kernels.KERNELS["cuda"] is not None
+
 
 @functools.cache
 def emulated_extension() -> ModuleType:
@@ -26,6 +30,16 @@ def emulated_extension() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture(
+    params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no usable GPU"))]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where to put tensors, with the kernels of the backend behind the operations."""
+    if request.param == "emulated":
+        monkeypatch.setitem(_kernels.KERNELS, "cpu", emulated_extension().cuda)
+    return "cuda" if request.param == "cuda" else "cpu"
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 
 from mtlgrad.cli import main
 
+METHODS = "sum, uncertainty, logsum, aligned, aligned-ub, bayesagg"
 FAST = ["--seeds", "1", "--epochs", "2", "--batch-size", "1024"]
 
 
@@ -25,13 +26,13 @@ def train(*arguments, cwd):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--method magic", "argument --method: expected one of sum, uncertainty, logsum, bayesagg, found 'magic'"),
+        ("--method magic", f"argument --method: expected one of {METHODS}, found 'magic'"),
         (
             "--compare sum magic",
-            "argument --compare: expected one of sum, uncertainty, logsum, bayesagg, found 'magic'",
+            f"argument --compare: expected one of {METHODS}, found 'magic'",
         ),
         ("--method sum --compare sum", "argument --compare: not allowed with argument --method"),
-        ("--data celeba", "argument --data: expected one of clothing, found 'celeba'"),
+        ("--data celeba", "argument --data: expected one of clothing, river, found 'celeba'"),
         ("--epochs 0", "argument --epochs: expected a whole number from 1 to 100000, found '0'"),
         ("--epochs -3", "found '-3'"),
         ("--epochs 2.5", "found '2.5'"),
@@ -41,6 +42,20 @@ def train(*arguments, cwd):
         ("--lr nan", "argument --lr: expected a number above 0, found 'nan'"),
         ("--gamma 0", "argument --gamma: expected a number above 0, found '0'"),
         ("--power 0.3 -1", "argument --power: expected"),
+        ("--method aligned --preference 1 2", "expected 4 numbers, one a task (rating, recommended, department, age)"),
+        (
+            "--data river --method aligned --preference 1 2",
+            "argument --preference: expected 8 numbers, one a task (CHSI2",
+        ),
+        ("--method aligned --preference 1 1 1 -1", "argument --preference: expected a number from 0, found '-1'"),
+        ("--method aligned --preference 1 1 1 nan", "argument --preference: expected a number from 0, found 'nan'"),
+        ("--method aligned-ub --preference 0 0 0 0", "not all 0; found zeros alone"),
+        (
+            "--compare sum bayesagg --preference 1 1 1 1",
+            "argument --preference: expected with aligned or aligned-ub, found sum, bayesagg; drop it",
+        ),
+        ("--scale rmse", "argument --scale: expected with aligned or aligned-ub, found bayesagg; drop it"),
+        ("--method aligned --scale max", "argument --scale: expected one of min, median, rmse, found 'max'"),
         ("--device tpu", "argument --device: expected cpu, cuda or cuda:N, found 'tpu'"),
         ("--device cuda:99", "argument --device: expected a usable device, found cuda:99"),
         ("--name a/b", "argument --name: expected the plain name of a folder, found 'a/b'"),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mtlgrad.data import load_clothing
+from mtlgrad.data import load_clothing, load_river
+from mtlgrad.recipes.river import SITES
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,25 @@ def test_pack_of_nothing(data):
     tokens, offsets = data.pack(torch.empty(0, dtype=torch.int64))
     assert len(tokens) == 0
     assert offsets.tolist() == [0]
+
+
+def test_river_shapes_types_and_gaps():
+    river = load_river()
+    assert river.inputs.shape == (9125, 64)
+    assert river.targets.shape == (9125, 8)
+    assert river.inputs.dtype == river.targets.dtype == torch.float32
+    assert river.inputs.isnan().sum() == 3264
+    assert not river.targets.isnan().any()
+    assert (river.targets > 0).all()
+    assert river.sites == SITES
+    assert river.columns[:8] == tuple(f"{site}__0" for site in SITES)
+
+
+def test_river_rows_are_hours_and_targets_lie_two_days_ahead():
+    river = load_river()
+    for i in range(8):
+        now, six_ago = river.inputs[:, i], river.inputs[:, river.columns.index(f"{SITES[i]}__-6")]
+        both = ~(now[:-6].isnan() | six_ago[6:].isnan())
+        assert (now[:-6] == six_ago[6:])[both].float().mean() > 0.99
+        there = ~now[48:].isnan()
+        assert (now[48:] == river.targets[:-48, i])[there].float().mean() > 0.99

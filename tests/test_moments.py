@@ -3,32 +3,18 @@ kernels in the host emulator, and the CUDA kernels on a GPU where there is one."
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from conftest import emulated_extension
 from moments_cases import Case, assert_within_bound, binary, cast, generator, multiclass, normal, regression
 from torch import Tensor
 
 from mtlgrad import ops, reference
-from mtlgrad.ops import _kernels
 
-HAS_GPU = torch.cuda.is_available() and _kernels.KERNELS["cuda"] is not None
 SIZES = [(1, 1), (2, 0), (3, 31), (2, 32), (33, 33), (5, 255), (4, 257), (2, 1000)]
 # In float64 the reference is no better than what it checks: its own centred sums of tight posteriors lose some digits.
 EPS = {torch.float32: 1.2e-7, torch.float64: 1e-13, torch.float16: 1.2e-7, torch.bfloat16: 1.2e-7}
-
-
-@pytest.fixture(
-    params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no usable GPU"))]
-)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where to put tensors, with the kernels of the backend behind the operations."""
-    if request.param == "emulated":
-        monkeypatch.setitem(_kernels.KERNELS, "cpu", emulated_extension().cuda)
-    return "cuda" if request.param == "cuda" else "cpu"
 
 
 def on(device: str, *values: Any) -> list[Any]:

@@ -4,11 +4,14 @@ import errno
 import io
 import math
 import os
+import struct
 
 import pytest
 import torch
+from rich.console import Console
 
-from mtlgrad.recipes import figures, folder, report
+from mtlgrad import plots
+from mtlgrad.recipes import figures, folder, progress, report
 from mtlgrad.recipes.base import Interrupted, Job, MultiTaskNet, Result, Settings, Task, TrainError
 from mtlgrad.recipes.clothing import Clothing, Texts
 from mtlgrad.recipes.comparison import Comparison, Stop, jobs_of
@@ -154,6 +157,118 @@ def test_weightings_are_their_formulas(small):
     best = torch.log(2 * weighting.factor * values).requires_grad_()
     total = (weighting.factor * torch.exp(-best) * values + 0.5 * best).sum()
     assert torch.autograd.grad(total, best)[0].abs().max() < 1e-6
+
+
+# ---- the river's splits
+
+
+def test_river_splits_are_disjoint_random_and_of_a_seed(river):
+    a, b = river.split(0).rows, river.split(1).rows
+    for rows in (a, b):
+        assert [len(part) for part in (rows.train, rows.validation, rows.test)] == [5475, 912, 2738]
+        every = torch.cat([rows.train, rows.validation, rows.test])
+        assert torch.equal(every.sort().values, torch.arange(9125))
+    assert torch.equal(a.test, river.split(0).rows.test)
+    shared = torch.isin(a.test, b.test).float().mean()
+    assert 0.25 < shared < 0.35  # of two independent draws of 30 %
+
+
+def test_single_task_nets_and_methods_of_a_seed_see_one_split(river):
+    alone, all_of_them = (Trainer(river, Job("sum", 1, task), SHORT).split for task in (2, None))
+    assert torch.equal(alone.test.inputs.values, all_of_them.test.inputs.values)
+    assert torch.equal(alone.shuffled(4).targets[2], all_of_them.shuffled(4).targets[2])
+
+
+def test_only_training_rows_decide_how_missing_values_are_filled_and_scaled():
+    values = torch.randn(60, 3) * torch.tensor([1.0, 20.0, 300.0]) + 50
+    values[torch.rand(60, 3) < 0.2] = torch.nan
+    train = torch.randperm(60)[:40]
+    out = standardised(values, train)
+    assert (out[values.isnan()] == 0).all()  # the column's training mean
+    assert torch.allclose(out[train].mean(0), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(out[train].std(0), torch.ones(3))
+    others = torch.ones(60, dtype=torch.bool)
+    others[train] = False
+    leaky = values.clone()
+    leaky[others] = 1e6
+    assert torch.equal(standardised(leaky, train)[train], out[train])
+
+
+def test_river_errors_are_in_the_units_of_the_flows(river):
+    split = river.split(0)
+    part, task = split.test, river.tasks[0]
+    error = split.metric(task, torch.zeros(len(part), 1), part.targets[0])
+    flow = river.data.targets[:, 0]
+    assert error == pytest.approx(float((flow[split.rows.test] - flow[split.rows.train].mean()).square().mean().sqrt()))
+
+
+# ---- Aligned-MTL in a training
+
+
+def tiny(seed=0):
+    """Two regressions and a classification on a float64 net, and a batch."""
+    torch.manual_seed(seed)
+    tasks = (*(Task(name, "regression", 1, "RMSE", False) for name in "ab"), Task("c", "multiclass", 4, "", True))
+    backbone = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 6))
+    net = MultiTaskNet(backbone, [torch.nn.Linear(6, task.outputs) for task in tasks]).double()
+    x = torch.randn(9, 5, dtype=torch.float64)
+    targets = [torch.randn(9).double(), 100 * torch.randn(9).double(), torch.randint(0, 4, (9,))]
+    return tasks, net, x, targets
+
+
+def by_svd(gradients, preference, scale):
+    """s U V' p of the paper's algorithm 1; gradients are [N, T]."""
+    u, singular, v = torch.linalg.svd(gradients, full_matrices=False)
+    length = singular.square().mean().sqrt() if scale == "rmse" else singular.min()
+    return length * u @ v @ torch.tensor(preference, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("scale", ["min", "rmse"])
+@pytest.mark.parametrize("preference", [(1.0, 1.0, 1.0), (0.2, 3.0, 1.0)])
+@pytest.mark.parametrize("method", ALIGNED)
+def test_aligned_gradients_are_the_papers(method, preference, scale):
+    tasks, net, x, targets = tiny()
+    weighting = METHODS[method](tasks, net, Settings(preference=preference, scale=scale))
+    shared = list(net.backbone.parameters())
+    features = net.features(x)
+    views = weighting.through(features, targets)
+    losses = net.losses(tasks, views, targets)
+    heads = torch.autograd.grad(losses, list(net.heads.parameters()), retain_graph=True)
+    at = shared if method == "aligned" else [features]
+    every = net.losses(tasks, [features] * 3, targets)
+    columns = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, at, retain_graph=True)]) for loss in every]
+    expected = by_svd(torch.stack(columns, 1), preference, scale)
+    if method == "aligned":
+        expected = [
+            part.view_as(p) for part, p in zip(expected.split([p.numel() for p in shared]), shared, strict=True)
+        ]
+    else:
+        expected = torch.autograd.grad(features, shared, expected.view_as(features), retain_graph=True)
+
+    weighting.backward(net, features, losses)
+    for p, gradient in zip(shared, expected, strict=True):
+        assert torch.allclose(p.grad, gradient, rtol=1e-9, atol=1e-12)
+        assert not hasattr(p, "jac")
+    for p, gradient in zip(net.heads.parameters(), heads, strict=True):
+        assert torch.allclose(p.grad, gradient, rtol=1e-12)
+    assert float(weighting.shares(torch.stack(losses)).abs().sum()) == pytest.approx(1.0)
+    assert weighting.system()[1] == 3
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_timing_a_method_leaves_the_training_as_it_is(either, method, monkeypatch):
+    """The work that is done once more for its time changes neither weights nor what the method reports."""
+
+    def run(every):
+        monkeypatch.setattr("mtlgrad.recipes.training.TIME_EVERY", every)
+        trainer = Trainer(either, Job(method, 0), SHORT)
+        for _ in range(2):
+            trainer.run_epoch(quiet)
+        return trainer, trained(trainer)[:4]
+
+    (plain, before), (timed, after) = run(10**9), run(1)
+    assert len(timed.result.own_ms) > len(plain.result.own_ms)
+    assert_same(before, after)
 
 
 # ---- one training
@@ -318,6 +433,38 @@ def test_a_table_of_almost_nothing(small):
     one = Result(Job("sum", 0, 0), ["rating"], [0.7], [0.4], [], [], [])
     cells = report.rows(report.summaries([one], ["sum"], tasks), tasks)
     assert [row[1] for row in cells] == ["single-task", "0.7000", *["-"] * 6]
+
+
+def test_the_condition_of_the_gradients_is_told_per_method():
+    def result(method, condition, rank):
+        return Result(Job(method, 0), ["a", "b"], [], [], [], [], [], condition=condition, rank=rank)
+
+    results = [result("sum", [], []), result("aligned", [2.0, 9.0], [2, 2]), result("aligned", [400.0, 9.5], [1, 2])]
+    assert report.systems(results, ["sum", "aligned"], 2) == [
+        "aligned: condition number of the task gradients 9.25 (median); "
+        "rank below 2, where the min scale jumps, in 25.0 % of 4 timed steps"
+    ]
+
+
+def test_figures_of_eight_tasks_have_four_panels_a_row():
+    names = [f"task {i}" for i in range(8)]
+    curves = {"aligned": [[0.3, -0.1] * 4] * 3, "sum": [[0.125] * 8] * 3}
+    for image in (plots.task_weights(names, curves), plots.loss_curves(names, curves, curves)):
+        assert image.startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", image[16:24])
+        assert 1200 < width < 1600
+        assert width > 1.5 * height
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_table_breaks_between_columns_not_in_numbers(width, monkeypatch):
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=True, color_system=None)
+    cells = [["", *"abcdefg"], ["CHSI2: RMSE", *(f"{i}.123 ± 0.456" for i in range(7))]]
+    progress.show_table(console, cells)
+    text = stream.getvalue()
+    assert all(cell in text for cell in cells[1])
+    assert max(len(line) for line in text.splitlines()) <= width
 
 
 def test_two_runs_of_one_second_get_two_folders(run):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Losses = Union[Sequence[Tensor | None], Mapping[str, Tensor | None]]
+Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
 
 def named_losses(op: str, losses: Losses) -> tuple[list[str], list[Tensor | None]]:
@@ -78,13 +78,13 @@ def task_backward(
         retain_graph: keeps the graph for another backward.
 
     Raises:
-        ValueError: a loss is not a scalar; a parameter's ``.jac`` is not of shape [T, *shape]; with ``features``, a loss
-            reaches a shared parameter past them, or one of them is computed from another.
+        ValueError: a loss is not a scalar; a parameter's ``.jac`` is not of shape [T, *shape]; with ``features``, a
+            loss reaches a shared parameter past them, or one of them is computed from another.
 
     Passes through the shared part are ordinary backwards: hooks on parameters and features run once per task,
-    non-reentrant activation checkpointing works, and ``DistributedDataParallel`` needs ``no_sync()``. With ``features`` the heads'
-    gradients are accumulated here, without the hooks that follow an accumulation. T copies of the shared parameters'
-    gradients are held.
+    non-reentrant activation checkpointing works, and ``DistributedDataParallel`` needs ``no_sync()``. With ``features``
+    the heads' gradients are accumulated here, without the hooks that follow an accumulation. T copies of the shared
+    parameters' gradients are held.
     """
     op = "task_backward"
     names, values = named_losses(op, losses)
@@ -93,7 +93,7 @@ def task_backward(
     trunk = None if features is None else _trunk(op, features)
     heads: list[tuple[Tensor, Tensor]] = []
     if trunk is None:
-        starts: list[_Start | None] = [None if _constant(loss) else ([loss], [None]) for loss in values]
+        starts: list[_Start | None] = [None if loss is None or _constant(loss) else ([loss], [None]) for loss in values]
     else:
         starts = _through_heads(names, values, parameters, trunk, retain_graph, heads)
     last = max((t for t, start in enumerate(starts) if start is not None), default=-1)
@@ -266,7 +266,9 @@ def _walk(nodes: Iterable[Any], stop: set[tuple[Any, int]]) -> Iterator[tuple[An
 def _leaves(tensors: Sequence[Tensor], edges: set[tuple[Any, int]]) -> list[Tensor]:
     """The leaves that the tensors were computed from without passing the edges."""
     found = dict.fromkeys(tensor for tensor in tensors if tensor.grad_fn is None)
-    starts = [tensor.grad_fn for tensor in tensors if tensor.grad_fn and (tensor.grad_fn, tensor.output_nr) not in edges]
+    starts = [
+        tensor.grad_fn for tensor in tensors if tensor.grad_fn and (tensor.grad_fn, tensor.output_nr) not in edges
+    ]
     for node, _ in _walk(starts, edges):
         if node.name() == "torch::autograd::AccumulateGrad":
             found[node.variable] = None

@@ -11,7 +11,7 @@ from .. import reference
 from ..reference.align import AlignResult, Scale
 from ._kernels import kernels_for, place
 from ._library import register
-from .checks import check_floating, check_gram, check_shape, shape_of
+from .checks import check_floating, check_gram, check_shape, refuse, shape_of
 from .combine_operators import check_row, combine_of, copy_into, gram_of
 from .rows import check_rows, groups, unflatten
 
@@ -21,20 +21,16 @@ MAX_TASKS = 64  #: of the kernel (csrc/kernels.h); torch.linalg.eigh beyond
 
 def _check(gram: Tensor, preference: Tensor) -> int:
     check_floating("align", gram=gram, preference=preference)
-    torch._check(
-        gram.dim() == 2 and gram.shape[0] == gram.shape[1] and gram.shape[0] > 0,
-        lambda: f"align: gram: expected shape [T, T] with T > 0, found {shape_of(gram)}",
-    )
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
+        refuse(f"align: gram: expected shape [T, T] with T > 0, found {shape_of(gram)}")
     check_shape("align", "preference", preference, (gram.shape[0],))
-    torch._check(
-        preference.device == gram.device,
-        lambda: f"align: preference: expected device {gram.device} like gram, found {preference.device}",
-    )
+    if preference.device != gram.device:
+        refuse(f"align: preference: expected device {gram.device} like gram, found {preference.device}")
     return gram.shape[0]
 
 
 def _run(gram: Tensor, preference: Tensor, scale: str, rtol: float, out: AlignResult) -> None:
-    tasks = _check(gram, preference)
+    tasks = gram.shape[0]
     kernels = kernels_for(gram.device)
     if kernels is None or tasks > MAX_TASKS:
         for target, value in zip(out, reference.align(gram, preference, scale, rtol), strict=True):  # type: ignore[arg-type]
@@ -84,11 +80,9 @@ def _check_into(gram: Tensor, preference: Tensor, out: tuple[Tensor, ...]) -> No
     for name, tensor, shape in zip(AlignResult._fields, out, shapes, strict=True):
         check_shape("align", f"out.{name}", tensor, shape)
         dtype = torch.int64 if name == "rank" else torch.float64
-        fits = tensor.dtype == dtype and tensor.device == gram.device and tensor.is_contiguous()
-        message = (
-            f"align: out.{name}: expected contiguous {dtype} on {gram.device}, found {tensor.dtype} on {tensor.device}"
-        )
-        torch._check(fits, lambda message=message: message)
+        if tensor.dtype != dtype or tensor.device != gram.device or not tensor.is_contiguous():
+            found = f"found {tensor.dtype} on {tensor.device}"
+            refuse(f"align: out.{name}: expected contiguous {dtype} on {gram.device}, {found}")
 
 
 def _align_into(gram: Tensor, preference: Tensor, scale: str, rtol: float, *out: Tensor) -> None:

@@ -8,6 +8,11 @@ from torch import Tensor
 SMALLEST_NORM = 1.1754944e-38  #: of float32: below, every entry of a row is subnormal and has lost digits
 
 
+def refuse(message: str) -> None:
+    """Raises RuntimeError, in a traced function too. Called where a check failed: torch._check costs 4 us each time."""
+    torch._check(False, lambda: message)
+
+
 def shape_of(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
@@ -16,24 +21,19 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, .
     """``expected`` holds sizes, or names of sizes that may be anything."""
     found = tensor.shape
     fits = len(found) == len(expected) and all(isinstance(e, str) or e == f for e, f in zip(expected, found))
-    torch._check(
-        fits,
-        lambda: f"{op}: {name}: expected shape [{', '.join(map(str, expected))}], found {shape_of(tensor)}",
-    )
+    if not fits:
+        refuse(f"{op}: {name}: expected shape [{', '.join(map(str, expected))}], found {shape_of(tensor)}")
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-            message = f"{op}: {name}: expected float32, float64, float16 or bfloat16, found {tensor.dtype}"
-            torch._check(False, lambda message=message: message)
+            refuse(f"{op}: {name}: expected float32, float64, float16 or bfloat16, found {tensor.dtype}")
 
 
 def check_class_targets(op: str, targets: Tensor) -> None:
-    torch._check(
-        targets.dtype == torch.int64,
-        lambda: f"{op}: targets: expected int64 class indices, found {targets.dtype}; use targets.long()",
-    )
+    if targets.dtype != torch.int64:
+        refuse(f"{op}: targets: expected int64 class indices, found {targets.dtype}; use targets.long()")
 
 
 def check_same_device(op: str, first: str, **tensors: Tensor) -> None:
@@ -41,8 +41,7 @@ def check_same_device(op: str, first: str, **tensors: Tensor) -> None:
     device = tensors[first].device
     for name, tensor in tensors.items():
         if tensor.device != device:
-            message = f"{op}: {name}: expected device {device} like {first}, found {tensor.device}"
-            torch._check(False, lambda message=message: message)
+            refuse(f"{op}: {name}: expected device {device} like {first}, found {tensor.device}")
 
 
 def check_not_empty(op: str, name: str, what: str, size: int) -> None:

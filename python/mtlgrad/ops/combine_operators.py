@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import reference
 from ._kernels import compiled_for, kernels_for, place
 from ._library import register
-from .checks import check_shape, shape_of
-from .rows import Group, check_rows, columns, groups, in_order, row_like, unflatten
+from .checks import check_shape, refuse, shape_of
+from .rows import Group, check_rows, columns, empty_like_row, groups, in_order, row_like, unflatten
 
 
 def _workspace(size: int, like: Tensor) -> Tensor:
@@ -52,14 +52,15 @@ def _fake_gram(tensors: list[Tensor], tasks: int, stacked: bool) -> Tensor:
 def check_row(op: str, name: str, parts: list[Tensor], tensors: list[Tensor], tasks: int, stacked: bool) -> None:
     """`parts` like a row, which `tensors` are known to hold."""
     like = row_like(tensors, tasks, stacked)
-    torch._check(len(parts) == len(like), lambda: f"{op}: {name}: expected {len(like)} tensors, found {len(parts)}")
+    if len(parts) != len(like):
+        refuse(f"{op}: {name}: expected {len(like)} tensors, found {len(parts)}")
     for p, (part, one) in enumerate(zip(parts, like, strict=True)):
         if part.shape != one.shape or part.dtype != one.dtype or part.device != one.device:
             message = (
                 f"{op}: {name}: expected {shape_of(one)} {one.dtype} on {one.device}, like tensor {p} of a row, "
                 f"found {shape_of(part)} {part.dtype} on {part.device}"
             )
-            torch._check(False, lambda message=message: message)
+            refuse(message)
 
 
 def _dots(tensors: list[Tensor], vector: list[Tensor], tasks: int, stacked: bool) -> Tensor:
@@ -99,10 +100,8 @@ def _check_combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: 
     check_rows("combine", tensors, tasks, stacked)
     check_shape("combine", "weights", weights, (tasks,))
     device = tensors[0].device
-    torch._check(
-        weights.device == device,
-        lambda: f"combine: weights: expected device {device} like rows, found {weights.device}",
-    )
+    if weights.device != device:
+        refuse(f"combine: weights: expected device {device} like rows, found {weights.device}")
 
 
 def combine_of(tables: list[Group], weights: Tensor, tasks: int, out: list[Tensor] | None) -> list[Tensor]:
@@ -144,7 +143,9 @@ def _run_combine(
 ) -> list[Tensor]:
     if kernels_for(tensors[0].device) is None:
         results = list(reference.combine(unflatten(tensors, tasks, stacked), weights))
-        return results if out is None else copy_into(out, results)
+        if out is None:
+            out = [empty_like_row(part) for part in row_like(tensors, tasks, stacked)]
+        return copy_into(out, results)
     return combine_of(groups(tensors, tasks, stacked), weights.to(torch.float64).contiguous(), tasks, out)
 
 
@@ -155,7 +156,7 @@ def _combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool) 
 
 def _fake_combine(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool) -> list[Tensor]:
     _check_combine(tensors, weights, tasks, stacked)
-    return [torch.empty_like(part) for part in row_like(tensors, tasks, stacked)]
+    return [empty_like_row(part) for part in row_like(tensors, tasks, stacked)]
 
 
 def _combine_into(tensors: list[Tensor], weights: Tensor, tasks: int, stacked: bool, out: list[Tensor]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference.combine import Row, Rows
-from .checks import check_floating, shape_of
+from .checks import check_floating, refuse, shape_of
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
@@ -97,13 +97,11 @@ def _explain(op: str, tensors: list[Tensor], tasks: int, stacked: bool, count: i
     for i, tensor in enumerate(tensors):
         check_floating(op, rows=tensor)
         if tensor.device != tensors[0].device:
-            message = f"{op}: rows: expected all on {tensors[0].device}, found {tensor.device}"
-            torch._check(False, lambda message=message: message)
+            refuse(f"{op}: rows: expected all on {tensors[0].device}, found {tensor.device}")
         if stacked:
             if tensor.dim() == 0 or tensor.shape[0] != tasks:
                 found = f"found shape {shape_of(tensor)} in tensor {i}"
-                message = f"{op}: rows: expected {tasks} rows in every tensor, {found}"
-                torch._check(False, lambda message=message: message)
+                refuse(f"{op}: rows: expected {tasks} rows in every tensor, {found}")
             continue
         like = tensors[i % count]
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
@@ -112,7 +110,7 @@ def _explain(op: str, tensors: list[Tensor], tasks: int, stacked: bool, count: i
                 f"{op}: rows: expected {shape_of(like)} {like.dtype} in row {row}, tensor {part}, as in row 0, "
                 f"found {shape_of(tensor)} {tensor.dtype}"
             )
-            torch._check(False, lambda message=message: message)
+            refuse(message)
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -124,6 +122,11 @@ def _in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous()):
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def empty_like_row(part: Tensor) -> Tensor:
+    """Memory for a result, in the element order that `groups` takes for rows like `part`."""
+    return torch.empty_like(part, memory_format=torch.preserve_format if _dense(part) else torch.contiguous_format)
 
 
 class Group(NamedTuple):
