@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,9 +37,9 @@ def flat(output: Tensor | Sequence[Tensor]) -> Tensor:
     return output.reshape(-1) if isinstance(output, Tensor) else torch.cat([part.reshape(-1) for part in output])
 
 
-def aligned_sum(functions: ModuleType, rows: Any, **options: Any) -> Any:
-    """The whole aggregation, by `mtlgrad.ops` or `mtlgrad.reference`."""
-    return functions.combine(rows, functions.align(functions.gram(rows)).weights, **options)
+def aligned_sum(rows: Any) -> Any:
+    """The whole aggregation in plain PyTorch."""
+    return reference.combine(rows, reference.align(reference.gram(rows)).weights)
 
 
 def exact_sum(rows: Sequence[Sequence[Tensor]], weights: Tensor | None = None) -> Tensor:
@@ -80,15 +79,15 @@ def build_matrix(tasks: int, columns: int, device: torch.device, quick: bool, sm
     rows = gradients(tasks, columns, device)
     kept = torch.empty_like(rows[0])
     contenders = {
-        "mtlgrad": Contender(lambda: aligned_sum(ops, rows), SUM),
-        "mtlgrad out=": Contender(lambda: aligned_sum(ops, rows, out=kept), SUM, "into memory that is there"),
+        "mtlgrad": Contender(lambda: ops.merge(rows)[0], SUM),
+        "mtlgrad out=": Contender(lambda: ops.merge(rows, out=kept)[0], SUM, "into memory that is there"),
     }
     if device.type == "cuda":
-        call = replayed(lambda: aligned_sum(ops, rows))
+        call = replayed(lambda: ops.merge(rows)[0])
         contenders["mtlgrad graph"] = Contender(call, SUM, "CUDA graph", optional=True)
-    contenders["reference"] = Contender(lambda: aligned_sum(reference, rows), SUM)
+    contenders["reference"] = Contender(lambda: aligned_sum(rows), SUM)
     if not quick and device.type == "cpu" and tasks <= 8 and columns <= 1_000_000:  # unrolled, it compiles for minutes
-        fused = torch.compile(functools.partial(aligned_sum, reference), dynamic=False)
+        fused = torch.compile(aligned_sum, dynamic=False)
         contenders["compiled"] = Contender(lambda: fused(rows), SUM, "torch.compile of the reference", optional=True)
     contenders["torchjd"] = Contender(lambda: torchjd.aggregate(rows), SUM, torchjd.version(), **torchjd.OPTIONS)
     return work_of(contenders, lambda: exact_sum([[row] for row in rows]), tasks, columns, 4, "gram+combine")
@@ -118,9 +117,9 @@ def build_parameters(tasks: int, device: torch.device, quick: bool, small: bool)
 
     contenders = {
         "mtlgrad merge": filled(lambda: module.merge(parameters, retain_jac=True)),
-        "mtlgrad stacked": Contender(lambda: aligned_sum(ops, stacked), SUM),
-        "mtlgrad lists": Contender(lambda: aligned_sum(ops, listed), SUM),
-        "reference": Contender(lambda: aligned_sum(reference, listed), SUM),
+        "mtlgrad stacked": Contender(lambda: ops.merge(stacked)[0], SUM),
+        "mtlgrad lists": Contender(lambda: ops.merge(listed)[0], SUM),
+        "reference": Contender(lambda: aligned_sum(listed), SUM),
     }
     for name, per_tensor in ("torchjd", False), ("torchjd per tensor", True):
         fill = functools.partial(torchjd.to_grad, parameters, per_tensor, retain=True)

@@ -1,7 +1,5 @@
 #include "combine.cuh"
 
-#include <climits>
-
 #include "kernels.h"
 #include "launch.h"
 
@@ -10,10 +8,10 @@ namespace mtlgrad::cuda {
 namespace {
 
 // A kernel's parameters end at 4 KB, from CUDA 12.1 on at 32,764 bytes. The large table takes most models in one launch
-// (384 tensors for up to 7 tasks); but all of it travels with every launch, so few tensors go in a small one.
-using SmallTable = Table<48, 400>;
+// (400 tensors of up to 8 tasks); but all of it travels with every launch, so few tensors go in a small one.
+using SmallTable = Table<48, 420>;
 #if CUDART_VERSION >= 12010
-using LargeTable = Table<384, 3200>;
+using LargeTable = Table<400, 3400>;
 static_assert(sizeof(LargeTable) <= 32764 - 64);
 #else
 using LargeTable = SmallTable;
@@ -56,42 +54,51 @@ void for_tasks(int64_t tasks, const Body& body) {
   }
 }
 
+// Segments are short enough for 32-bit arithmetic; a tensor below kFewColumns is not worth two of them.
+constexpr int64_t kMaxSegment = 1 << 30, kFewColumns = 4 * kRowThreads;
+
 // Fills tables with the tensors that are not empty, `others` behind the rows if it is given, and calls launch(table) for
-// each that is full and for the last.
-template <typename Table, typename Launch>
+// each that is full and for the last. What is aligned of a tensor and what is left of it are segments of their own.
+template <typename T, typename Table, typename Launch>
 void fill_tables(const Rows& rows, const void* const* others, int columns, const Launch& launch) {
   Table table;
   table.count = table.items = 0;
   table.stride = static_cast<int32_t>(rows.tasks + (others != nullptr));
+  const auto flush = [&] {
+    table.segments[table.count].first = table.items;
+    launch(table);
+    table.count = table.items = 0;
+  };
   for (int64_t p = 0; p < rows.tensors; ++p) {
-    if (rows.sizes[p] == 0) continue;
-    const int64_t items = (rows.sizes[p] + columns - 1) / columns;
-    if (table.count == Table::kSegments || (table.count + 1) * table.stride > Table::kPointers ||
-        items > INT_MAX - table.items) {
-      launch(table);
-      table.count = table.items = 0;
+    const void* const* row = rows.data + p * rows.tasks;
+    uintptr_t bits = others ? reinterpret_cast<uintptr_t>(others[p]) : 0;
+    for (int64_t t = 0; t < rows.tasks; ++t) bits |= reinterpret_cast<uintptr_t>(row[t]);
+    const int64_t size = rows.sizes[p], left = size % Packet<T>::kSize;
+    const int64_t aligned = bits % 16 || (left && size < kFewColumns) ? 0 : size - left;
+    for (int64_t begin = 0, end; begin < size; begin = end) {
+      end = std::min(begin + kMaxSegment, begin < aligned ? aligned : size);
+      if (table.count == Table::kSegments || (table.count + 1) * table.stride > Table::kPointers) flush();
+      const void** pointers = table.pointers + table.count * table.stride;
+      for (int64_t t = 0; t < table.stride; ++t)
+        pointers[t] = static_cast<const T*>(t < rows.tasks ? row[t] : others[p]) + begin;
+      table.segments[table.count++] = {static_cast<int32_t>(end - begin), table.items, begin < aligned};
+      table.items += static_cast<int32_t>((end - begin + columns - 1) / columns);
     }
-    const void** pointers = table.pointers + table.count * table.stride;
-    std::copy_n(rows.data + p * rows.tasks, rows.tasks, pointers);
-    if (others) pointers[rows.tasks] = others[p];
-    uintptr_t bits = 0;
-    for (int32_t t = 0; t < table.stride; ++t) bits |= reinterpret_cast<uintptr_t>(pointers[t]);
-    table.segments[table.count++] = {rows.sizes[p], table.items, bits % 16 == 0};
-    table.items += static_cast<int32_t>(items);
   }
-  if (table.count) launch(table);
+  if (table.count) flush();
 }
 
-template <typename Launch>
+template <typename T, typename Launch>
 void for_tables(const char* kernel, const Rows& rows, const void* const* others, int columns, const Launch& launch) {
   const int64_t stride = rows.tasks + (others != nullptr);
   if (stride > LargeTable::kPointers)
     throw std::invalid_argument(std::string(kernel) + " (cuda): at most " +
                                 std::to_string(LargeTable::kPointers - (others != nullptr)) + " tasks");
-  if (rows.tensors <= SmallTable::kSegments && rows.tensors * stride <= SmallTable::kPointers)
-    fill_tables<SmallTable>(rows, others, columns, launch);
+  // twice: a tensor may be two segments
+  if (2 * rows.tensors <= SmallTable::kSegments && 2 * rows.tensors * stride <= SmallTable::kPointers)
+    fill_tables<T, SmallTable>(rows, others, columns, launch);
   else
-    fill_tables<LargeTable>(rows, others, columns, launch);
+    fill_tables<T, LargeTable>(rows, others, columns, launch);
 }
 
 unsigned parts_for(int64_t items, int64_t limit) { return static_cast<unsigned>(std::min(items, limit)); }
@@ -121,7 +128,7 @@ void gram(DType dtype, Rows rows, double* out, double* workspace, Place place) {
     for_tasks(tasks, [&](auto constant) {
       constexpr int kTasks = decltype(constant)::value;
       const int packets = tasks <= kGroup ? packets_for(kTasks) : 1;
-      for_tables("gram", rows, nullptr, item_columns<T>(packets), [&](const auto& table) {
+      for_tables<T>("gram", rows, nullptr, item_columns<T>(packets), [&](const auto& table) {
         using Table = std::decay_t<decltype(table)>;
         const unsigned parts = parts_for(table.items, limit);
         if (tasks <= kGroup)
@@ -146,7 +153,7 @@ void dots(DType dtype, Rows rows, const void* const* vector, double* out, double
     using T = std::remove_pointer_t<decltype(type)>;
     for_tasks(rows.tasks, [&](auto constant) {
       constexpr int kRows = decltype(constant)::value;
-      for_tables("dots", rows, vector, item_columns<T>(packets_for(kRows)), [&](const auto& table) {
+      for_tables<T>("dots", rows, vector, item_columns<T>(packets_for(kRows)), [&](const auto& table) {
         using Table = std::decay_t<decltype(table)>;
         const unsigned parts = parts_for(table.items, max_parts(groups));
         KERNEL_LAUNCH((dots_kernel<T, kRows, Table>), dim3(groups, parts), kRowThreads, 0, stream, table, workspace);
@@ -163,7 +170,7 @@ void combine(DType dtype, Rows rows, const double* weights, void* const* out, Pl
   DeviceGuard guard(place.device);
   for_row_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_tables("combine", rows, out, item_columns<T>(kCombinePackets), [&](const auto& table) {
+    for_tables<T>("combine", rows, out, item_columns<T>(kCombinePackets), [&](const auto& table) {
       using Table = std::decay_t<decltype(table)>;
       KERNEL_LAUNCH((combine_kernel<T, Table>), parts_for(table.items, 4 * kMaxBlocks), kRowThreads, 0,
                     static_cast<cudaStream_t>(place.stream), table, weights);

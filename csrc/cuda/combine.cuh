@@ -16,17 +16,18 @@ constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp;
 constexpr int kGroup = 8;  // rows whose products with one another fit a thread's registers
 constexpr int kCombinePackets = 2;
 
-// One of the tensors that the rows are spread over.
+// A tensor that the rows are spread over, or a piece of one. It is aligned if every pointer to it is a multiple of 16
+// bytes and its size is, too.
 struct Segment {
-  int64_t size;
-  int32_t first;    // its first work item
-  int32_t aligned;  // whether all pointers to it are multiples of 16 bytes
+  int32_t size;
+  int32_t first;  // its first work item
+  int32_t aligned;
 };
 
 // What a launch works on, passed by value: a kernel's parameters lie in the constant cache, need no copy and no memory
-// that would have to outlive the call, and a CUDA graph keeps them. Tensor p is segments[p] and pointers[p * stride + t],
-// one for every row and then, for dots and combine, that of the vector or of the output. All tensors, one behind the
-// other, are cut into work items of one number of columns; only the last item of a tensor may be shorter.
+// that would have to outlive the call, and a CUDA graph keeps them. Segment p is segments[p] and pointers[p * stride + t],
+// one for every row and then, for dots and combine, that of the vector or of the output. All segments, one behind the
+// other, are cut into work items of one number of columns; only the last item of a segment may be shorter.
 template <int kSegmentCapacity, int kPointerCapacity>
 struct Table {
   static constexpr int kSegments = kSegmentCapacity, kPointers = kPointerCapacity;
@@ -106,22 +107,22 @@ __host__ __device__ constexpr int singles_for(int rows) {
   return (rows <= 2 ? 8 : rows <= 4 ? 4 : 2) / words;
 }
 
-// The work items of part `part` of `parts`, one after the other, and the tensor that each lies in. A part is an even
-// share of all items, whatever tensors they belong to: the first tensor is found by bisection, the next ones follow.
+// The work items of part `part` of `parts`, one after the other, and the segment that each lies in. A part is an even
+// share of all items, whatever segments they belong to: the first segment is found by bisection, the next ones follow.
 template <typename Table>
 struct Walk {
   const Table& table;
-  int item, end, tensor;
+  int item, end, segment;
 
   __device__ __forceinline__ Walk(const Table& table, int part, int parts) : table(table) {
     const int each = table.items / parts, more = table.items % parts;
     item = part * each + (part < more ? part : more);
     end = item + each + (part < more);
     int beyond = table.count;
-    for (tensor = 0; beyond - tensor > 1;) {
-      const int middle = (tensor + beyond) / 2;
+    for (segment = 0; beyond - segment > 1;) {
+      const int middle = (segment + beyond) / 2;
       if (table.segments[middle].first <= item)
-        tensor = middle;
+        segment = middle;
       else
         beyond = middle;
     }
@@ -131,44 +132,44 @@ struct Walk {
 
   __device__ __forceinline__ void next() {
     ++item;
-    if (table.segments[tensor + 1].first == item) ++tensor;
+    if (table.segments[segment + 1].first == item) ++segment;
   }
 };
 
-// The columns [begin, begin + count) of a tensor that an item is; the same for every thread.
+// The columns [begin, begin + count) of a segment that an item is; the same for every thread.
 struct Span {
-  int64_t begin;
-  int count;
+  int begin, count;
   bool aligned;
 };
 
 template <typename T, int kPackets, typename Table>
 __device__ __forceinline__ Span span_of(const Walk<Table>& at) {
   constexpr int kColumns = item_columns<T>(kPackets);
-  const Segment& segment = at.table.segments[at.tensor];
-  const int64_t begin = int64_t(at.item - segment.first) * kColumns, left = segment.size - begin;
-  return {begin, left < kColumns ? static_cast<int>(left) : kColumns, segment.aligned != 0};
+  const Segment& segment = at.table.segments[at.segment];
+  const int begin = (at.item - segment.first) * kColumns, left = segment.size - begin;
+  return {begin, left < kColumns ? left : kColumns, segment.aligned != 0};
 }
 
 template <typename T, typename Table>
 __device__ __forceinline__ const T* row_of(const Walk<Table>& at, int t) {
-  return static_cast<const T*>(at.table.pointers[at.tensor * at.table.stride + t]);
+  return static_cast<const T*>(at.table.pointers[at.segment * at.table.stride + t]);
 }
 
-// use(v) for each column of kPackets packets from column c of the item on, a block's width apart; all loads are under way before
-// the first use.
+// use(v) for each column of kPackets packets from column c of the item on, a block's width apart; all loads are under way
+// before the first use. The way out half through a packet is never taken, as packets are whole. It keeps the compiler
+// from converting the second half early, for which many rows leave no registers.
 template <typename T, int kRows, int kPackets, typename Row, typename Use>
-__device__ __forceinline__ void for_packets(int c, const Row& row, const Use& use) {
+__device__ __forceinline__ void for_packets(int c, int count, const Row& row, const Use& use) {
   Packet<T> x[kPackets][kRows];
 #pragma unroll
   for (int u = 0; u < kPackets; ++u)
 #pragma unroll
-    for (int t = 0; t < kRows; ++t)
-      x[u][t] = *reinterpret_cast<const Packet<T>*>(row(t, c + u * item_columns<T>(1)));
+    for (int t = 0; t < kRows; ++t) x[u][t] = *reinterpret_cast<const Packet<T>*>(row(t, c + u * item_columns<T>(1)));
 #pragma unroll
   for (int u = 0; u < kPackets; ++u)
 #pragma unroll
     for (int j = 0; j < Packet<T>::kSize; ++j) {
+      if (kRows >= kGroup && j > 0 && j % 2 == 0 && c + j >= count) break;
       double v[kRows];
 #pragma unroll
       for (int t = 0; t < kRows; ++t) v[t] = element(x[u][t], j);
@@ -178,20 +179,20 @@ __device__ __forceinline__ void for_packets(int c, const Row& row, const Use& us
 
 // use(v) for each column of an item that is this thread's, v[t] being the element of row index(t). Where rows are not
 // aligned they are read one by one, neighbouring threads reading neighbours: more instructions, but no more memory
-// traffic. Zeros may come in place of columns that do not exist. The loops over what is left of a tensor must not be
-// unrolled, for the registers that it takes.
+// traffic. Zeros may come in place of columns that do not exist. The loops must not be unrolled, for the registers that
+// it takes.
 template <typename T, int kRows, int kPackets, typename Table, typename Index, typename Use>
 __device__ __forceinline__ void for_columns(const Walk<Table>& at, const Index& index, const Use& use) {
   constexpr int kStep = item_columns<T>(1), kSingles = singles_for<T>(kRows);
   const Span span = span_of<T, kPackets>(at);
-  const auto row = [&](int t, int c) { return row_of<T>(at, index(t)) + (span.begin + c); };
+  const auto row = [&](int t, int c) { return row_of<T>(at, index(t)) + static_cast<unsigned>(span.begin + c); };
   if (span.aligned) {
     int c = static_cast<int>(threadIdx.x) * Packet<T>::kSize;
     if (c + (kPackets - 1) * kStep < span.count) {
-      for_packets<T, kRows, kPackets>(c, row, use);
+      for_packets<T, kRows, kPackets>(c, span.count, row, use);
     } else if constexpr (kPackets > 1) {
 #pragma unroll 1
-      for (; c < span.count; c += kStep) for_packets<T, kRows, 1>(c, row, use);
+      for (; c < span.count; c += kStep) for_packets<T, kRows, 1>(c, span.count, row, use);
     }
   } else {
 #pragma unroll 1
@@ -200,8 +201,7 @@ __device__ __forceinline__ void for_columns(const Walk<Table>& at, const Index& 
 #pragma unroll
       for (int u = 0; u < kSingles; ++u)
 #pragma unroll
-        for (int t = 0; t < kRows; ++t)
-          x[u][t] = c + u * kRowThreads < span.count ? *row(t, c + u * kRowThreads) : T{};
+        for (int t = 0; t < kRows; ++t) x[u][t] = c + u * kRowThreads < span.count ? *row(t, c + u * kRowThreads) : T{};
 #pragma unroll
       for (int u = 0; u < kSingles; ++u) {
         double v[kRows];
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kRowThreads, kTasks <= 4 ? 3 : 2)
   for (Walk<Table> at(table, part, parts); at.more(); at.next())
     for_columns<T, kTasks, packets_for(kTasks)>(
         at, [](int t) { return t; },
-        [&](const double(&v)[kTasks]) {
+        [&](const double (&v)[kTasks]) {
           int k = 0;
 #pragma unroll
           for (int a = 0; a < kTasks; ++a)
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kRowThreads)
   for (Walk<Table> at(table, part, parts); at.more(); at.next())
     for_columns<T, 2 * kGroup, 1>(
         at, [&](int t) { return t < kGroup ? first + t : min(second + t - kGroup, tasks - 1); },
-        [&](const double(&v)[2 * kGroup]) {
+        [&](const double (&v)[2 * kGroup]) {
 #pragma unroll
           for (int b = 0; b < kGroup; ++b)
             if (b < columns) {
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kRowThreads, kRows <= 4 ? 3 : 2)
   for (Walk<Table> at(table, part, parts); at.more(); at.next())
     for_columns<T, kRows + 1, packets_for(kRows)>(
         at, [&](int t) { return t == kRows ? tasks : min(first + t, tasks - 1); },
-        [&](const double(&v)[kRows + 1]) {
+        [&](const double (&v)[kRows + 1]) {
 #pragma unroll
           for (int t = 0; t < kRows; ++t) sums[t] += v[t] * v[kRows];
         });
@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   const int tasks = table.stride - 1;
   for (Walk<Table> at(table, blockIdx.x, gridDim.x); at.more(); at.next()) {
     const Span span = span_of<T, kCombinePackets>(at);
-    const auto row = [&](int t, int c) { return row_of<T>(at, t) + (span.begin + c); };
+    const auto row = [&](int t, int c) { return row_of<T>(at, t) + static_cast<unsigned>(span.begin + c); };
     T* out = const_cast<T*>(row(tasks, 0));
     if (span.aligned) {
       int c = static_cast<int>(threadIdx.x) * Packet<T>::kSize;

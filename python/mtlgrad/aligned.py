@@ -115,6 +115,8 @@ class AlignedMTL(nn.Module):
             )
         if not isinstance(features, Tensor):
             raise TypeError(f"AlignedMTL: features: expected a tensor, found {type(features).__name__}")
+        if not features.is_floating_point():
+            raise TypeError(f"AlignedMTL: features: expected a floating dtype, found {features.dtype}")
         self._prepare(features.device)
         return _Views.apply(features, self)
 
@@ -163,27 +165,29 @@ class AlignedMTL(nn.Module):
                     f"AlignedMTL.merge: parameters: expected .jac of shape {[self.num_tasks, *p.shape]}, "
                     f"found {list(p.jac.shape)}"
                 )
+        listed = [] if heads is None else self._listed(heads, wanted)
         rows = ops.Stacked([p.jac for p in wanted])
         self._prepare(wanted[0].device)
         for p, gradient in zip(wanted, self._merge(rows), strict=True):
-            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+            p.grad = gradient.to(p.dtype) if p.grad is None else p.grad.add_(gradient)
             if not retain_jac:
                 del p.jac
-        if heads is not None:
-            self._scale(heads)
+        assert self._result is not None
+        for head, weight in zip(listed, self._result.weights):
+            for p in head:
+                if p.grad is not None:
+                    p.grad.mul_(weight.to(p.grad.dtype))
 
-    def _scale(self, heads: Sequence[Iterable[Tensor]]) -> None:
+    def _listed(self, heads: Sequence[Iterable[Tensor]], shared: Sequence[Tensor]) -> list[list[Tensor]]:
         listed = [list(head) for head in heads]
         if len(listed) != self.num_tasks:
             raise ValueError(f"AlignedMTL.merge: heads: expected {self.num_tasks}, found {len(listed)}")
         every = [p for head in listed for p in head]
         if len(set(every)) < len(every):
             raise ValueError("AlignedMTL.merge: heads: expected every parameter in one head, found one in two")
-        assert self._result is not None
-        for head, weight in zip(listed, self._result.weights, strict=True):
-            for p in head:
-                if p.grad is not None:
-                    p.grad.mul_(weight.to(p.grad.dtype))
+        if set(every).intersection(shared):
+            raise ValueError("AlignedMTL.merge: heads: expected parameters without .jac, found one of those to merge")
+        return listed
 
     def weigh(self, losses: Losses, shared: Tensor | Iterable[Tensor]) -> Tensor:
         """Weights for one ordinary backward of ``(weights * torch.stack(losses)).sum()``.
@@ -202,7 +206,7 @@ class AlignedMTL(nn.Module):
         if len(values) != self.num_tasks:
             raise ValueError(f"AlignedMTL.weigh: losses: expected {self.num_tasks}, found {len(values)}")
         listed = [shared] if isinstance(shared, Tensor) else list(shared)
-        wanted = [tensor for tensor in listed if tensor.requires_grad]
+        wanted = [tensor for tensor in dict.fromkeys(listed) if tensor.requires_grad]
         if not wanted:
             raise ValueError("AlignedMTL.weigh: shared: expected a tensor that requires a gradient, found none")
         rows = [
@@ -212,10 +216,8 @@ class AlignedMTL(nn.Module):
             for loss in values
         ]
         self._prepare(wanted[0].device)
-        checked, out = self.check_finite, self._result
-        weights = ops.align(
-            ops.gram(rows), self._preference, self.scale, self.rtol, check_finite=checked, out=out
-        ).weights
+        gram = ops.gram(rows, check_finite=self.check_finite)
+        weights = ops.align(gram, self._preference, self.scale, self.rtol, out=self._result).weights
         dtypes = [loss.dtype for loss in values if loss is not None]
         return weights.to(dtypes[0] if dtypes else torch.get_default_dtype(), copy=True)
 

@@ -13,7 +13,7 @@ from ._kernels import kernels_for, place
 from ._library import register
 from .checks import check_floating, check_gram, check_shape, refuse, shape_of
 from .combine_operators import check_row, combine_of, copy_into, gram_of
-from .rows import check_rows, groups, unflatten
+from .rows import check_rows, groups, row_of, unflatten
 
 SCALES: tuple[str, ...] = get_args(Scale)
 MAX_TASKS = 64  #: of the kernel (csrc/kernels.h); torch.linalg.eigh beyond
@@ -137,7 +137,7 @@ def _merge(
         gram = gram_of(tables, tasks, device)
     _check_into(gram, preference, result)
     if check_finite:
-        check_gram("merge", gram)
+        check_gram("merge", gram, lambda t: row_of(tensors, tasks, stacked, t))
     _run(gram, preference, scale, rtol, alignment)
     if kernels_for(device) is None:
         copy_into(out, list(reference.combine(rows, alignment.weights)))

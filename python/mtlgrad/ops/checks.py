@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 SMALLEST_NORM = 1.1754944e-38  #: of float32: below, every entry of a row is subnormal and has lost digits
+SMALLEST_DOUBLE = 1.5e-154  #: the same of the squares of float64
 
 
 def refuse(message: str) -> None:
@@ -71,16 +75,40 @@ def check_class_range(op: str, targets: Tensor, classes: int, ignore: int) -> No
         )
 
 
-def check_gram(op: str, gram: Tensor) -> None:
-    """Reads the diagonal: ValueError that names the task whose gradient float32 could not hold."""
-    for t, square in enumerate(torch.diagonal(gram).tolist()):
-        if not square < float("inf"):
+def check_gram(op: str, gram: Tensor, row: Callable[[int], Sequence[Tensor]] | None = None) -> None:
+    """Reads values: ValueError that names the task whose gradient has NaN or infinity, or not one entry with all its
+    digits. `row` gives a task's gradient, where it is at hand: a norm alone cannot tell many small entries from few.
+    """
+    entries = gram.tolist()
+    for t, line in enumerate(entries):
+        square = line[t]
+        if not square < math.inf:
             raise ValueError(
                 f"{op}: rows: expected finite gradients, found NaN or infinity in task {t}; look at its loss, or skip "
                 "the step (torch.amp.GradScaler does)"
             )
-        if 0.0 < square < SMALLEST_NORM**2:
+        # No row is longer than 2^40: a large norm needs no second look.
+        if square < SMALLEST_NORM**2 * 2.0**40 and (
+            0.0 < square < SMALLEST_NORM**2 if row is None else _lost(square, row(t))
+        ):
             raise ValueError(
                 f"{op}: rows: expected gradients that float32 holds with all digits, found norm {square**0.5:.1e} in "
                 f"task {t}; scale the losses up"
             )
+    for i, line in enumerate(entries):
+        for j in range(i + 1, len(line)):
+            if not abs(line[j]) < math.inf:
+                raise ValueError(f"{op}: gram: expected finite products, found {line[j]} of tasks {i} and {j}")
+
+
+def _lost(square: float, parts: Sequence[Tensor]) -> bool:
+    """Whether a gradient that is not zero has no entry of normal size (for float64: whose square is one)."""
+    doubles = any(part.dtype == torch.float64 for part in parts)
+    if square >= SMALLEST_NORM**2 * sum(part.numel() for part in parts) or (square == 0.0 and not doubles):
+        return False
+    largest = [
+        (float(part.detach().abs().max()), SMALLEST_DOUBLE if part.dtype == torch.float64 else SMALLEST_NORM)
+        for part in parts
+        if part.numel()
+    ]
+    return any(size > 0.0 for size, _ in largest) and all(size < limit for size, limit in largest)

@@ -24,7 +24,7 @@ from ..reference.combine import Row, Rows
 from ._autograd import differentiable
 from .checks import check_gram
 from .combine_operators import combine_into_op, combine_op, dots_op, gram_op
-from .rows import Flat, Stacked, flatten, unflatten
+from .rows import Flat, Stacked, flatten, row_of, unflatten
 
 __all__ = ["Stacked", "combine", "dots", "gram"]
 
@@ -47,7 +47,7 @@ def gram(rows: Rows | Stacked, *, check_finite: bool = False) -> Tensor:
         lambda *t: gram_op(list(t), flat.tasks, flat.stacked), lambda *t: reference.gram(_rows(t, flat)), *flat.tensors
     )
     if check_finite:
-        check_gram("gram", result.detach())
+        check_gram("gram", result.detach(), lambda t: row_of(flat.tensors, flat.tasks, flat.stacked, t))
     return result
 
 

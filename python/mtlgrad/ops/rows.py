@@ -68,6 +68,12 @@ def unflatten(tensors: list[Tensor], tasks: int, stacked: bool) -> Rows:
     return [tensors[t * count : (t + 1) * count] for t in range(tasks)]
 
 
+def row_of(tensors: list[Tensor], tasks: int, stacked: bool, task: int) -> list[Tensor]:
+    """One of the rows."""
+    count = len(tensors) // tasks
+    return [tensor[task] for tensor in tensors] if stacked else tensors[task * count : (task + 1) * count]
+
+
 def row_like(tensors: list[Tensor], tasks: int, stacked: bool) -> list[Tensor]:
     """Tensors with the shapes of one row, for their shapes alone."""
     return [tensor[0] for tensor in tensors] if stacked else tensors[: len(tensors) // tasks]

@@ -147,9 +147,9 @@ class _Alignment(Weighting):
         views = [step.features.clone().requires_grad_() for _ in self.tasks]
         return torch.autograd.grad(step.net.losses(self.tasks, views, step.targets), views)
 
-    def _merged(self, rows: Any) -> object:
+    def _merged(self, rows: Sequence[Any]) -> object:
         """As in `AlignedMTL`, whose record of the last backward stays as it is."""
-        return ops.combine(rows, ops.align(ops.gram(rows), self.aligned.preference, self.aligned.scale).weights)
+        return ops.merge(rows, self.aligned.preference, self.aligned.scale)
 
 
 class Aligned(_Alignment):
