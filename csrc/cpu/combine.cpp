@@ -22,12 +22,15 @@ namespace {
 using Vec = double __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 8, kPanel = 256;  // columns at a time: 8 rows of float64 are 16 KiB, half an L1 cache
 
+constexpr int64_t kMostSums = 1 << 22;  // float64 of workspace: 32 MiB, which only hundreds of tasks would pass
+
 // The columns of all tensors, one after another, are cut into `slots` contiguous shares: as many as keep threads busy,
-// depending on sizes alone, so that sums have the same order whatever the number of threads.
+// depending on sizes alone (with `sums` numbers kept for each), so that sums have the same order whatever the number of threads.
 struct Shares {
   int64_t columns, slots, size;
-  explicit Shares(int64_t total) : columns(total) {
+  Shares(int64_t total, int64_t sums) : columns(total) {
     slots = std::clamp<int64_t>(total / 32768, 1, 256);
+    slots = std::min(slots, std::max<int64_t>(kMostSums / sums, 1));
     size = (total + slots - 1) / slots;
     size = (size + kPanel - 1) / kPanel * kPanel;
   }
@@ -310,11 +313,13 @@ void combine_share(const Rows& rows, const Compute<S>* weights, void* const* out
 
 }  // namespace
 
-int64_t gram_workspace(int64_t tasks, int64_t columns) { return Shares(columns).slots * tiles_of(tasks) * 16; }
+int64_t gram_workspace(int64_t tasks, int64_t columns) {
+  return Shares(columns, tiles_of(tasks) * 16).slots * tiles_of(tasks) * 16;
+}
 
 void gram(DType dtype, Rows rows, double* out, double* workspace, Place place) {
-  const Shares shares(columns_of(rows));
   const int64_t tiles = tiles_of(rows.tasks), fours = (rows.tasks + 3) / 4;
+  const Shares shares(columns_of(rows), tiles * 16);
   for_storage(dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     parallel_for(shares.slots, place.threads, [&](int64_t slot) {
@@ -334,10 +339,10 @@ void gram(DType dtype, Rows rows, double* out, double* workspace, Place place) {
       }
 }
 
-int64_t dots_workspace(int64_t tasks, int64_t columns) { return Shares(columns).slots * tasks; }
+int64_t dots_workspace(int64_t tasks, int64_t columns) { return Shares(columns, tasks).slots * tasks; }
 
 void dots(DType dtype, Rows rows, const void* const* vector, double* out, double* workspace, Place place) {
-  const Shares shares(columns_of(rows));
+  const Shares shares(columns_of(rows), rows.tasks);
   for_storage(dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     parallel_for(shares.slots, place.threads, [&](int64_t slot) {
@@ -356,7 +361,7 @@ void dots(DType dtype, Rows rows, const void* const* vector, double* out, double
 }
 
 void combine(DType dtype, Rows rows, const double* weights, void* const* out, Place place) {
-  const Shares shares(columns_of(rows));
+  const Shares shares(columns_of(rows), 1);
   for_storage(dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const std::vector<Compute<S>> rounded(weights, weights + rows.tasks);

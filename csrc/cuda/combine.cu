@@ -136,7 +136,7 @@ void gram(DType dtype, Rows rows, double* out, double* workspace, Place place) {
         else if constexpr (kTasks == kGroup)
           KERNEL_LAUNCH((gram_groups_kernel<T, Table>), dim3(static_cast<unsigned>(pairs), parts), kRowThreads, 0,
                         stream, table, workspace);
-        KERNEL_LAUNCH((gram_finish_kernel<double>), dim3(tasks, tasks), kRowThreads, 0, stream, workspace,
+        KERNEL_LAUNCH((gram_finish_kernel<double>), dim3(tasks, tasks), kFinishThreads, 0, stream, workspace,
                       static_cast<int>(parts), out);
       });
     });
@@ -157,7 +157,7 @@ void dots(DType dtype, Rows rows, const void* const* vector, double* out, double
         using Table = std::decay_t<decltype(table)>;
         const unsigned parts = parts_for(table.items, max_parts(groups));
         KERNEL_LAUNCH((dots_kernel<T, kRows, Table>), dim3(groups, parts), kRowThreads, 0, stream, table, workspace);
-        KERNEL_LAUNCH((dots_finish_kernel<double>), static_cast<unsigned>(rows.tasks), kRowThreads, 0, stream,
+        KERNEL_LAUNCH((dots_finish_kernel<double>), static_cast<unsigned>(rows.tasks), kFinishThreads, 0, stream,
                       workspace, static_cast<int>(parts), out);
       });
     });

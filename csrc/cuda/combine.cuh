@@ -12,7 +12,7 @@
 
 namespace mtlgrad::cuda {
 
-constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp;
+constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp, kFinishThreads = 128;
 constexpr int kGroup = 8;  // rows whose products with one another fit a thread's registers
 constexpr int kCombinePackets = 2;
 
@@ -346,13 +346,13 @@ __global__ void __launch_bounds__(kRowThreads, kRows <= 4 ? 3 : 2)
 // The sum of the parts in a fixed order; thread 0 has it to write.
 __device__ __forceinline__ double sum_of_parts(const double* slot, int parts) {
   double sum = 0.0;
-  for (int k = threadIdx.x; k < parts; k += kRowThreads) sum += slot[k];
+  for (int k = threadIdx.x; k < parts; k += kFinishThreads) sum += slot[k];
   return block_sum(sum);
 }
 
 // A block adds up one pair of rows, blockIdx.y <= blockIdx.x.
 template <typename Out>
-__global__ void __launch_bounds__(kRowThreads) gram_finish_kernel(const double* workspace, int parts, Out* out) {
+__global__ void __launch_bounds__(kFinishThreads) gram_finish_kernel(const double* workspace, int parts, Out* out) {
   const int i = blockIdx.y, j = blockIdx.x, tasks = gridDim.x;
   if (j < i) return;  // the whole block
   const double sum = sum_of_parts(workspace + gram_slot(i, j, tasks) * parts, parts);
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kRowThreads) gram_finish_kernel(const double* 
 }
 
 template <typename Out>
-__global__ void __launch_bounds__(kRowThreads) dots_finish_kernel(const double* workspace, int parts, Out* out) {
+__global__ void __launch_bounds__(kFinishThreads) dots_finish_kernel(const double* workspace, int parts, Out* out) {
   const double sum = sum_of_parts(workspace + int64_t(blockIdx.x) * parts, parts);
   if (threadIdx.x == 0) out[blockIdx.x] += sum;
 }

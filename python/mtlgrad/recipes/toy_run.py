@@ -28,8 +28,8 @@ def run(
     torch.set_num_threads(1)
     console = console_for_output()
     chosen = toy.methods(preference)
-    say(console, f"toy: {steps} steps of Adam, learning rate {lr:g}, scale {scale}, five starts")
     with NewFolder(out, name, "toy") as folder:
+        say(console, f"toy: {steps} steps of Adam, learning rate {lr:g}, scale {scale}, five starts")
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("steps", total=steps)

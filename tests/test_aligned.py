@@ -1,0 +1,519 @@
+"""AlignedMTL: its three forms against the explicit matrix of gradients, and what a layer meets in real nets."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import HAS_GPU
+from gradient_cases import Net, flat, gradients, inputs, jacobian, near, normal, procrustes
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mtlgrad import AlignedMTL, task_backward
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"preference": [0.5, 0.0, 2.0], "scale": "median"},
+    {"preference": torch.tensor([1 / 3] * 3), "scale": "rmse"},
+    {"scale": "rmse", "rtol": 1e-9},
+]
+
+
+def expected(rows: Tensor, options: dict[str, Any]) -> Any:
+    preference = options.get("preference")
+    p = None if preference is None else torch.as_tensor(preference)
+    return procrustes(rows, p, options.get("scale", "min"), options.get("rtol"))
+
+
+def at_features(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The features with their graph, and the tasks' gradients there, [T, B D]."""
+    features = net.backbone(x)
+    rows = jacobian(net.from_features(features), [features])[0]
+    return features, rows.flatten(1)
+
+
+def pushed(net: Net, features: Tensor, update: Tensor) -> list[Tensor]:
+    """What arrives at the backbone's parameters of a gradient at the features."""
+    return list(torch.autograd.grad(features, net.shared, update.view_as(features).to(features.dtype)))
+
+
+def close(got: list[Tensor | None], want: list[Tensor | None], tolerance: float = 1e-5) -> None:
+    for a, b in zip(got, want, strict=True):
+        if b is None:
+            assert a is None
+            continue
+        assert a is not None
+        assert near(a, b, tolerance, 1e-7)
+
+
+def step(net: Net, aligned: AlignedMTL, x: Tensor) -> None:
+    sum(net.losses(aligned(net.backbone(x)))).backward()  # type: ignore[attr-defined]
+
+
+# ---- the three forms -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
+def test_layer(options: dict[str, Any]) -> None:
+    net, x = Net(), inputs()
+    features, rows = at_features(net, x)
+    want = expected(rows, options)
+    heads = jacobian(net.from_features(features), list(net.heads.parameters()))
+    backbone = pushed(net, features, want.update)
+    aligned = AlignedMTL(3, **options)
+    assert aligned.weights is None
+    assert aligned.rank is None
+    step(net, aligned, x)
+    close(gradients(net.shared), backbone)
+    close(gradients(net.heads.parameters()), [h.sum(0) for h in heads])  # heads: as if there were no layer
+    assert aligned.weights is not None
+    assert aligned.rank is not None
+    assert aligned.singular_values is not None
+    assert aligned.condition_number is not None
+    assert near(aligned.weights, want.weights, 1e-5)
+    assert near(aligned.singular_values, want.singular_values, 1e-6)
+    assert int(aligned.rank) == want.rank
+    values = want.singular_values
+    assert float(aligned.condition_number) == pytest.approx(float(values[0] / values[-1]), rel=1e-4)
+    step(net, aligned, x)  # accumulates
+    close(gradients(net.shared), [2 * g for g in backbone])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
+def test_merge(options: dict[str, Any]) -> None:
+    net, x = Net(), inputs()
+    rows = jacobian(net.from_features(net.backbone(x)), net.shared)
+    want = expected(flat(rows, 3), options)
+    aligned = AlignedMTL(3, **options)
+    features = net.backbone(x)
+    task_backward(net.from_features(features), net.shared, features=features)
+    aligned.merge(net.shared, retain_jac=True)
+    assert all(hasattr(p, "jac") for p in net.shared)
+    assert near(flat(gradients(net.shared)), want.update, 1e-6)  # type: ignore[arg-type]
+    assert aligned.weights is not None
+    assert near(aligned.weights, want.weights, 1e-6)
+    held = [p.grad for p in net.shared]
+    aligned.merge(net.shared)
+    assert not any(hasattr(p, "jac") for p in net.shared)
+    assert all(p.grad is g for p, g in zip(net.shared, held))
+    assert near(flat(gradients(net.shared)), 2 * want.update, 1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
+def test_weigh(options: dict[str, Any]) -> None:
+    net, x = Net(), inputs()
+    aligned = AlignedMTL(3, **options)
+    losses = net.from_features(net.backbone(x))
+    rows = jacobian(losses, net.shared)
+    want = expected(flat(rows, 3), options)
+    weights = aligned.weigh(losses, net.shared)
+    assert weights.dtype == torch.float32
+    assert not weights.requires_grad
+    assert near(weights, want.weights, 1e-6)
+    assert all(p.grad is None and not hasattr(p, "jac") for p in net.parameters())
+    heads = jacobian(losses, list(net.heads.parameters()))
+    (weights * torch.stack(losses)).sum().backward()
+    assert near(flat(gradients(net.shared)), want.update, 1e-5)  # type: ignore[arg-type]
+    close(gradients(net.heads.parameters()), [torch.tensordot(weights, h, 1) for h in heads])
+
+
+def test_the_forms_agree() -> None:
+    """weigh and a backward is merge; weigh at the features is the layer."""
+    net, x = Net(), inputs()
+    aligned = AlignedMTL(3)
+    losses = net.from_features(net.backbone(x))
+    weights = aligned.weigh(dict(zip("abc", losses)), net.shared)
+    assert torch.equal(weights, aligned.weigh(losses, [*net.shared, *net.shared]))  # each parameter counts once
+    by_weights = torch.autograd.grad((weights * torch.stack(losses)).sum(), net.shared, retain_graph=True)
+    task_backward(losses, net.shared)
+    aligned.merge(net.shared)
+    close(gradients(net.shared), list(by_weights))
+    net.zero_grad()
+    features = net.backbone(x)
+    weights = aligned.weigh(net.from_features(features), features)
+    step(net, aligned, x)
+    assert near(aligned.weights, weights, 1e-6)  # type: ignore[arg-type]
+
+
+def test_absent_tasks() -> None:
+    """A view that no loss uses, a constant loss, None: a zero gradient, the weight 0, and the others are aligned."""
+    net, x = Net(), inputs()
+    features, rows = at_features(net, x)
+    rows[1] = 0
+    want = procrustes(rows)
+    backbone = pushed(net, features, want.update)
+    aligned = AlignedMTL(3)
+    losses = net.losses(aligned(net.backbone(x)))
+    (losses[0] + losses[2]).backward()  # type: ignore[operator]
+    close(gradients(net.shared), backbone)
+    assert int(aligned.rank) == 2  # type: ignore[arg-type]
+    assert float(aligned.weights[1]) == 0.0  # type: ignore[index]
+    features = net.backbone(x)
+    first, _, last = net.from_features(features)
+    for missing in (None, torch.tensor(1.0), torch.tensor(1.0, requires_grad=True)):
+        assert near(aligned.weigh([first, missing, last], features), want.weights, 1e-5)
+    assert aligned.weigh([None, None, None], features).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_heads_can_be_scaled_by_their_weights(heads_first: bool) -> None:
+    net, x = Net(), inputs()
+    aligned = AlignedMTL(3, scale_heads=True)
+    losses = net.from_features(net.backbone(x))
+    if heads_first:
+        net.heads[1].requires_grad_(False)  # a frozen head has no gradient to scale
+        losses = net.from_features(net.backbone(x))
+    task_backward(losses, net.shared)
+    before = gradients(net.heads.parameters())
+    aligned.merge(net.shared, heads=[head.parameters() for head in net.heads])
+    each = len(before) // 3
+    weights = aligned.weights
+    assert weights is not None
+    want = [None if g is None else g * float(weights[i // each]) for i, g in enumerate(before)]
+    close(gradients(net.heads.parameters()), want, 1e-6)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="AlignedMTL: scale_heads: expected False in the layer"):
+        aligned(net.backbone(x))
+
+
+@pytest.mark.parametrize("factor", [2.0**-30, 2.0**16, 3e-12, 7e9])
+def test_a_loss_scale_goes_through(factor: float) -> None:
+    net, x = Net(), inputs()
+    aligned = AlignedMTL(3)
+    step(net, aligned, x)
+    want, weights = gradients(net.shared), aligned.weights
+    net.zero_grad()
+    (factor * sum(net.losses(aligned(net.backbone(x))))).backward()
+    close([g / factor for g in gradients(net.shared)], want)  # type: ignore[operator]
+    assert near(aligned.weights, weights, 1e-5)  # type: ignore[arg-type]
+
+
+# ---- not finite ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("form", ["layer", "merge", "weigh"])
+def test_nan_and_infinity(form: str, bad: float) -> None:
+    """One entry of one task's gradient; its preference, and so its weight, may be 0. Named on request, NaN otherwise."""
+    for check_finite in (True, False):
+        net, x = Net(), inputs()
+        aligned = AlignedMTL(3, [1.0, 0.0, 1.0], check_finite=check_finite)
+        z = net.backbone(x)
+        z = aligned(z) if form == "layer" else [z] * 3
+        poison = torch.ones_like(z[1])
+        poison[3, 2] = bad
+        losses = net.losses(z)
+        losses[1] = losses[1] + (z[1] * poison).sum()
+        if form == "merge":
+            for p in net.shared:
+                p.jac = normal(3, 3, *p.shape).float()  # type: ignore[attr-defined]
+            net.shared[1].jac[1, 3] = bad  # type: ignore[attr-defined]
+        call: dict[str, Callable[[], Any]] = {
+            "layer": lambda losses=losses: sum(losses).backward(),
+            "merge": lambda net=net, aligned=aligned: aligned.merge(net.shared),
+            "weigh": lambda net=net, aligned=aligned, losses=losses: aligned.weigh(losses, net.shared),
+        }
+        if check_finite:
+            with pytest.raises(ValueError, match=r"finite gradients, found NaN or infinity in task 1\b") as error:
+                call[form]()
+            assert "\n" not in str(error.value)
+            assert all(p.grad is None for p in net.shared)
+            assert all(hasattr(p, "jac") for p in net.shared) == (form == "merge")
+            continue
+        result = call[form]()
+        if form == "weigh":
+            assert result.isnan().all()
+        else:
+            assert all(p.grad is not None and p.grad.isnan().all() for p in net.shared)
+        assert aligned.weights.isnan().all()  # type: ignore[union-attr]
+        assert aligned.singular_values.isnan().all()  # type: ignore[union-attr]
+        assert int(aligned.rank) == -1  # type: ignore[arg-type]
+
+
+# ---- as a layer of a net ---------------------------------------------------------------------------------------------
+
+
+def test_views_are_the_features() -> None:
+    aligned, z = AlignedMTL(3), normal(1, 4, 5).float()
+    for features in (z, z.clone().requires_grad_()):
+        views = aligned(features)
+        assert len(views) == 3
+        assert all(torch.equal(v, features) and v.data_ptr() == features.data_ptr() for v in views)
+        assert all(v.requires_grad == features.requires_grad for v in views)
+    with torch.no_grad():
+        assert not any(v.requires_grad for v in aligned.eval()(z.requires_grad_()))
+    with torch.inference_mode():
+        assert torch.equal(aligned(z)[2], z)
+
+
+def test_a_view_is_not_changed_in_place_without_a_word() -> None:
+    """The others would change with it."""
+    aligned = AlignedMTL(2)
+    views = aligned(normal(1, 4, 5).requires_grad_() * 1.0)
+    with pytest.raises(RuntimeError, match="in-?place|inplace"):
+        views[0].add_(1.0)
+        sum(v.sum() for v in views).backward()
+
+
+def test_frozen_backbone() -> None:
+    net, x = Net(), inputs()
+    net.backbone.requires_grad_(False)
+    aligned = AlignedMTL(3)
+    step(net, aligned, x)
+    assert all(p.grad is None for p in net.shared)
+    assert all(p.grad is not None for p in net.heads.parameters())
+    assert aligned.weights.isnan().all()  # type: ignore[union-attr]  # no gradient came through
+
+
+def test_two_layers_and_one_layer_twice() -> None:
+    """Each backward aligns what it got; a layer shows its last use."""
+    net, other, x, y = Net(), Net(seed=5), inputs(), inputs(seed=2)
+    aligned, second = AlignedMTL(3), AlignedMTL(3, scale="rmse")
+    want = []
+    for n, layer, data in ((net, aligned, x), (other, second, x), (net, aligned, y)):
+        n.zero_grad()
+        step(n, layer, data)
+        want.append((gradients(n.shared), layer.weights))
+    net.zero_grad()
+    other.zero_grad()
+    total = sum(net.losses(aligned(net.backbone(x)))) + sum(other.losses(second(other.backbone(x))))
+    total.backward()  # type: ignore[union-attr]
+    close(gradients(net.shared), want[0][0], 1e-6)
+    close(gradients(other.shared), want[1][0], 1e-6)
+    assert near(aligned.weights, want[0][1], 1e-9)  # type: ignore[arg-type]
+    assert near(second.weights, want[1][1], 1e-9)  # type: ignore[arg-type]
+    net.zero_grad()
+    first, again = (net.losses(aligned(net.backbone(data))) for data in (x, y))
+    (sum(first) + sum(again)).backward()  # type: ignore[union-attr]
+    close(gradients(net.shared), [a + b for a, b in zip(want[0][0], want[2][0])])  # type: ignore[operator]
+
+
+def test_what_it_shows_is_not_overwritten_later() -> None:
+    net, aligned = Net(), AlignedMTL(3)
+    step(net, aligned, inputs())
+    shown = [aligned.weights, aligned.singular_values, aligned.rank, aligned.condition_number]
+    before = [v.clone() for v in shown if v is not None]
+    aligned.weights.zero_()  # type: ignore[union-attr]
+    assert torch.equal(aligned.weights, before[0])  # type: ignore[arg-type]
+    step(net, aligned, inputs(seed=9))
+    assert all(torch.equal(a, b) for a, b in zip(shown, before))  # type: ignore[arg-type]
+    assert not torch.equal(aligned.weights, before[0])  # type: ignore[arg-type]
+
+
+class Whole(nn.Module):
+    """Backbone, layer, heads in one module, as users write it."""
+
+    def __init__(self, net: Net, **options: Any):
+        super().__init__()
+        self.net, self.aligned = net, AlignedMTL(3, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Any = sum(self.net.losses(self.aligned(self.net.backbone(x))))
+        return total  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_copies_and_files(used: bool) -> None:
+    model, x = Whole(Net(), preference=torch.tensor([1.0, 2.0, 3.0]), scale="rmse"), inputs()
+    assert [n for n, _ in model.named_parameters()] == [f"net.{n}" for n, _ in model.net.named_parameters()]
+    assert not list(model.aligned.buffers())
+    if used:
+        model(x).backward()
+        model.zero_grad()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    others = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+        Whole(Net(seed=8), preference=[1.0, 2.0, 3.0], scale="rmse"),
+    ]
+    assert others[-1].load_state_dict(model.state_dict()) == torch.nn.modules.module._IncompatibleKeys([], [])
+    before = model.aligned.weights
+    model(x).backward()
+    for other in others:
+        if used and other is not others[-1]:
+            assert torch.equal(other.aligned.weights, before)
+        other(x).backward()
+        close(gradients(other.parameters()), gradients(model.parameters()), 1e-6)
+        assert torch.equal(other.aligned.weights, model.aligned.weights)
+    assert "preference=(1.0, 2.0, 3.0), scale='rmse'" in repr(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_moved_to_another_type(dtype: torch.dtype) -> None:
+    """The module converted after its first use: results stay float64, gradients are in the features' type."""
+    model, x = Whole(Net()), inputs()
+    model(x).backward()
+    model.zero_grad()
+    model, x = model.to(dtype), x.to(dtype)
+    features, rows = at_features(model.net, x)
+    want = procrustes(rows)
+    model(x).backward()
+    assert near(model.aligned.weights, want.weights, 1e-9)  # type: ignore[arg-type]  # of the same rounded gradients
+    assert model.aligned.weights.dtype == torch.float64  # type: ignore[union-attr]
+    tolerance = {torch.float64: 1e-10, torch.bfloat16: 0.05, torch.float16: 5e-3}[dtype]
+    close(gradients(model.net.shared), pushed(model.net, features, want.update), tolerance)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_autocast(norm: type[nn.Module]) -> None:
+    """Features in bfloat16 from a linear layer, in float32 from a LayerNorm."""
+    torch.manual_seed(1)
+    for backbone in (
+        nn.Sequential(nn.Linear(6, 8), norm(8), nn.Linear(8, 5)),
+        nn.Sequential(nn.Linear(6, 5), norm(5)),
+    ):
+        net, x, aligned = Net(backbone=backbone), inputs(), AlignedMTL(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            features, rows = at_features(net, x)
+            want = procrustes(rows)
+            backward = pushed(net, features, want.update)
+            loss = sum(net.losses(aligned(net.backbone(x))))
+        loss.backward()  # type: ignore[union-attr]
+        assert near(aligned.weights, want.weights, 1e-9)  # type: ignore[arg-type]
+        close(gradients(net.shared), backward, 0.02)
+        assert all(p.grad.dtype == torch.float32 for p in net.shared)  # type: ignore[union-attr]
+
+
+def test_checkpointed_backbone() -> None:
+    net, x, aligned = Net(), inputs(), AlignedMTL(3)
+    step(net, aligned, x)
+    want = gradients(net.parameters())
+    for whole in (False, True):  # the layer outside and inside what is run again
+        net.zero_grad()
+        if whole:
+            views = checkpoint(lambda x: aligned(net.backbone(x)), x, use_reentrant=False)
+        else:
+            views = aligned(checkpoint(net.backbone, x, use_reentrant=False))
+        sum(net.losses(views)).backward()  # type: ignore[attr-defined]
+        close(gradients(net.parameters()), want, 1e-6)
+
+
+def test_images_in_channels_last() -> None:
+    torch.manual_seed(2)
+    conv = nn.Conv2d(3, 6, 3).to(memory_format=torch.channels_last)
+    heads = [nn.Conv2d(6, 1, 3) for _ in range(3)]
+    x = normal(1, 2, 3, 9, 9).float().contiguous(memory_format=torch.channels_last)
+    features = conv(x)
+    rows = jacobian([head(features).square().mean() for head in heads], [features])[0]
+    want = procrustes(rows.flatten(1))
+    expected = torch.autograd.grad(features, list(conv.parameters()), want.update.view_as(features).float())
+    aligned = AlignedMTL(3)
+    sum(head(z).square().mean() for head, z in zip(heads, aligned(conv(x)))).backward()  # type: ignore[union-attr]
+    close(gradients(conv.parameters()), list(expected))
+    assert near(aligned.weights, want.weights, 1e-5)  # type: ignore[arg-type]
+
+
+# Inductor itself uses what torch deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("used", [False, True], ids=["first use compiled", "used before"])
+def test_compiles_without_graph_breaks(backend: str, used: bool) -> None:
+    torch.compiler.reset()
+    model, x, y = Whole(Net()), inputs(), inputs(seed=2)
+    eager = copy.deepcopy(model)
+    if used:
+        model(y).backward()
+        model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for data in (x, y):
+        eager.zero_grad()
+        model.zero_grad()
+        eager(data).backward()
+        compiled(data).backward()
+        close(gradients(model.parameters()), gradients(eager.parameters()), 1e-4)
+        assert near(model.aligned.weights, eager.aligned.weights, 1e-4)  # type: ignore[arg-type]
+        assert int(model.aligned.rank) == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="no usable GPU")
+def test_merge_in_a_cuda_graph() -> None:
+    parameters = [nn.Parameter(torch.zeros(s, device="cuda")) for s in (1000, 33)]
+    aligned = AlignedMTL(3)
+    jacs = [torch.zeros(3, p.numel(), device="cuda") for p in parameters]
+
+    def fill(seed: int) -> Tensor:
+        for i, jac in enumerate(jacs):
+            jac.copy_(normal(seed + i, *jac.shape))
+        return procrustes(flat([j.cpu() for j in jacs], 3)).update
+
+    def merge() -> None:
+        for p, jac in zip(parameters, jacs):
+            p.jac, p.grad = jac, None  # type: ignore[attr-defined]
+        aligned.merge(parameters)
+
+    fill(0)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        merge()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        merge()
+    for seed in (10, 20):
+        want = fill(seed)
+        graph.replay()
+        assert near(flat([p.grad for p in parameters]), want, 1e-6)  # type: ignore[misc]
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def bad_calls() -> dict[str, tuple[Callable[[], Any], str]]:
+    net, x = Net(), inputs()
+    losses = net.from_features(net.backbone(x))
+    jac = copy.deepcopy(net)
+    for p in jac.shared:
+        p.jac = torch.ones(3, *p.shape)  # type: ignore[attr-defined]
+    scaled = AlignedMTL(3, scale_heads=True)
+    heads = [list(head.parameters()) for head in jac.heads]
+    return {
+        "num_tasks": (lambda: AlignedMTL(0), "num_tasks: expected at least 1, found 0"),
+        "scale": (lambda: AlignedMTL(2, scale="max"), "scale: expected one of min, median, rmse, found 'max'"),  # type: ignore[arg-type]
+        "preferences": (lambda: AlignedMTL(2, [1.0]), "preference: expected 2 numbers, one a task, found 1"),
+        "negative": (lambda: AlignedMTL(2, [1.0, -1.0]), "preference: expected finite numbers from 0"),
+        "nan": (lambda: AlignedMTL(2, [1.0, float("nan")]), "preference: expected finite numbers from 0"),
+        "zeros": (lambda: AlignedMTL(2, [0.0, 0.0]), "preference: expected .*not all 0"),
+        "not a tensor": (lambda: AlignedMTL(2)([x]), "features: expected a tensor, found list"),
+        "integers": (lambda: AlignedMTL(2)(x.long()), "features: expected a floating dtype, found torch.int64"),
+        "no jac": (lambda: AlignedMTL(3).merge(net.shared), "merge: parameters: expected at least one with .jac"),
+        "rows": (lambda: AlignedMTL(2).merge(jac.shared), r"merge: parameters: .*\.jac of shape \[2, 7, 6\], found"),
+        "heads missing": (lambda: scaled.merge(jac.shared), "merge: heads: .*found scale_heads=True and none"),
+        "heads": (lambda: AlignedMTL(3).merge(jac.shared, heads=heads), "merge: heads: .*scale_heads=False and some"),
+        "two heads": (lambda: scaled.merge(jac.shared, heads=heads[:2]), "merge: heads: expected 3, found 2"),
+        "twice": (lambda: scaled.merge(jac.shared, heads=[heads[0]] * 3), "merge: heads: expected every .* one in two"),
+        "not heads": (
+            lambda: scaled.merge(jac.shared, heads=[*heads[:2], jac.shared]),
+            "merge: heads: expected parameters without .jac",
+        ),
+        "losses": (lambda: AlignedMTL(2).weigh(losses, net.shared), "weigh: losses: expected 2, found 3"),
+        "loss": (lambda: AlignedMTL(1).weigh([x], net.shared), r"weigh: losses: expected a scalar for task 0, .*\[16,"),
+        "shared": (lambda: AlignedMTL(3).weigh(losses, [x]), "weigh: shared: expected a tensor that requires"),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_calls()))
+def test_errors_name_argument_expected_and_found(name: str) -> None:
+    call, message = bad_calls()[name]
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("AlignedMTL")
+
+
+def test_a_refused_merge_changes_nothing() -> None:
+    net = Net()
+    task_backward(net.from_features(net.backbone(inputs())), net.shared)
+    before = [p.jac.clone() for p in net.shared]  # type: ignore[attr-defined]
+    heads = gradients(net.heads.parameters())
+    with pytest.raises(ValueError, match="expected 3, found 2"):
+        AlignedMTL(3, scale_heads=True).merge(net.shared, heads=[h.parameters() for h in net.heads][:2])
+    assert all(torch.equal(p.jac, b) and p.grad is None for p, b in zip(net.shared, before))  # type: ignore[attr-defined]
+    close(gradients(net.heads.parameters()), heads)
