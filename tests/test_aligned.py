@@ -199,7 +199,7 @@ def test_a_loss_scale_goes_through(factor: float) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("form", ["layer", "merge", "weigh"])
 def test_nan_and_infinity(form: str, bad: float) -> None:
-    """One entry of one task's gradient; its preference, and so its weight, may be 0. Named on request, NaN otherwise."""
+    """One entry of one gradient; its preference may be 0. Named on request, NaN otherwise."""
     for check_finite in (True, False):
         net, x = Net(), inputs()
         aligned = AlignedMTL(3, [1.0, 0.0, 1.0], check_finite=check_finite)
@@ -246,7 +246,7 @@ def test_views_are_the_features() -> None:
         assert all(torch.equal(v, features) and v.data_ptr() == features.data_ptr() for v in views)
         assert all(v.requires_grad == features.requires_grad for v in views)
     with torch.no_grad():
-        assert not any(v.requires_grad for v in aligned.eval()(z.requires_grad_()))
+        assert not any(v.requires_grad for v in aligned.eval()(2 * z.clone().requires_grad_()))
     with torch.inference_mode():
         assert torch.equal(aligned(z)[2], z)
 
@@ -255,9 +255,8 @@ def test_a_view_is_not_changed_in_place_without_a_word() -> None:
     """The others would change with it."""
     aligned = AlignedMTL(2)
     views = aligned(normal(1, 4, 5).requires_grad_() * 1.0)
-    with pytest.raises(RuntimeError, match="in-?place|inplace"):
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
         views[0].add_(1.0)
-        sum(v.sum() for v in views).backward()
 
 
 def test_frozen_backbone() -> None:
@@ -267,7 +266,7 @@ def test_frozen_backbone() -> None:
     step(net, aligned, x)
     assert all(p.grad is None for p in net.shared)
     assert all(p.grad is not None for p in net.heads.parameters())
-    assert aligned.weights.isnan().all()  # type: ignore[union-attr]  # no gradient came through
+    assert aligned.weights is None  # no gradient came through
 
 
 def test_two_layers_and_one_layer_twice() -> None:

@@ -161,6 +161,14 @@ def test_a_run_that_is_asked_to_stop_leaves_nothing(tmp_path, monkeypatch, capsy
     assert os.listdir(tmp_path) == []
 
 
+def test_a_diverging_run_says_so_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--steps", "60", "--lr", "1e30") == 2
+    words = "argument --lr: expected one at which the descents stay finite, found 1e+30; lower it"
+    assert capsys.readouterr().err == f"mtlgrad toy: {words}\n"
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 

@@ -41,7 +41,7 @@ class AlignedMTL(nn.Module):
             device. Without it the merged gradient is NaN.
 
     After each use, float64 (the rank int64), on the gradients' device, unread by the host (None before the first use,
-    NaN between the layer's first forward and its backward):
+    NaN between the layer's first forward and its backward; in a forward without gradients there is no use):
 
     Attributes:
         weights: [T], the tasks' weights B p.
@@ -73,8 +73,9 @@ class AlignedMTL(nn.Module):
         self.rtol = rtol
         self.check_finite = check_finite
         # Not buffers, which .half() would round. Operators write in place, as torch.compile and CUDA graphs need.
-        self._result: AlignResult | None = None
-        self._preference: Tensor | None = None
+        # Here, and not at the first use: what a traced forward creates, its backward could not write to.
+        self._used = False
+        self._prepare(torch.get_default_device())
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, preference={self.preference}, scale={self.scale!r}"
@@ -97,7 +98,7 @@ class AlignedMTL(nn.Module):
 
     def _latest(self, name: str) -> Tensor | None:
         # A copy: the next step writes to the same memory.
-        return None if self._result is None else getattr(self._result, name).clone()
+        return getattr(self._result, name).clone() if self._used else None
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """T views of the features, one per head: view t goes to head t, and to nothing else.
@@ -117,15 +118,31 @@ class AlignedMTL(nn.Module):
             raise TypeError(f"AlignedMTL: features: expected a tensor, found {type(features).__name__}")
         if not features.is_floating_point():
             raise TypeError(f"AlignedMTL: features: expected a floating dtype, found {features.dtype}")
-        self._prepare(features.device)
+        if not (torch.is_grad_enabled() and features.requires_grad):
+            return tuple(features.view_as(features) for _ in range(self.num_tasks))
+        self._use(features.device)
         return _Views.apply(features, self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AlignedMTL:
+        super()._apply(fn, recurse)
+        self._prepare(fn(self._result.weights).device)
+        return self
 
     def _prepare(self, device: torch.device) -> None:
         """Memory on the device, once: a copy at each use would wait for the host, and could not be captured."""
-        if self._result is None or self._result.weights.device != device:
-            self._result = empty_result(self.num_tasks, device)
-            preference = [1.0] * self.num_tasks if self.preference is None else self.preference
-            self._preference = torch.tensor(preference, dtype=torch.float64, device=device)
+        self._result: AlignResult = empty_result(self.num_tasks, device)
+        preference = [1.0] * self.num_tasks if self.preference is None else self.preference
+        self._preference = torch.tensor(preference, dtype=torch.float64, device=device)
+
+    def _use(self, device: torch.device) -> None:
+        if self._result.weights.device != device:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"AlignedMTL: expected to be on {device} like its input before it is compiled, found "
+                    f"{self._result.weights.device}; use aligned.to(device)"
+                )
+            self._prepare(device)
+        self._used = True
 
     def _merge(self, rows: Rows | ops.Stacked) -> Any:
         options: dict[str, Any] = {"check_finite": self.check_finite, "result": self._result}
@@ -167,12 +184,11 @@ class AlignedMTL(nn.Module):
                 )
         listed = [] if heads is None else self._listed(heads, wanted)
         rows = ops.Stacked([p.jac for p in wanted])
-        self._prepare(wanted[0].device)
+        self._use(wanted[0].device)
         for p, gradient in zip(wanted, self._merge(rows), strict=True):
             p.grad = gradient.to(p.dtype) if p.grad is None else p.grad.add_(gradient)
             if not retain_jac:
                 del p.jac
-        assert self._result is not None
         for head, weight in zip(listed, self._result.weights):
             for p in head:
                 if p.grad is not None:
@@ -215,7 +231,7 @@ class AlignedMTL(nn.Module):
             else torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
             for loss in values
         ]
-        self._prepare(wanted[0].device)
+        self._use(wanted[0].device)
         gram = ops.gram(rows, check_finite=self.check_finite)
         weights = ops.align(gram, self._preference, self.scale, self.rtol, out=self._result).weights
         dtypes = [loss.dtype for loss in values if loss is not None]

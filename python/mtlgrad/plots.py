@@ -60,26 +60,31 @@ def _panels(tasks: Sequence[str], curves: Curves, label: str, draw: Any, *, same
 def loss_curves(tasks: Sequence[str], train: Curves, validation: Curves) -> bytes:
     """Per task and method: validation loss (solid) and training loss (dotted) over the epochs, means over seeds.
 
-    `train` and `validation`: method -> [epochs][tasks].
+    `train` and `validation`: method -> [epochs][tasks]. Losses more than twenty-fold apart get a logarithmic axis.
     """
+    columns = zip(*(line for curves in (train, validation) for epochs in curves.values() for line in epochs))
+    ranges = [(min(values), max(values)) for values in columns]
 
     def draw(axis: Any, i: int, method: str, epochs: range, values: list[float], colour: str) -> None:
         axis.plot(epochs, values, color=colour, label=method)
         axis.plot(epochs, [line[i] for line in train[method]], color=colour, linestyle=":")
+        if ranges[i][1] > 20 * ranges[i][0] > 0:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
 
     return _panels(tasks, validation, "loss: validation —, training ···", draw)
 
 
 def task_weights(tasks: Sequence[str], shares: Curves) -> bytes:
     """Per task and method: the task's share of all weights over the epochs, means over seeds; [epochs][tasks] each."""
-    lowest = min(share for epochs in shares.values() for line in epochs for share in line)
+    every = [share for epochs in shares.values() for line in epochs for share in line]
+    low, high = min(0.0, *every), max(every)
+    margin = 0.05 * (high - low)
 
     def draw(axis: Any, i: int, method: str, epochs: range, values: list[float], colour: str) -> None:
         axis.plot(epochs, values, color=colour, label=method, marker="." if len(values) == 1 else None)
-        if lowest >= 0.0:
-            axis.set_ylim(bottom=0.0)
-        else:
-            axis.axhline(0.0, color="black", linewidth=0.6)
+        axis.set_ylim(low and low - margin, high + margin)
 
     return _panels(tasks, shares, "share of the weights", draw, same_scale=True)
 

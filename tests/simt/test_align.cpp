@@ -88,7 +88,7 @@ static void eigen(std::vector<Real> a, int64_t n, std::vector<Real>& values, std
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = i + 1; j < n; ++j)
         if (std::fabs(a[i * n + j]) > largest) largest = std::fabs(a[i * n + j]), p = i, q = j;
-    if (largest < 1e-22L) break;
+    if (largest < 1e-19L) break;
     const Real angle = 0.5L * std::atan2(2 * a[p * n + q], a[q * n + q] - a[p * n + p]);
     const Real c = std::cos(angle), s = std::sin(angle);
     for (int64_t k = 0; k < n; ++k) {
@@ -101,6 +101,7 @@ static void eigen(std::vector<Real> a, int64_t n, std::vector<Real>& values, std
       const Real u = vectors[k * n + p], w = vectors[k * n + q];
       vectors[k * n + p] = c * u - s * w, vectors[k * n + q] = s * u + c * w;
     }
+    a[p * n + q] = a[q * n + p] = 0;
   }
   values.resize(n);
   for (int64_t i = 0; i < n; ++i) values[i] = a[i * n + i];

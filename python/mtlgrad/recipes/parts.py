@@ -99,7 +99,8 @@ class Split:
             return float((output.argmax(1) == target).double().mean())
         if task.kind == "binary":
             return auc(output.squeeze(1), target)
-        return float(((output.squeeze(1) - target).double() ** 2).mean().sqrt()) * self.unit[task.name]
+        error = (output.squeeze(1) - target).double() * self.unit[task.name]
+        return float(error.abs().mean() if task.metric == "MAE" else error.square().mean().sqrt())
 
 
 class Recipe(ABC):

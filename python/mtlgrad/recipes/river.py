@@ -33,12 +33,13 @@ class River(Recipe):
     """A random split for each seed, 60 % training, 10 % validation, 30 % test.
 
     Neighbouring hours resemble one another and fall on both sides of such a split: it measures how well a method fits
-    eight tasks at once, not how well floods are foreseen.
+    eight tasks at once, not how well floods are foreseen. The metric is the mean absolute error, since gauges fail: ten
+    of the 2,738 test rows make up to 100 % of a site's squared error, and a root mean square of mere chance.
     """
 
     name = "river"
     epochs = 40
-    tasks = tuple(Task(site, "regression", 1, "RMSE", False, digits=3) for site in SITES)
+    tasks = tuple(Task(site, "regression", 1, "MAE", False, digits=3) for site in SITES)
 
     def __init__(self, device: torch.device):
         super().__init__(device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import plots
 from ..ops.align import Scale
 from . import toy
-from .base import Interrupted
+from .base import Interrupted, TrainError
 from .comparison import Stop
 from .folder import NewFolder
 from .progress import console_for_output, say, show_table
@@ -40,6 +40,8 @@ def run(
                 progress.update(bar, completed=step)
 
             paths = toy.descend(chosen, steps, lr, scale, RECORD_EVERY, watch)
+        if not paths[-1].isfinite().all():
+            raise TrainError(f"argument --lr: expected one at which the descents stay finite, found {lr:g}; lower it")
         ends = toy.outcomes(chosen, paths[-1])
         (folder.work / "toy.png").write_bytes(_figure(chosen, paths.double()))
         (folder.work / "results.csv").write_text(as_csv(_rows(ends)))
