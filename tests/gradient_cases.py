@@ -54,8 +54,9 @@ def procrustes(
 
 
 def dependent(seed: int, tasks: int, columns: int) -> Tensor:
-    """Whole numbers, the last row exactly the first less the second (T = 2: twice the first): the rank is T - 1."""
-    rows = torch.randint(-99, 100, (tasks, columns), generator=torch.Generator().manual_seed(seed)).double()
+    """Whole numbers, the last row exactly the first less the second (T = 2: twice the first): the rank is T - 1. They
+    are positive, so that sums grow from end to end, and with them the rounding of a careless one."""
+    rows = torch.randint(1, 100, (tasks, columns), generator=torch.Generator().manual_seed(seed)).double()
     if tasks == 2:
         rows[1] = 2 * rows[0]
     elif tasks > 2:
@@ -153,3 +154,28 @@ def flat(tensors: Iterable[Tensor], tasks: int | None = None) -> Tensor:
 def gradients(tensors: Iterable[Tensor]) -> list[Tensor | None]:
     """Copies of .grad."""
     return [None if t.grad is None else t.grad.clone() for t in tensors]
+
+
+def at_features(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The features with their graph, and the tasks' gradients there, [T, B D]."""
+    features = net.backbone(x)
+    rows = jacobian(net.from_features(features), [features])[0]
+    return features, rows.flatten(1)
+
+
+def pushed(net: Net, features: Tensor, update: Tensor) -> list[Tensor]:
+    """What arrives at the backbone's parameters of a gradient at the features."""
+    return list(torch.autograd.grad(features, net.shared, update.view_as(features).to(features.dtype)))
+
+
+def close(got: list[Tensor | None], want: list[Tensor | None], tolerance: float = 1e-5) -> None:
+    for a, b in zip(got, want, strict=True):
+        if b is None:
+            assert a is None
+            continue
+        assert a is not None
+        assert near(a, b, tolerance, 1e-7)
+
+
+def step(net: Net, aligned: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> None:
+    sum(net.losses(aligned(net.backbone(x)))).backward()  # type: ignore[attr-defined]

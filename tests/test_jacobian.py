@@ -168,7 +168,7 @@ def test_absent_tasks_have_zeros(kind: str, absent: list[int], through: bool) ->
 
 @BOTH
 def test_batches_without_labels(through: bool) -> None:
-    """Every label missing: the gradient is zero (cross entropy's mean of nothing is NaN, and is passed on)."""
+    """Every label missing: the gradient is zero; that of a mean of nothing is what autograd says."""
     torch.manual_seed(5)
     stem, heads, x = nn.Linear(6, 4), [nn.Linear(4, 3), nn.Linear(4, 1)], inputs()
     z = stem(x).tanh()
@@ -176,16 +176,22 @@ def test_batches_without_labels(through: bool) -> None:
     classes = nn.functional.cross_entropy(heads[0](z), torch.full((16,), -100), reduction="sum")
     regression = (heads[1](z)[none] - 1.0).square().sum()
     whole = heads[1](z).square().mean()
-    task_backward([classes, regression, whole], stem.parameters(), features=z if through else None)
+    task_backward([classes, regression, whole], stem.parameters(), features=z if through else None, retain_graph=True)
     for p in stem.parameters():
         assert (p.jac[:2] == 0).all()  # type: ignore[attr-defined]
         assert p.jac[2].abs().max() > 0  # type: ignore[attr-defined]
     z = stem(x).tanh()
-    mean = nn.functional.cross_entropy(heads[0](z), torch.full((16,), -100))
     for p in stem.parameters():
         del p.jac  # type: ignore[attr-defined]
-    task_backward([mean], stem.parameters(), features=z if through else None)
-    assert mean.isnan()
+    means = [
+        nn.functional.cross_entropy(heads[0](z), torch.full((16,), -100)),
+        nn.functional.mse_loss(heads[1](z)[none], torch.zeros(0, 1)),
+    ]
+    assert all(loss.isnan() for loss in means)
+    want = jacobian(means, list(stem.parameters()))
+    task_backward(means, stem.parameters(), features=z if through else None)
+    for p, rows in zip(stem.parameters(), want):
+        torch.testing.assert_close(p.jac, rows, equal_nan=True)  # type: ignore[attr-defined]
 
 
 def test_parameters_that_some_tasks_reach() -> None:
@@ -227,6 +233,19 @@ def test_one_head_for_two_tasks(through: bool) -> None:
     task_backward(losses(z), shared, features=z if through else None)
     assert_equal(jacobians(shared), want)
     assert_equal(gradients(head.parameters()), [h.sum(0) for h in heads])
+
+
+@BOTH
+def test_gradients_of_heads_are_not_one_tensor(through: bool) -> None:
+    """The same numbers arrive at both terms of a sum, in one tensor; the next batch must not be added twice."""
+    torch.manual_seed(8)
+    stem, x = nn.Linear(6, 4), inputs()
+    a, b = (nn.Parameter(torch.zeros(16, 4)) for _ in range(2))
+    for batch in (1.0, 2.0):
+        z = stem(x).tanh()
+        task_backward([(z + (a + b)).square().mean()], stem.parameters(), features=z if through else None)
+        want = 2 * batch * z.detach() / z.numel()
+        assert_equal(gradients([a, b]), [want, want])
 
 
 # ---- the graph -------------------------------------------------------------------------------------------------------

@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kRowThreads)
   for (int k = 0; k < kGroup * kGroup; ++k) sums[k] = 0.0;
   for (Walk<Table> at(table, part, parts); at.more(); at.next())
     for_columns<T, 2 * kGroup, 1>(
-        at, [&](int t) { return t < kGroup ? first + t : min(second + t - kGroup, tasks - 1); },
+        at, [&](int t) { return min(t < kGroup ? first + t : second + t - kGroup, tasks - 1); },
         [&](const double (&v)[2 * kGroup]) {
 #pragma unroll
           for (int b = 0; b < kGroup; ++b)

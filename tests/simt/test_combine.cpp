@@ -91,13 +91,13 @@ void run(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shif
   (device ? cuda::gram : cpu::gram)(dtype_of<T>, rows, out.get(), space.get(), {});
   for (int64_t a = 0; a < tasks; ++a)
     for (int64_t b = 0; b < tasks; ++b) {
-      double want = static_cast<double>(a * tasks + b), terms = std::fabs(want);
+      long double want = a * tasks + b, terms = want;
       for (int64_t p = 0; p < tensors; ++p)
         for (int64_t i = 0; i < sizes[p]; ++i) {
-          want += row(p, a, i) * row(p, b, i);
+          want += static_cast<long double>(row(p, a, i)) * row(p, b, i);
           terms += std::fabs(row(p, a, i) * row(p, b, i));
         }
-      expect("gram", a * tasks + b, out[a * tasks + b], want, 1e-14 * terms);
+      expect("gram", a * tasks + b, out[a * tasks + b], static_cast<double>(want), static_cast<double>(1e-14L * terms));
       if (device) same_in_every_order("gram", out[a * tasks + b]);
     }
 
@@ -106,13 +106,13 @@ void run(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shif
   const auto dots_space = workspace((device ? cuda::dots_workspace : cpu::dots_workspace)(tasks, columns));
   (device ? cuda::dots : cpu::dots)(dtype_of<T>, rows, y.pointers(), products.get(), dots_space.get(), {});
   for (int64_t t = 0; t < tasks; ++t) {
-    double want = static_cast<double>(t), terms = std::fabs(want);
+    long double want = t, terms = want;
     for (int64_t p = 0; p < tensors; ++p)
       for (int64_t i = 0; i < sizes[p]; ++i) {
-        want += row(p, t, i) * value(y.data[p][i]);
+        want += static_cast<long double>(row(p, t, i)) * value(y.data[p][i]);
         terms += std::fabs(row(p, t, i) * value(y.data[p][i]));
       }
-    expect("dots", t, products[t], want, 1e-14 * terms);
+    expect("dots", t, products[t], static_cast<double>(want), static_cast<double>(1e-14L * terms));
     if (device) same_in_every_order("dots", products[t]);
   }
 
