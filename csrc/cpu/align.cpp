@@ -9,29 +9,30 @@ namespace mtlgrad::cpu {
 
 namespace {
 
-// Turns a (T x T, symmetric, both triangles) to diagonal and v to its eigenvectors, in columns.
+// (x, y) <- (c x - s y, s x + c y)
+MTLGRAD_CLONES void turn(double* x, double* y, double c, double s, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    const double old_x = x[k], old_y = y[k];
+    x[k] = c * old_x - s * old_y, y[k] = s * old_x + c * old_y;
+  }
+}
+
+// Turns a (T x T, symmetric, both triangles) to diagonal and v to its eigenvectors, in rows.
 void diagonalise(double* a, double* v, int64_t tasks) {
   for (int sweep = 0; sweep < math::kMaxSweeps; ++sweep) {
     bool turned = false;
     for (int64_t p = 0; p < tasks; ++p)
       for (int64_t q = p + 1; q < tasks; ++q) {
-        const double app = a[p * tasks + p], aqq = a[q * tasks + q], apq = a[p * tasks + q];
+        double *ap = a + p * tasks, *aq = a + q * tasks;
+        const double app = ap[p], aqq = aq[q], apq = ap[q];
         if (math::negligible(app, aqq, apq)) continue;
         turned = true;
         const math::Rotation r = math::rotation(app, aqq, apq);
-        for (int64_t k = 0; k < tasks; ++k) {
-          if (k != p && k != q) {
-            const double akp = a[k * tasks + p], akq = a[k * tasks + q];
-            a[k * tasks + p] = a[p * tasks + k] = r.c * akp - r.s * akq;
-            a[k * tasks + q] = a[q * tasks + k] = r.s * akp + r.c * akq;
-          }
-          const double vkp = v[k * tasks + p], vkq = v[k * tasks + q];
-          v[k * tasks + p] = r.c * vkp - r.s * vkq;
-          v[k * tasks + q] = r.s * vkp + r.c * vkq;
-        }
-        a[p * tasks + p] = app - r.t * apq;
-        a[q * tasks + q] = aqq + r.t * apq;
-        a[p * tasks + q] = a[q * tasks + p] = 0.0;
+        turn(ap, aq, r.c, r.s, tasks);
+        ap[p] = app - r.t * apq, aq[q] = aqq + r.t * apq, ap[q] = aq[p] = 0.0;
+        for (int64_t k = 0; k < tasks; ++k) a[k * tasks + p] = ap[k], a[k * tasks + q] = aq[k];
+        turn(v + p * tasks, v + q * tasks, r.c, r.s, tasks);
       }
     if (!turned) return;
   }
@@ -73,16 +74,19 @@ void align(const double* gram, const double* preference, Scale scale, double rto
   const int64_t rank = math::numerical_rank(descending, tasks, rtol);
   const double square = rank > 0 ? math::scale_square(descending, rank, static_cast<int>(scale)) : 0.0;
 
+  double* b = out.transform;
+  for (int64_t i = 0; i < tasks; ++i)
+    for (int64_t j = 0; j < tasks; ++j) b[i * tasks + j] = rank == 0 && i == j ? 1.0 : 0.0;
+  for (int64_t k = 0; k < tasks; ++k) {
+    if (rank == 0 || values[k] < descending[rank - 1]) continue;
+    const double* vk = v + k * tasks;
+    const double stretch = std::sqrt(square / values[k]);
+    for (int64_t i = 0; i < tasks; ++i)
+      for (int64_t j = 0; j < tasks; ++j) b[i * tasks + j] += stretch * vk[i] * vk[j];
+  }
   for (int64_t i = 0; i < tasks; ++i) {
     out.weights[i] = 0.0;
-    for (int64_t j = 0; j < tasks; ++j) {
-      double b = rank == 0 && i == j ? 1.0 : 0.0;
-      for (int64_t k = 0; k < tasks; ++k)
-        if (rank > 0 && values[k] >= descending[rank - 1])
-          b += std::sqrt(square / values[k]) * v[i * tasks + k] * v[j * tasks + k];
-      out.transform[i * tasks + j] = b;
-      out.weights[i] += b * preference[j];
-    }
+    for (int64_t j = 0; j < tasks; ++j) out.weights[i] += b[i * tasks + j] * preference[j];
     out.singular_values[i] = std::sqrt(descending[i]) * std::sqrt(largest);
   }
   *out.rank = rank;

@@ -123,7 +123,7 @@ def combine_of(tables: list[Group], weights: Tensor, tasks: int, out: list[Tenso
             group.sizes,
             tasks,
             weights.data_ptr(),
-            [part.data_ptr() for part in parts],
+            list(map(Tensor.data_ptr, parts)),
             *place(weights.device),
         )
         found.update(zip(group.places, parts, strict=True))
