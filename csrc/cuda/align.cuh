@@ -100,8 +100,8 @@ __device__ __forceinline__ void diagonalise(double* a, double* v, int n, int str
   }
 }
 
-// One block does it all, in shared memory: the matrix and its eigenvectors, with a row and a column of zeros if T is odd
-// and a stride that is odd. The upper triangle of `gram` counts.
+// One block does it all, in shared memory: the matrix and its eigenvectors, with a row and a column of zeros if T is
+// odd and a stride that is odd. The upper triangle of `gram` counts.
 template <int kThreads, int kPairs>
 __global__ void __launch_bounds__(kThreads)
     align_kernel(const double* __restrict__ gram, const double* __restrict__ preference, Scale scale, double rtol,
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads)
   const int thread = static_cast<int>(threadIdx.x), n = tasks + tasks % 2, stride = n + 1;
   double *a = matrices, *v = matrices + n * stride;
 
-  // Only the place (i, j), i <= j, and its mirror image are touched by the thread that has it, so that scaling needs no
-  // more than the diagonal from others: barrier 1, it is there; barrier 2, all have read it before it is scaled.
+  // A thread loads and scales the same entries i <= j and their mirror images; of the others' it needs the diagonal.
+  // Barrier 1: that is there; barrier 2: all have read it before it is scaled; vote: all is scaled.
   bool finite = true;
   for (int k = thread; k < n * n; k += kThreads) {
     const int i = k / n, j = k % n;

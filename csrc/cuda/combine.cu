@@ -18,8 +18,8 @@ using LargeTable = SmallTable;
 #endif
 static_assert(sizeof(SmallTable) <= 4096 - 64);
 
-// Blocks of a launch that leave partial sums: eight for each of the 132 multiprocessors of an H100 or H200, a whole number
-// of waves there and nearly one on an A100. A constant, so that the order of the sums is the same on every device.
+// Blocks of a launch that leave partial sums: eight for each of the 132 multiprocessors of an H100 or H200; two at a
+// time on each of an A100's 108 they are 4.9 waves. A constant, so that the order of sums is the same on every device.
 constexpr int64_t kMaxBlocks = 8 * 132;
 
 int64_t groups_of(int64_t tasks) { return (tasks + kGroup - 1) / kGroup; }
@@ -57,8 +57,8 @@ void for_tasks(int64_t tasks, const Body& body) {
 // Segments are short enough for 32-bit arithmetic; a tensor below kFewColumns is not worth two of them.
 constexpr int64_t kMaxSegment = 1 << 30, kFewColumns = 4 * kRowThreads;
 
-// Fills tables with the tensors that are not empty, `others` behind the rows if it is given, and calls launch(table) for
-// each that is full and for the last. What is aligned of a tensor and what is left of it are segments of their own.
+// Fills tables with the tensors that are not empty, `others` behind the rows if it is given, and calls launch(table)
+// for each that is full and for the last. What is aligned of a tensor and what is left of it are two segments.
 template <typename T, typename Table, typename Launch>
 void fill_tables(const Rows& rows, const void* const* others, int columns, const Launch& launch) {
   Table table;

@@ -25,9 +25,9 @@ struct Segment {
 };
 
 // What a launch works on, passed by value: a kernel's parameters lie in the constant cache, need no copy and no memory
-// that would have to outlive the call, and a CUDA graph keeps them. Segment p is segments[p] and pointers[p * stride + t],
-// one for every row and then, for dots and combine, that of the vector or of the output. All segments, one behind the
-// other, are cut into work items of one number of columns; only the last item of a segment may be shorter.
+// that would have to outlive the call, and a CUDA graph keeps them. Segment p is segments[p] and the pointers[p *
+// stride + t]: one for every row and then, for dots and combine, that of the vector or of the output. All segments, one
+// behind the other, are cut into work items of one number of columns; only the last item of a segment may be shorter.
 template <int kSegmentCapacity, int kPointerCapacity>
 struct Table {
   static constexpr int kSegments = kSegmentCapacity, kPointers = kPointerCapacity;
@@ -155,9 +155,9 @@ __device__ __forceinline__ const T* row_of(const Walk<Table>& at, int t) {
   return static_cast<const T*>(at.table.pointers[at.segment * at.table.stride + t]);
 }
 
-// use(v) for each column of kPackets packets from column c of the item on, a block's width apart; all loads are under way
-// before the first use. The way out half through a packet is never taken, as packets are whole. It keeps the compiler
-// from converting the second half early, for which many rows leave no registers.
+// use(v) for each column of kPackets packets from column c of the item on, a block's width apart; all loads are under
+// way before the first use. The way out between two pairs of columns is never taken, as packets are whole: it keeps the
+// compiler from converting the next pair early, for which many rows leave no registers (sm_90 would spill).
 template <typename T, int kRows, int kPackets, typename Row, typename Use>
 __device__ __forceinline__ void for_packets(int c, int count, const Row& row, const Use& use) {
   Packet<T> x[kPackets][kRows];
@@ -262,8 +262,8 @@ __host__ __device__ __forceinline__ int64_t triangle(int64_t i, int64_t j, int64
   return i * n - i * (i - 1) / 2 + j - i;
 }
 
-// Where in the workspace the pair of rows i <= j is: the triangle of all pairs, or, with more than kGroup rows, kGroup^2
-// for each pair of groups.
+// Where in the workspace the pair of rows i <= j is: the triangle of all pairs, or, with more than kGroup rows,
+// kGroup^2 for each pair of groups.
 __host__ __device__ __forceinline__ int64_t gram_slot(int64_t i, int64_t j, int64_t tasks) {
   if (tasks <= kGroup) return triangle(i, j, tasks);
   const int64_t groups = (tasks + kGroup - 1) / kGroup;
@@ -271,8 +271,8 @@ __host__ __device__ __forceinline__ int64_t gram_slot(int64_t i, int64_t j, int6
 }
 
 // The products of up to kGroup rows with one another; reads every row once. A block walks over its part of the items
-// with all T (T + 1) / 2 sums of its threads in registers; there is no barrier on the way, so that a warp that waits for
-// memory holds up no other. A float32 product is exact in float64.
+// with all T (T + 1) / 2 sums of its threads in registers; there is no barrier on the way, so that a warp that waits
+// for memory holds up no other. A float32 product is exact in float64.
 template <typename T, int kTasks, typename Table>
 __global__ void __launch_bounds__(kRowThreads, kTasks <= 4 ? 3 : 2)
     gram_kernel(const __grid_constant__ Table table, double* workspace) {

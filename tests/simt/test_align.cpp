@@ -1,6 +1,6 @@
-// The kernels of the `align` stem, host's and emulated device's, against an eigensolver of this file's own in long double.
-// For the sanitizers: every array is a heap block of exactly its size, outputs and workspace start as NaN, and threads
-// run in three orders.
+// The kernels of the `align` stem, host's and emulated device's, against an eigensolver of this file's own in long
+// double. For the sanitizers: every array is a heap block of exactly its size, outputs and workspace start as NaN, and
+// threads run in three orders.
 #include <algorithm>
 #include <limits>
 #include <random>
@@ -161,7 +161,7 @@ static void check(bool device, const std::vector<double>& gram, const Reference&
 
 static void check_all(bool device) {
   for (const int64_t n : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 20, 33, 64}) {
-    if (device && n > 17 && emu::options.order != emu::Order::forward && n != 33) continue;
+    if (n > 9 && n != 20 && emu::options.order != emu::Order::forward) continue;  // for time's sake
     for (const double size : {1.0, 1e-20, 1e20}) {
       if (n > 9 && size != 1.0) continue;
       for (const int64_t kind : {0, 1, 2}) {  // more components than tasks; fewer; gradients that repeat
