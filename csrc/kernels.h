@@ -127,7 +127,7 @@ int64_t gram_workspace(int64_t tasks, int64_t columns);
 int64_t dots_workspace(int64_t tasks, int64_t columns);
 
 // out [T, T] += <row i, row j>, products and sums in float64, which no float32 can overflow or underflow; in an order
-// that depends on the sizes alone.
+// that depends on the sizes alone (on a device also on whether rows begin at multiples of 16 bytes).
 void gram(DType, Rows, double* out, double* workspace, Place);
 
 // out [T] += <row t, vector>, vector [P] tensors of the rows' sizes and type; float64 as above.

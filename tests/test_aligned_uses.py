@@ -140,12 +140,15 @@ def test_copies_and_files(used: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_moved_to_another_type(dtype: torch.dtype) -> None:
     """The module converted after its first use: results stay float64, gradients are in the features' type."""
-    model, x = Whole(Net()), inputs()
+    preference = torch.tensor([1.0, 0.5, 3.0])
+    model, x = Whole(Net(), preference=preference), inputs()
     model(x).backward()
     model.zero_grad()
+    before = model.aligned.weights
     model, x = model.to(dtype), x.to(dtype)
+    assert torch.equal(model.aligned.weights, before)  # type: ignore[arg-type]
     features, rows = at_features(model.net, x)
-    want = procrustes(rows)
+    want = procrustes(rows, preference)
     model(x).backward()
     assert near(model.aligned.weights, want.weights, 1e-9)  # type: ignore[arg-type]  # of the same rounded gradients
     assert model.aligned.weights.dtype == torch.float64  # type: ignore[union-attr]

@@ -18,8 +18,9 @@ using LargeTable = SmallTable;
 #endif
 static_assert(sizeof(SmallTable) <= 4096 - 64);
 
-// Blocks of a launch that leave partial sums: eight for each of the 132 multiprocessors of an H100 or H200; two at a
-// time on each of an A100's 108 they are 4.9 waves. A constant, so that the order of sums is the same on every device.
+// Blocks of a launch, the most that leave partial sums: eight for each of the 132 multiprocessors of an H100 or H200;
+// two at a time on each of an A100's 108 they are 4.9 waves. A constant, so that the order of sums is the same on every
+// device.
 constexpr int64_t kMaxBlocks = 8 * 132;
 
 int64_t groups_of(int64_t tasks) { return (tasks + kGroup - 1) / kGroup; }
@@ -172,7 +173,7 @@ void combine(DType dtype, Rows rows, const double* weights, void* const* out, Pl
     using T = std::remove_pointer_t<decltype(type)>;
     for_tables<T>("combine", rows, out, item_columns<T>(kCombinePackets), [&](const auto& table) {
       using Table = std::decay_t<decltype(table)>;
-      KERNEL_LAUNCH((combine_kernel<T, Table>), parts_for(table.items, 4 * kMaxBlocks), kRowThreads, 0,
+      KERNEL_LAUNCH((combine_kernel<T, Table>), parts_for(table.items, kMaxBlocks), kRowThreads, 0,
                     static_cast<cudaStream_t>(place.stream), table, weights);
     });
   });

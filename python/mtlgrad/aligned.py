@@ -125,7 +125,9 @@ class AlignedMTL(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AlignedMTL:
         super()._apply(fn, recurse)
-        self._prepare(fn(self._result.weights).device)
+        device = fn(self._result.weights).device
+        if device != self._result.weights.device:
+            self._prepare(device)
         return self
 
     def _prepare(self, device: torch.device) -> None:

@@ -86,7 +86,8 @@ void run(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shif
     return first;
   };
 
-  if (tasks < 100) {  // the emulator takes a second for each
+  // A large table is slow in the emulator, where every thread copies it: gram for one, dots for the other.
+  if (tensors != 40) {
     const auto products = results(tasks * tasks, (device ? cuda::gram_workspace : cpu::gram_workspace)(tasks, columns),
                                   [&](double* out, double* workspace) {
                                     (device ? cuda::gram : cpu::gram)(dtype_of<T>, rows, out, workspace, {});
@@ -103,18 +104,20 @@ void run(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shif
                static_cast<double>(1e-14L * terms));
       }
   }
-  const auto along = results(tasks, (device ? cuda::dots_workspace : cpu::dots_workspace)(tasks, columns),
-                             [&](double* out, double* workspace) {
-                               (device ? cuda::dots : cpu::dots)(dtype_of<T>, rows, y.pointers(), out, workspace, {});
-                             });
-  for (int64_t t = 0; t < tasks; ++t) {
-    long double want = t, terms = want;
-    for (int64_t p = 0; p < tensors; ++p)
-      for (int64_t i = 0; i < sizes[p]; ++i) {
-        want += static_cast<long double>(row(p, t, i)) * value(y.data[p][i]);
-        terms += std::fabs(row(p, t, i) * value(y.data[p][i]));
-      }
-    expect("dots", t, along[t], static_cast<double>(want), static_cast<double>(1e-14L * terms));
+  if (tensors <= 40) {
+    const auto along = results(tasks, (device ? cuda::dots_workspace : cpu::dots_workspace)(tasks, columns),
+                               [&](double* out, double* workspace) {
+                                 (device ? cuda::dots : cpu::dots)(dtype_of<T>, rows, y.pointers(), out, workspace, {});
+                               });
+    for (int64_t t = 0; t < tasks; ++t) {
+      long double want = t, terms = want;
+      for (int64_t p = 0; p < tensors; ++p)
+        for (int64_t i = 0; i < sizes[p]; ++i) {
+          want += static_cast<long double>(row(p, t, i)) * value(y.data[p][i]);
+          terms += std::fabs(row(p, t, i) * value(y.data[p][i]));
+        }
+      expect("dots", t, along[t], static_cast<double>(want), static_cast<double>(1e-14L * terms));
+    }
   }
 
   // Into tensors of its own, then into the last row.
@@ -132,6 +135,7 @@ void run(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shif
   Tensors<T> sum(1, sizes, shift);
   for (int64_t p = 0; p < tensors; ++p) std::fill_n(sum.data[p], sizes[p], T(static_cast<float>(nan)));
   for (const bool in_place : {false, true}) {
+    if (in_place && tensors >= 40) break;
     emu::options.order = in_place ? emu::Order::backward : emu::Order::forward;
     std::vector<void*> outputs;
     for (int64_t p = 0; p < tensors; ++p) outputs.push_back(in_place ? x.data[p * tasks + tasks - 1] : sum.data[p]);
@@ -150,7 +154,8 @@ template <typename T>
 void all(bool device) {
   for (const int64_t tasks : {1, 2, 3, 4, 5, 6, 7, 8, 9})
     for (const int shift : {0, 1, -1})
-      if (shift == 0 || tasks <= 3 || tasks >= 8) run<T>(device, tasks, {0, 1, 31, 32, 33, 255, 257, 1000, 0}, shift);
+      if (shift == 0 ? tasks < 4 || tasks > 6 || sizeof(T) == 4 : tasks == 3 || tasks >= 8)
+        run<T>(device, tasks, {0, 1, 31, 32, 33, 255, 257, 1000, 0}, shift);
   for (const int64_t size : {0, 1, 31, 32, 33, 255, 257, 1000, 1024, 1028})
     run<T>(device, 2, {size}, static_cast<int>(size % 2));
   for (const int64_t tasks : {1, 3, 8}) run<T>(device, tasks, {4096, 8197, 20001}, 0);  // whole items, and remainders
@@ -170,6 +175,14 @@ static void full_tables(bool device) {
   run<float>(device, 20, {33, 1000}, -1);
 }
 
+// More work items than blocks, so that a block goes from one tensor to the next.
+static void long_walks() {
+  std::vector<int64_t> sizes;
+  for (int64_t p = 0; p < 22; ++p) sizes.push_back(1025 + 37 * p);
+  sizes.push_back(1150000);
+  run<double>(true, 5, sizes, 0);
+}
+
 int main() {
   try {
     for (const bool device : {false, true}) {
@@ -180,6 +193,7 @@ int main() {
       all<double>(device);
       full_tables(device);
     }
+    long_walks();
   } catch (const std::exception& e) {
     std::printf("EMULATOR ERROR %s\n", e.what());
     ++failures;

@@ -6,7 +6,8 @@ mixed from parameter to parameter; any sizes. Rows are copied only where their e
 same order (channels_last is one) in all rows.
 
 Sums that decide anything, :func:`gram` and :func:`dots`, are float64: products of float32 are exact there, and no
-scale overflows or underflows. Their order depends on the sizes alone: the bits do not depend on threads or scheduling.
+scale overflows or underflows. Their order depends on the sizes alone (on CUDA also on the rows'
+alignment): the bits do not depend on threads or scheduling.
 
 Errors: ``ValueError`` for rows that do not fit together, ``RuntimeError`` for shapes, dtypes and devices. NaN and
 infinity are passed on; ``check_finite=True`` reads the result on the host and names the task.
@@ -85,8 +86,8 @@ def combine(rows: Rows | Stacked, weights: Tensor, out: Row | None = None) -> Te
     Args:
         rows: T rows.
         weights: [T], any floating dtype, on the rows' device. A weight of zero does not hide NaN in its row.
-        out: written in place if given: a tensor or tensors like a row, dense, each apart from the rows or exactly one
-            of them. Not differentiable then.
+        out: written in place if given: a tensor or tensors like a row, dense, each apart from the rows or exactly the
+            tensor of one of them in its place. Not differentiable then.
 
     Returns:
         ``out``, or new tensors shaped and typed like a row (a list of tensors if rows are). Summed in float32 (float64
