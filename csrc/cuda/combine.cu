@@ -55,6 +55,15 @@ void for_tasks(int64_t tasks, const Body& body) {
   }
 }
 
+// The same for dots, which reads a last row twice (from the cache) rather than have a kernel for every number of rows.
+template <typename Body>
+void for_dots_rows(int64_t tasks, const Body& body) {
+  if (tasks == 1) return body(std::integral_constant<int, 1>{});
+  if (tasks == 2) return body(std::integral_constant<int, 2>{});
+  if (tasks <= 4) return body(std::integral_constant<int, 4>{});
+  body(std::integral_constant<int, kGroup>{});
+}
+
 // Segments are short enough for 32-bit arithmetic; a tensor below kFewColumns is not worth two of them.
 constexpr int64_t kMaxSegment = 1 << 30, kFewColumns = 4 * kRowThreads;
 
@@ -152,7 +161,7 @@ void dots(DType dtype, Rows rows, const void* const* vector, double* out, double
   const auto groups = static_cast<unsigned>(groups_of(rows.tasks));
   for_row_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_tasks(rows.tasks, [&](auto constant) {
+    for_dots_rows(rows.tasks, [&](auto constant) {
       constexpr int kRows = decltype(constant)::value;
       for_tables<T>("dots", rows, vector, item_columns<T>(packets_for(kRows)), [&](const auto& table) {
         using Table = std::decay_t<decltype(table)>;
