@@ -1,7 +1,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -173,6 +175,60 @@ void bind_combine(py::module_& m, const CombineKernels& kernels) {
   });
 }
 
+// The kernels of the `adatask` stem on one device.
+struct AdataskKernels {
+  decltype(&cpu::adatask_workspace) workspace;
+  decltype(&cpu::adatask) step;
+};
+
+void* const* table_of(const Pointers& pointers) {
+  return pointers.empty() ? nullptr : reinterpret_cast<void* const*>(pointers.data());
+}
+
+void bind_adatask(py::module_& m, const AdataskKernels& kernels) {
+  m.def("adatask_workspace", kernels.workspace);
+
+  // numbers: lr, first_decay, second_decay, eps, weight_decay, lr_decay, square_decay; flags: extra, decoupled, maximize,
+  // stochastic.
+  m.def("adatask",
+        [run = kernels.step](int parameter_type, int moment_type, int rule, const std::array<double, 7>& numbers,
+                             const std::array<bool, 4>& flags, const std::vector<double>& weights, Ptr lr_tensor,
+                             const Sizes& sizes, const Pointers& parameters, const Pointers& gradients,
+                             const Pointers& first, const Pointers& second, const Pointers& largest,
+                             const Pointers& buffers, const Pointers& steps, const Pointers& squares, const Sizes& keys,
+                             Ptr present, Ptr workspace, int threads, Ptr stream, int index) {
+          py::gil_scoped_release nogil;
+          const size_t tensors = sizes.size(), entries = tensors * weights.size();
+          const auto fits = [](const Pointers& table, size_t size) { return table.empty() || table.size() == size; };
+          if (parameters.size() != tensors || steps.size() != tensors || keys.size() != tensors ||
+              gradients.size() != entries || second.size() != entries || !fits(first, entries) ||
+              !fits(largest, entries) || !fits(buffers, tensors) || !fits(squares, tensors))
+            throw std::invalid_argument("adatask: tables disagree");
+          const TaskMoments table{static_cast<int64_t>(weights.size()),
+                                  static_cast<int64_t>(tensors),
+                                  sizes.data(),
+                                  table_of(parameters),
+                                  reinterpret_cast<const void* const*>(gradients.data()),
+                                  table_of(first),
+                                  table_of(second),
+                                  table_of(largest),
+                                  table_of(buffers),
+                                  reinterpret_cast<const float* const*>(steps.data()),
+                                  squares.empty() ? nullptr : reinterpret_cast<double* const*>(squares.data()),
+                                  keys.data(),
+                                  as<const bool>(present)};
+          Adaptive by;
+          by.rule = static_cast<Rule>(rule);
+          std::tie(by.extra, by.decoupled, by.maximize, by.stochastic) = std::tuple_cat(flags);
+          std::tie(by.lr, by.first_decay, by.second_decay, by.eps, by.weight_decay, by.lr_decay, by.square_decay) =
+              std::tuple_cat(numbers);
+          by.lr_tensor = as<const double>(lr_tensor);
+          by.weights = weights.data();
+          run(dtype_of(parameter_type), dtype_of(moment_type), table, by, as<double>(workspace),
+              {threads, as<void>(stream), index});
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -197,6 +253,7 @@ PYBIND11_MODULE(_C, m) {
                         cpu::sampled_moments, cpu::precision_mean, cpu::weighted_mean});
   bind_combine(on_cpu, {cpu::gram_workspace, cpu::dots_workspace, cpu::gram, cpu::dots, cpu::combine,
                         cpu::align_workspace, cpu::align});
+  bind_adatask(on_cpu, {cpu::adatask_workspace, cpu::adatask});
 
 #ifdef MTLGRAD_WITH_CUDA
   m.attr("cuda_compiled") = true;
@@ -210,6 +267,7 @@ PYBIND11_MODULE(_C, m) {
                          cuda::sample_residuals, cuda::sampled_moments, cuda::precision_mean, cuda::weighted_mean});
   bind_combine(on_cuda, {cuda::gram_workspace, cuda::dots_workspace, cuda::gram, cuda::dots, cuda::combine,
                          cuda::align_workspace, cuda::align});
+  bind_adatask(on_cuda, {cuda::adatask_workspace, cuda::adatask});
 #else
   m.attr("cuda_compiled") = false;
   m.attr("cuda_archs") = "";

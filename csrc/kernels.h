@@ -69,6 +69,42 @@ struct Alignment {
 // The largest number of tasks that align takes.
 constexpr int64_t kMaxAlignTasks = 64;
 
+// The optimizer that AdaTask (arXiv 2211.15055) gives moments of each task's own.
+enum class Rule : int { adam = 0, rmsprop = 1, adagrad = 2 };
+
+// What a step of it goes by; math/adatask.h has the formulas.
+struct Adaptive {
+  Rule rule;
+  bool extra;      // Adam: amsgrad; RMSProp: centered
+  bool decoupled;  // weight decay of the parameter itself, not through the gradient
+  bool maximize;
+  bool stochastic;          // rounding of bfloat16 moments
+  double lr;                // unless lr_tensor
+  const double* lr_tensor;  // [1], on the kernel's device, or null
+  double first_decay;       // beta1; RMSProp: momentum
+  double second_decay;      // beta2; RMSProp: alpha
+  double eps, weight_decay, lr_decay;
+  double square_decay;    // of the average squared updates
+  const double* weights;  // [T] in host memory
+};
+
+// P parameters, the gradients of T tasks and their moments. Every table is in host memory, of pointers to memory on the
+// kernel's device, and read when the kernel returns; those of entries p * tasks + t are "[P, T]". Null tables: none.
+struct TaskMoments {
+  int64_t tasks, tensors;
+  const int64_t* sizes;          // [P]
+  void* const* parameters;       // [P]
+  const void* const* gradients;  // [P, T], of the parameters' type
+  void* const* first;            // [P, T], of the moments' type: Adam, and RMSProp if centered
+  void* const* second;           // [P, T]
+  void* const* largest;          // [P, T]: amsgrad
+  void* const* buffers;          // [P]: RMSProp with momentum
+  const float* const* steps;     // [P], each [T]: the number of this step, from 1
+  double* const* squares;        // [P], each [T]: the average squared updates
+  const int64_t* keys;           // [P]: what tells parameters apart in stochastic rounding
+  const bool* present;           // [T] on the kernel's device: the tasks that take part; null: all
+};
+
 // Where a kernel runs: the host reads `threads`, a device the other two.
 struct Place {
   int threads = 1;
@@ -143,6 +179,15 @@ int64_t align_workspace(int64_t tasks);
 void align(const double* gram, const double* preference, Scale, double rtol, int64_t tasks, Alignment,
            double* workspace, Place);
 
+// One optimizer step, every element read and written once: moments and parameters in place, and, where `squares` is
+// given, squares[p][t] <- square_decay squares[p][t] + (1 - square_decay) * the sum of squares over the tensor of the
+// task's update. Float32 arithmetic (float64 for float64), rounded once to the type that is stored. A task that is not
+// present keeps its moments and adds nothing. Types: float32 and bfloat16 parameters with float32 or bfloat16 moments,
+// float64 with float64. RMSProp's buffer holds the sum over tasks: b <- momentum b + sum_t w_t g_t / (...), parameter
+// <- parameter - lr b. `workspace` holds adatask_workspace(...) float64, and is needed for `squares` alone.
+int64_t adatask_workspace(int64_t tasks, int64_t tensors, int64_t columns);
+void adatask(DType parameters, DType moments, const TaskMoments&, const Adaptive&, double* workspace, Place);
+
 }  // namespace cpu
 
 // The same signatures, on device memory.
@@ -161,6 +206,8 @@ decltype(cpu::dots) dots;
 decltype(cpu::combine) combine;
 decltype(cpu::align_workspace) align_workspace;
 decltype(cpu::align) align;
+decltype(cpu::adatask_workspace) adatask_workspace;
+decltype(cpu::adatask) adatask;
 
 int device_count();          // 0 without a driver or a device; never throws
 std::string device_error();  // why device_count() is 0, or ""

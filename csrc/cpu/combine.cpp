@@ -8,6 +8,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "cpu/columns.h"
 #include "cpu/half.h"
 #include "cpu/parallel.h"
 
@@ -20,39 +21,13 @@ namespace mtlgrad::cpu {
 namespace {
 
 using Vec = double __attribute__((vector_size(64)));
-constexpr int64_t kLanes = 8, kPanel = 256;  // columns at a time: 8 rows of float64 are 16 KiB, half an L1 cache
+constexpr int64_t kLanes = 8;
 
-constexpr int64_t kMostSums = 1 << 22;  // float64 of workspace: 32 MiB, which only hundreds of tasks would pass
+int64_t columns_of(const Rows& rows) { return cpu::columns_of(rows.sizes, rows.tensors); }
 
-// The columns of all tensors, one after another, are cut into `slots` contiguous shares: as many as keep threads busy,
-// depending on sizes alone (with `sums` numbers kept for each), so that sums have the same order whatever the number of threads.
-struct Shares {
-  int64_t columns, slots, size;
-  Shares(int64_t total, int64_t sums) : columns(total) {
-    slots = std::clamp<int64_t>(total / 32768, 1, 256);
-    slots = std::min(slots, std::max<int64_t>(kMostSums / sums, 1));
-    size = (total + slots - 1) / slots;
-    size = (size + kPanel - 1) / kPanel * kPanel;
-  }
-};
-
-int64_t columns_of(const Rows& rows) {
-  int64_t total = 0;
-  for (int64_t p = 0; p < rows.tensors; ++p) total += rows.sizes[p];
-  return total;
-}
-
-// Calls visit(tensor, first element, count, column) for the pieces of [begin, end) of the columns, at most `most` long.
 template <typename Visit>
 void for_pieces(const Rows& rows, int64_t begin, int64_t end, int64_t most, const Visit& visit) {
-  int64_t p = 0, start = 0;
-  while (p < rows.tensors && start + rows.sizes[p] <= begin) start += rows.sizes[p++];
-  for (int64_t column = begin; column < end;) {
-    while (start + rows.sizes[p] <= column) start += rows.sizes[p++];
-    const int64_t count = std::min({end - column, start + rows.sizes[p] - column, most - (column - begin) % most});
-    visit(p, column - start, count, column);
-    column += count;
-  }
+  cpu::for_pieces(rows.sizes, rows.tensors, begin, end, most, visit);
 }
 
 template <typename S>

@@ -1,5 +1,6 @@
 """The operations themselves: checked tensor functions over the compiled kernels."""
 
+from .adatask import adatask_adagrad, adatask_adam, adatask_rmsprop
 from .align import AlignResult, align, merge
 from .combine import Stacked, combine, dots, gram
 from .moments import binary_moments, multiclass_moments, precision_mean, regression_moments, sampled_moments
@@ -7,6 +8,9 @@ from .moments import binary_moments, multiclass_moments, precision_mean, regress
 __all__ = [
     "AlignResult",
     "Stacked",
+    "adatask_adagrad",
+    "adatask_adam",
+    "adatask_rmsprop",
     "align",
     "binary_moments",
     "combine",

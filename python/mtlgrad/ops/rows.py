@@ -124,11 +124,11 @@ def _explain(op: str, tensors: list[Tensor], tasks: int, stacked: bool, count: i
             refuse(message)
 
 
-def _dense(tensor: Tensor) -> bool:
+def dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-def _in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
+def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` with the element order of `like`, which is dense; a copy only where it has another."""
     if tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous()):
         return tensor
@@ -137,7 +137,7 @@ def _in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 def empty_like_row(part: Tensor) -> Tensor:
     """Memory for a result, in the element order that `groups` takes for rows like `part`."""
-    return torch.empty_like(part, memory_format=torch.preserve_format if _dense(part) else torch.contiguous_format)
+    return torch.empty_like(part, memory_format=torch.preserve_format if dense(part) else torch.contiguous_format)
 
 
 class Group(NamedTuple):
@@ -165,7 +165,7 @@ def _stacked_group(tensors: list[Tensor], tasks: int, count: int, places: list[i
     kept = [tensors[p] for p in places]
     orders = [tensor[0] for tensor in kept]
     for i, order in enumerate(orders):
-        if not _dense(order):
+        if not dense(order):
             kept[i] = kept[i].contiguous()
             orders[i] = kept[i][0]
     pointers: list[int] = []
@@ -179,8 +179,8 @@ def _listed_group(tensors: list[Tensor], tasks: int, count: int, places: list[in
     orders = [tensors[p] for p in places]
     kept = [tensors[t * count + p] for p in places for t in range(tasks)]
     if not all(map(Tensor.is_contiguous, kept)):
-        orders = [order if _dense(order) else order.contiguous() for order in orders]
-        kept = [_in_order_of(tensor, orders[i // tasks]) for i, tensor in enumerate(kept)]
+        orders = [order if dense(order) else order.contiguous() for order in orders]
+        kept = [in_order_of(tensor, orders[i // tasks]) for i, tensor in enumerate(kept)]
     pointers = list(map(Tensor.data_ptr, kept))
     return Group(DTYPE_CODES[orders[0].dtype], pointers, [order.numel() for order in orders], orders, places, kept)
 
@@ -191,7 +191,7 @@ def columns(group: Group) -> int:
 
 def in_order(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """One row-like list of tensors (a vector, an output) in the element orders of the group's rows."""
-    return [_in_order_of(tensors[p], order) for p, order in zip(group.places, group.orders, strict=True)]
+    return [in_order_of(tensors[p], order) for p, order in zip(group.places, group.orders, strict=True)]
 
 
 __all__ = ["Row", "Rows", "Stacked"]

@@ -1,0 +1,97 @@
+// Formulas of the `adatask` stem (AdaTask, arXiv 2211.15055), shared by the host and device kernels: one element of one
+// parameter, one task. With g the task's gradient (negated to maximize, plus weight decay times the parameter), m and v
+// the task's own moments:
+//   m <- m + first_weight (g - m),   v <- keep v + (add g) g,
+//   the task's update = step x / (root_scale sqrt(s) + eps).
+//             x   s            keep, add    first_weight   root_scale              step
+//   Adam      m   v (amsgrad:  b2, 1 - b2   1 - b1         1 / sqrt(1 - b2^k)      -lr w / (1 - b1^k)
+//                 its maximum)
+//   RMSProp   g   v (centered: a, 1 - a     1 - a          1                       -lr w (with momentum: w)
+//                 v - m^2)
+//   AdaGrad   g   v            1, 1         -              1                       -lr w / (1 + (k - 1) lr_decay)
+// at the task's k-th step, w being its weight. A parameter moves by the sum of the updates of all tasks.
+#pragma once
+#include "math/scalar.h"
+
+namespace mtlgrad::math {
+
+// Which moments there are, and what they are for.
+enum class Moments : int { adam = 0, amsgrad = 1, square = 2, centered = 3 };
+
+template <Moments kMoments>
+constexpr bool has_first = kMoments != Moments::square;
+
+template <typename F>
+struct TaskCoefficients {
+  F first_weight, keep, add, root_scale, eps, step;
+};
+
+// What depends on the task's step count, in float64; the rest is the same for all tasks. `length`: of the parameter's
+// update for a direction of one, which is `step` unless a buffer comes between the two.
+struct TaskStep {
+  double root_scale, step, length;
+};
+
+// rule: 0 Adam, 1 RMSProp, 2 AdaGrad, as mtlgrad::Rule.
+MTLGRAD_INLINE TaskStep task_step(int rule, double lr, double weight, double first_decay, double second_decay,
+                                  double lr_decay, bool buffered, double count) {
+  if (rule == 1) return {1.0, buffered ? weight : -lr * weight, -lr * weight};
+  if (rule == 2) {
+    const double step = -lr * weight / (1.0 + (count - 1.0) * lr_decay);
+    return {1.0, step, step};
+  }
+  const double step = -lr * weight / (1.0 - pow(first_decay, count));
+  return {1.0 / sqrt(1.0 - pow(second_decay, count)), step, step};
+}
+
+MTLGRAD_INLINE float square_root(float x) { return sqrtf(x); }
+MTLGRAD_INLINE double square_root(double x) { return sqrt(x); }
+
+// Updates the moments and returns x / (root_scale sqrt(s) + eps). `first` is untouched without a first moment, `largest`
+// but for amsgrad.
+template <Moments kMoments, typename F>
+MTLGRAD_INLINE F task_direction(F g, F& first, F& second, F& largest, const TaskCoefficients<F>& c) {
+  if constexpr (has_first<kMoments>) first = first + c.first_weight * (g - first);
+  second = c.keep * second + (c.add * g) * g;
+  F square = second;
+  if constexpr (kMoments == Moments::amsgrad) {
+    largest = second > largest || second != second ? second : largest;  // NaN stays, as in torch.maximum
+    square = largest;
+  }
+  if constexpr (kMoments == Moments::centered) {
+    square = second - first * first;
+    square = square < F(0) ? F(0) : square;  // by rounding alone; NaN stays
+  }
+  const F x = kMoments == Moments::adam || kMoments == Moments::amsgrad ? first : g;
+  return x / (c.root_scale * square_root(square) + c.eps);
+}
+
+// ---- stochastic rounding to bfloat16 --------------------------------------------------------------------------------
+
+// 32 random bits for element `index` (its lower 32 bits) of a stream: a hash of two multiplications. The lower half is
+// for the first moment (and for RMSProp's buffer), the upper half for the second (and amsgrad's largest).
+MTLGRAD_INLINE uint32_t random_bits(uint32_t stream, uint32_t index) {
+  uint32_t x = index * 0x9E3779B9u + stream;
+  x ^= x >> 16;
+  x *= 0x7FEB352Du;
+  x ^= x >> 15;
+  x *= 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// The stream of a parameter (any number that tells it from the others), a task and its step. RMSProp's buffer takes the
+// stream of task T at the sum of the tasks' steps.
+MTLGRAD_INLINE uint32_t random_stream(int64_t key, int64_t task, double count) {
+  const uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(static_cast<uint64_t>(key) >> 32);
+  return random_bits(random_bits(random_bits(high, low), static_cast<uint32_t>(task)), static_cast<uint32_t>(count));
+}
+
+// The upper half of a float's bits after the lower half has been made to carry with a probability equal to its share of
+// the gap between two bfloat16 numbers: unbiased. `bits` has 16 random bits, in its lower half. NaN stays NaN.
+MTLGRAD_INLINE uint16_t round_stochastically(float value, uint32_t bits) {
+  const uint32_t all = static_cast<uint32_t>(bits_from_float(value));
+  const uint32_t rounded = (all + (bits & 0xFFFFu)) >> 16;
+  return static_cast<uint16_t>((all & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+}  // namespace mtlgrad::math
