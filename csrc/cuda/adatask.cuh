@@ -22,7 +22,9 @@ struct StepSegment {
 enum Header : int { kParameter, kSteps, kSquares, kBuffer, kHeader };
 enum Stream : int { kGradient, kSecond, kFirst, kLargest };  // of centered moments, too, the third is `first`
 template <Moments kMoments>
-constexpr int kStreams = kMoments == Moments::square ? 2 : kMoments == Moments::amsgrad ? 4 : 3;
+constexpr int kStreams = kMoments == Moments::square    ? 2
+                         : kMoments == Moments::amsgrad ? 4
+                                                        : 3;
 
 // What a launch works on, passed by value as the tables of rows.cuh are, and cut into work items as those.
 template <typename F, int kSegmentCapacity, int kPointerCapacity>
@@ -33,6 +35,7 @@ struct StepTable {
   bool buffered;
   F sign, decay;                           // of the gradient; what of the parameter is added to it
   math::TaskCoefficients<F> coefficients;  // all but root_scale and step, which are a task's own
+  const bool* present;                     // [tasks], or null
   Adaptive by;                             // `weights` points into host memory
   double weights[kMaxStepTasks];
   StepSegment segments[kSegments + 1];  // and a last one that begins where the items end
@@ -45,13 +48,18 @@ struct StepTable {
 // accesses are whole sectors of memory. Half-precision numbers stay together in one register until they are used.
 template <typename S, typename M>
 constexpr int kStepWidth = 16 / (sizeof(S) > sizeof(M) ? sizeof(S) : sizeof(M));
-// Such groups of columns, a block's width apart, whose loads are all under way before the first use: about 96 bytes in
-// flight for each of the 1024 threads of a multiprocessor. An item is as many columns.
+// Columns of an item.
 template <typename S, typename M>
-constexpr int kStepUnits = sizeof(S) + sizeof(M) == 4 ? 1 : 2;
-constexpr int kStepSingles = 4;  // where pointers are not aligned, columns of one element
-template <typename S, typename M>
-constexpr int kStepColumns = kRowThreads * kStepWidth<S, M> * kStepUnits<S, M>;
+constexpr int kStepColumns = kRowThreads * kStepWidth<S, M>;
+// Where pointers are not aligned, columns a block's width apart, of which a thread reads all before it uses the first.
+constexpr int kStepSingles = 2;
+// Blocks that a multiprocessor must have registers for; as many as there are without spilling. With the 48 bytes that each
+// of 1024 threads asks for at a time, far more is in flight than memory needs to be busy.
+template <Moments kMoments, typename S, typename M>
+constexpr int kStepBlocks = sizeof(S) == 8                                                ? 2
+                            : kMoments == Moments::amsgrad                                ? 3
+                            : kMoments == Moments::centered && sizeof(S) + sizeof(M) == 4 ? 3
+                                                                                          : 4;
 
 template <typename T, int kWidth, bool kPairs = sizeof(T) == 2 && kWidth % 2 == 0>
 struct alignas(sizeof(T) * kWidth) Lanes {
@@ -117,7 +125,7 @@ __device__ __forceinline__ void open_segment(const Table& table, int segment, Se
     const math::TaskStep at = math::task_step(static_cast<int>(by.rule), lr, table.weights[t], by.first_decay,
                                               by.second_decay, by.lr_decay, table.buffered, count);
     now.tasks[t] = {at.length, static_cast<F>(at.root_scale), static_cast<F>(at.step),
-                    kStochastic ? math::random_stream(key, t, count) : 0, by.present ? by.present[t] : true};
+                    kStochastic ? math::random_stream(key, t, count) : 0, !table.present || table.present[t]};
     for (int w = 0; w < kRowWarps; ++w) now.sums[w][t] = 0.0;
   } else {
     now.lr = static_cast<F>(lr);
@@ -142,3 +150,173 @@ __device__ __forceinline__ void close_segment(const Table& table, int segment, c
   workspace[static_cast<int64_t>(blockIdx.x + segment) * table.tasks + t] =
       sum == 0.0 ? 0.0 : now.tasks[t].length * now.tasks[t].length * sum;
 }
+
+// kUnits groups of kWidth columns, a block's width apart from column `begin` of a segment on; kChecked: only those before
+// `end`, and then a group ends where another may begin. Every element is read and written once, by one thread: what it
+// reads of a task is on its way before it waits for any of it, and the parameter and the sum of its updates stay in
+// registers. The tensors are all apart; __restrict__ would say so, but a table of pointers has no place for it. The
+// whole block must call this, for the sums over warps.
+template <Moments kMoments, bool kStochastic, typename S, typename M, int kWidth, int kUnits, bool kChecked,
+          typename Table, typename F>
+__device__ __forceinline__ void step_columns(const Table& table, int segment, SegmentStep<F>& now, int begin, int end,
+                                             bool summed) {
+  constexpr int kStep = kRowThreads * kWidth;
+  const int column = begin + static_cast<int>(threadIdx.x) * kWidth;
+  const uint32_t index = (static_cast<uint32_t>(table.segments[segment].piece) << 30) + static_cast<uint32_t>(column);
+  const auto active = [&](int u) { return !kChecked || column + u * kStep < end; };
+  const auto at = [&](int slot, auto* type, int u) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return reinterpret_cast<Lanes<T, kWidth>*>(static_cast<T*>(table.pointer(segment, slot)) +
+                                               static_cast<unsigned>(column)) +
+           u * kRowThreads;
+  };
+  S* const parameters = nullptr;
+  M* const moments = nullptr;
+
+  Lanes<S, kWidth> theta[kUnits];
+  F delta[kUnits][kWidth];
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    if (active(u)) theta[u] = *at(kParameter, parameters, u);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) delta[u][j] = F(0);
+  }
+
+#pragma unroll 1
+  for (int t = 0; t < table.tasks; ++t) {
+    const auto& task = now.tasks[t];
+    if (!task.present) continue;
+    const int slot = kHeader + t * kStreams<kMoments>;
+    Lanes<S, kWidth> gradient[kUnits];
+    Lanes<M, kWidth> first[kUnits], second[kUnits], largest[kUnits];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u)
+      if (active(u)) {
+        gradient[u] = *at(slot + kGradient, parameters, u);
+        second[u] = *at(slot + kSecond, moments, u);
+        if constexpr (math::has_first<kMoments>) first[u] = *at(slot + kFirst, moments, u);
+        if constexpr (kMoments == Moments::amsgrad) largest[u] = *at(slot + kLargest, moments, u);
+      }
+    math::TaskCoefficients<F> c = table.coefficients;
+    c.root_scale = task.root_scale, c.step = task.step;
+    F sum = F(0);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      if (!active(u)) continue;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        F g = table.sign * lane(gradient[u], j);
+        if (table.decay != F(0)) g += table.decay * lane(theta[u], j);  // not 0 times what may be infinite
+        F m = F(0), v = lane(second[u], j), most = F(0);
+        if constexpr (math::has_first<kMoments>) m = lane(first[u], j);
+        if constexpr (kMoments == Moments::amsgrad) most = lane(largest[u], j);
+        const F direction = math::task_direction<kMoments>(g, m, v, most, c);
+        delta[u][j] += c.step * direction;
+        sum += direction * direction;
+        uint32_t bits = 0;
+        if constexpr (kStochastic) bits = math::random_bits(task.stream, index + static_cast<uint32_t>(u * kStep + j));
+        if constexpr (math::has_first<kMoments>) set_moment<kStochastic>(first[u], j, m, bits);
+        set_moment<kStochastic>(second[u], j, v, bits >> 16);
+        if constexpr (kMoments == Moments::amsgrad) set_moment<kStochastic>(largest[u], j, most, bits >> 16);
+      }
+      if constexpr (math::has_first<kMoments>) *at(slot + kFirst, moments, u) = first[u];
+      *at(slot + kSecond, moments, u) = second[u];
+      if constexpr (kMoments == Moments::amsgrad) *at(slot + kLargest, moments, u) = largest[u];
+    }
+    if (summed) {
+      const double all = warp_sum(static_cast<double>(sum));
+      if (threadIdx.x % kWarp == 0) now.sums[threadIdx.x / kWarp][t] += all;
+    }
+  }
+
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    if (!active(u)) continue;
+    if (kMoments == Moments::square || kMoments == Moments::centered) {
+      if (table.buffered) {
+        Lanes<M, kWidth> buffer = *at(kBuffer, moments, u);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          const F b = static_cast<F>(table.by.first_decay) * lane(buffer, j) + delta[u][j];
+          uint32_t bits = 0;
+          if constexpr (kStochastic) bits = math::random_bits(now.stream, index + static_cast<uint32_t>(u * kStep + j));
+          set_moment<kStochastic>(buffer, j, b, bits);
+          delta[u][j] = -now.lr * b;
+        }
+        *at(kBuffer, moments, u) = buffer;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) set_lane(theta[u], j, round_to<S>(now.keep * lane(theta[u], j) + delta[u][j]));
+    *at(kParameter, parameters, u) = theta[u];
+  }
+}
+
+// A block walks over an even share of all work items, through the segments that they belong to. At each new one some
+// threads compute what depends on the tasks' step counts, in float64, for all to use from shared memory: two powers for
+// each task, about a microsecond, in which other blocks of the multiprocessor go on. Two barriers there: before, since
+// slower warps may still read the previous segment's numbers and add to its sums; after, since no warp may go on before
+// the new ones are there. Within a segment there is none. `workspace` is null, or gets what is in close_segment.
+template <Moments kMoments, bool kStochastic, typename S, typename M, typename Table>
+__global__ void __launch_bounds__(kRowThreads, kStepBlocks<kMoments, S, M>)
+    adatask_kernel(const __grid_constant__ Table table, double* workspace) {
+  using F = Accumulator<S>;
+  constexpr int kColumns = kStepColumns<S, M>, kWidth = kStepWidth<S, M>, kSingles = kStepSingles;
+  __shared__ SegmentStep<F> now;
+  int open = -1;
+  for (Walk<Table> at(table, blockIdx.x, gridDim.x); at.more(); at.next()) {
+    if (at.segment != open) {
+      __syncthreads();
+      if (open >= 0) close_segment(table, open, now, workspace);
+      open = at.segment;
+      open_segment<kStochastic>(table, open, now);
+      __syncthreads();
+    }
+    const StepSegment& segment = table.segments[open];
+    int begin = (at.item - segment.first) * kColumns;
+    const int end = segment.size - begin < kColumns ? segment.size : begin + kColumns;
+    if (segment.aligned && end - begin == kColumns) {
+      step_columns<kMoments, kStochastic, S, M, kWidth, 1, false>(table, open, now, begin, end, workspace != nullptr);
+      continue;
+    }
+    if (segment.aligned) {
+      const int whole = end - (end - begin) % kWidth;
+      step_columns<kMoments, kStochastic, S, M, kWidth, 1, true>(table, open, now, begin, whole, workspace != nullptr);
+      begin = whole;
+    }
+#pragma unroll 1
+    for (; begin < end; begin += kSingles * kRowThreads)
+      step_columns<kMoments, kStochastic, S, M, 1, kSingles, true>(table, open, now, begin, end, workspace != nullptr);
+  }
+  __syncthreads();  // every warp has added its sums
+  close_segment(table, open, now, workspace);
+}
+
+// The block, of `parts`, that works on an item: the inverse of Walk's shares.
+__device__ __forceinline__ int part_of(int item, int items, int parts) {
+  const int each = items / parts, more = items % parts, longer = more * (each + 1);
+  return item < longer ? item / (each + 1) : more + (item - longer) / each;
+}
+
+// squares of task blockIdx.x and the parameter whose first segment in the table is blockIdx.y: what its blocks have left,
+// in a fixed order. The first piece of a parameter, perhaps in an earlier table, makes the average decay.
+template <typename Table>
+__global__ void __launch_bounds__(kFinishThreads)
+    adatask_finish_kernel(const __grid_constant__ Table table, const double* workspace, int parts) {
+  const int t = blockIdx.x, begin = blockIdx.y;
+  if (begin > 0 && table.segments[begin].piece > 0) return;  // the whole block
+  double sum = 0.0;
+  for (int p = begin; p < table.count && (p == begin || table.segments[p].piece > 0); ++p) {
+    const int first = part_of(table.segments[p].first, table.items, parts);
+    const int last = part_of(table.segments[p + 1].first - 1, table.items, parts);
+    for (int part = first + static_cast<int>(threadIdx.x); part <= last; part += kFinishThreads)
+      sum += workspace[static_cast<int64_t>(part + p) * table.tasks + t];
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x > 0) return;
+  double& average = static_cast<double*>(table.pointer(begin, kSquares))[t];
+  const double decay = table.by.square_decay;
+  average = (table.segments[begin].piece ? average : decay * average) + (1.0 - decay) * sum;
+}
+
+}  // namespace mtlgrad::cuda

@@ -1,6 +1,6 @@
 """mtlgrad: merges the gradients of several tasks that share one backbone."""
 
-from . import metrics, ops, posterior, reference
+from . import metrics, ops, optim, posterior, reference
 from .aligned import AlignedMTL
 from .bayesagg import BayesAgg, Binary, Multiclass, Regression
 from .jacobian import task_backward
@@ -18,6 +18,7 @@ __all__ = [
     "build_info",
     "metrics",
     "ops",
+    "optim",
     "posterior",
     "reference",
     "task_backward",

@@ -69,7 +69,7 @@ def adatask_adam(
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.Adam (DESIGN 4.5).
     """
     rate, on_device = _rate(lr)
-    adatask_op(
+    _call(
         list(parameters),
         list(jacobians),
         _flat(exp_avgs),
@@ -116,7 +116,7 @@ def adatask_rmsprop(
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.RMSprop (DESIGN 4.5).
     """
     rate, on_device = _rate(lr)
-    adatask_op(
+    _call(
         list(parameters),
         list(jacobians),
         _flat(grad_avgs),
@@ -157,7 +157,7 @@ def adatask_adagrad(
     Source: arXiv 2211.15055, section 4, with the state of torch.optim.Adagrad (DESIGN 4.5).
     """
     rate, on_device = _rate(lr)
-    adatask_op(
+    _call(
         list(parameters),
         list(jacobians),
         [],
@@ -174,6 +174,11 @@ def adatask_adagrad(
         _weights(task_weights, jacobians),
         None if keys is None else list(keys),
     )
+
+
+def _call(parameters: list[Tensor], *arguments: object) -> None:
+    if parameters:
+        adatask_op(parameters, *arguments)
 
 
 def _flat(lists: Lists | None) -> list[Tensor]:

@@ -115,7 +115,9 @@ def _refuse_type(step: _Step, name: str, p: int, tensor: Tensor) -> None:
     refuse(f"{step.name}: {name}: expected {allowed}, alike for parameter {p}, found {tensor.dtype}")
 
 
-def _check_small(op: str, name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype, device: torch.device) -> None:
+def _check_small(
+    op: str, name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
     if list(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
         found = f"{shape_of(tensor)} {tensor.dtype} on {tensor.device}"
         refuse(f"{op}: {name}: expected {shape} {dtype} on {device}, found {found}")
@@ -240,7 +242,11 @@ def _by_reference(step: _Step) -> None:
         "keys": step.keys,
     }
     if step.rule == ADAM:
-        extra = {"max_exp_avg_sqs": lists(step.largest), "betas": (first_decay, second_decay), "decoupled": step.flags[1]}
+        extra = {
+            "max_exp_avg_sqs": lists(step.largest),
+            "betas": (first_decay, second_decay),
+            "decoupled": step.flags[1],
+        }
         moments = lists(step.first), lists(step.second)
         reference.adatask_adam(step.parameters, step.jacobians, *moments, step.steps, **common, **extra)
     elif step.rule == RMSPROP:

@@ -1,0 +1,138 @@
+"""AdaTask with Adam and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..reference.adatask import Rate
+from .base import TaskOptimizer
+from .options import TaskOptions
+
+
+class _Adam(TaskOptimizer):
+    decoupled = False
+
+    def _names(self, group: dict[str, Any]) -> list[str]:
+        return ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(group["amsgrad"])]
+
+    def _operate(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        jacobians: list[Tensor],
+        moments: dict[str, list[list[Tensor]]],
+        steps: list[Tensor],
+        options: dict[str, Any],
+    ) -> None:
+        ops.adatask_adam(
+            parameters,
+            jacobians,
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            steps,
+            max_exp_avg_sqs=moments.get("max_exp_avg_sq"),
+            betas=group["betas"],
+            decoupled=self.decoupled or group.get("decoupled_weight_decay", False),
+            **options,
+        )
+
+
+class AdaTaskAdam(_Adam, torch.optim.Adam):
+    r"""Adam with first and second moments of each task's own: no task's gradients set the step size of another's.
+
+    .. math:: m_t \leftarrow \beta_1 m_t + (1 - \beta_1) g_t, \quad v_t \leftarrow \beta_2 v_t + (1 - \beta_2) g_t^2,
+        \quad \theta \leftarrow \theta - \eta \sum_t w_t \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
+
+    (Yang et al., AAAI 2023, arXiv 2211.15055, section 4.) Parameters with ``.jac`` [T, *shape]
+    (:func:`mtlgrad.task_backward`, or TorchJD) take this rule, in one pass over memory; all others, such as heads, and all
+    if T = 1, take torch.optim.Adam's own, bit for bit. It is a ``torch.optim.Adam``: schedulers, hooks, closures,
+    GradScaler and checkpoints work as with that.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable: as in torch.optim.Adam
+            (``foreach``: for ordinary parameters). ``weight_decay`` is added to each task's gradient.
+        num_tasks: T.
+        task_weights: w, T numbers from 0, on the update; ones if not given. (A factor on a loss hardly matters to Adam.)
+        missing: a task whose ``.jac`` is zero in all parameters is missing from the step. ``"decay"``: nothing special,
+            its moments decay, and its momentum still moves the parameters. ``"still"``: its moments and step count stay as
+            they are, and it adds nothing; T gradients are read once more to find out.
+        moments_dtype: ``"float32"`` or ``"bfloat16"``, also of ordinary parameters' moments (which this package's kernels
+            then update, where it is not the parameter's dtype); None is float32. float64 parameters have float64 moments.
+        stochastic_rounding: bfloat16 moments are rounded up or down at random, without bias. Rounded to nearest, an
+            average with beta2 above 0.996 would never move again.
+        dominance_decay: of the averages behind :meth:`dominance`, which cost no pass over memory; None: none.
+        check_finite: ``ValueError`` for NaN or infinity in a gradient, naming the task, before anything is changed; reads
+            T gradients once more, and waits for the device.
+
+    Everything but ``num_tasks`` may differ from group to group.
+
+    State per parameter with ``.jac``: ``exp_avg_0`` ... ``exp_avg_{T-1}``, ``exp_avg_sq_0`` ... (amsgrad:
+    ``max_exp_avg_sq_0`` ...), each like the parameter; ``step`` [T] and ``update_square`` [T].
+
+    Raises:
+        ValueError: a setting out of its range; in ``step``, ``.jac`` that does not fit T or its parameter, or a parameter
+            that comes with ``.jac`` once and with ``.grad`` alone another time.
+    """
+
+    ordinary = torch.optim.Adam
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Rate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        num_tasks: int,
+        task_weights: Sequence[float] | None = None,
+        missing: str = "decay",
+        moments_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = True,
+        dominance_decay: float | None = 0.99,
+        check_finite: bool = False,
+        **flags: Any,
+    ):
+        options = TaskOptions(
+            num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
+        )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, task_options=options, **flags)
+
+
+class AdaTaskAdamW(_Adam, torch.optim.AdamW):
+    """:class:`AdaTaskAdam` with decoupled weight decay: ``lr * weight_decay`` times the parameter is taken off it, once.
+
+    The ordinary rule is torch.optim.AdamW's; arguments and state are those of :class:`AdaTaskAdam`.
+    """
+
+    ordinary = torch.optim.AdamW
+    decoupled = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Rate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        num_tasks: int,
+        task_weights: Sequence[float] | None = None,
+        missing: str = "decay",
+        moments_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = True,
+        dominance_decay: float | None = 0.99,
+        check_finite: bool = False,
+        **flags: Any,
+    ):
+        options = TaskOptions(
+            num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
+        )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, task_options=options, **flags)

@@ -1,0 +1,292 @@
+"""What AdaTask's four optimizers have in common: which parameters take which rule, their state, and dominance."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .amp import reach_jacobians
+from .checks import check_gradients, check_jacobian, present_tasks
+from .options import TaskOptions, check_group, moments_name
+
+Layers = Iterable[Iterable[Tensor]] | Mapping[str, Iterable[Tensor]]
+
+
+class Own(NamedTuple):
+    """A parameter that this package's kernels update, and its gradients [T, *shape]."""
+
+    parameter: Tensor
+    jacobian: Tensor
+    key: int  #: its number among all parameters, for random bits
+
+
+class Plan(NamedTuple):
+    """What a step does with the parameters of a group."""
+
+    tasks: list[Own]  #: with moments per task
+    single: list[Own]  #: T = 1: with one set of moments, of another dtype than the parameter's
+    ordinary: list[tuple[Tensor, Tensor]]  #: left to torch.optim, with their gradients
+
+
+class TaskOptimizer(torch.optim.Optimizer):
+    """The first base of an optimizer whose other base is one of torch.optim.
+
+    A parameter with ``.jac`` takes the rule per task; any other the ordinary one, by torch.optim's own code.
+    """
+
+    #: The optimizer of torch.optim for ordinary parameters.
+    ordinary: ClassVar[type[torch.optim.Optimizer]]
+
+    def __init__(self, params: Any, *arguments: Any, task_options: TaskOptions, **settings: Any):
+        self._task_options = task_options._asdict()
+        reach_jacobians()
+        super().__init__(params, *arguments, **settings)
+
+    # ---- for each rule to say ----------------------------------------------------------------------------------------
+
+    def _names(self, group: dict[str, Any]) -> list[str]:
+        """The moments that a task has with a group's settings, by the names of torch.optim's state."""
+        raise NotImplementedError
+
+    def _operate(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        jacobians: list[Tensor],
+        moments: dict[str, list[list[Tensor]]],
+        steps: list[Tensor],
+        options: dict[str, Any],
+    ) -> None:
+        """Calls the operation of `mtlgrad.ops`; moments as `_names` has them, per parameter T tensors."""
+        raise NotImplementedError
+
+    def _start(self, group: dict[str, Any]) -> float:
+        """What a moment begins with."""
+        return 0.0
+
+    def _before_ordinary(self, group: dict[str, Any], p: Tensor) -> None:
+        """State that torch.optim expects to find."""
+
+    # ---- torch.optim's interface -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim; all settings but ``num_tasks`` may differ from group to group."""
+        self.defaults.update(self.__dict__.pop("_task_options", {}))
+        group = {**self.defaults, **param_group}
+        check_group(type(self).__name__, group, self.param_groups)
+        weights, dtype = group["task_weights"], group["moments_dtype"]
+        param_group["task_weights"] = None if weights is None else [float(w) for w in weights]
+        param_group["moments_dtype"] = None if dtype is None else moments_name(dtype)
+        super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears ``.grad`` and ``.jac``, which is then absent (with ``set_to_none=False``: zero)."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if hasattr(p, "jac") and set_to_none:
+                    del p.jac
+                elif hasattr(p, "jac"):
+                    p.jac.zero_()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; a parameter's ``.grad`` is not read if it has ``.jac``. All is checked before anything changes.
+
+        Args:
+            closure: evaluates the model again and leaves ``.jac`` and ``.grad``; what it returns is returned.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        plans, key = [], 0
+        for number, group in enumerate(self.param_groups):
+            plans.append(self._plan(number, group, key))
+            key += len(group["params"])
+        pairs = list(zip(self.param_groups, plans, strict=True))
+        check_gradients(type(self).__name__, pairs)
+        present = present_tasks(pairs)
+        for group, plan in pairs:
+            for p, _ in plan.ordinary:
+                self._before_ordinary(group, p)
+        with _gradients(plans):
+            # torch.optim's step without the wrapper that runs hooks: they run around this one.
+            inspect.unwrap(self.ordinary.step)(self)  # type: ignore[arg-type]
+        for group, plan in pairs:
+            for device in dict.fromkeys(own.parameter.device for own in (*plan.tasks, *plan.single)):
+                here = [own for own in plan.tasks if own.parameter.device == device]
+                self._update(group, here, group["num_tasks"], "_{}", present.get(device))
+                self._update(group, [own for own in plan.single if own.parameter.device == device], 1, "", None)
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.optim; moments keep the dtype of ``moments_dtype`` (torch.optim would give them the parameter's)."""
+        self._check_loaded(state_dict)
+        loaded: list[dict[str, Any]] = []
+        # What other hooks made of it is what counts: this one is the last.
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        numbers = [number for group in loaded[-1]["param_groups"] for number in group["params"]]
+        groups = [(group, p) for group in self.param_groups for p in group["params"]]
+        for number, (group, p) in zip(numbers, groups, strict=True):
+            values = loaded[-1]["state"].get(number, {})
+            per_task = f"{self._names(group)[0]}_0" in values
+            for name, value in values.items():
+                if not isinstance(value, Tensor):
+                    continue
+                moment = value.shape == p.shape and name != "step"
+                dtype = self._moment_dtype(group, p) if moment else value.dtype
+                device = p.device if moment or per_task else self.state[p][name].device
+                # A copy: training on must not change the checkpoint that it was loaded from.
+                self.state[p][name] = value.detach().to(device, dtype, copy=True)
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        for group in state_dict.get("param_groups", []):
+            tasks, own = group.get("num_tasks"), self.param_groups[0]["num_tasks"]
+            if tasks != own:
+                found = f"{tasks}" if tasks else f"none: the state of another optimizer than {type(self).__name__}"
+                raise ValueError(
+                    f"{type(self).__name__}.load_state_dict: state_dict: expected num_tasks={own}, found {found}"
+                )
+
+    # ---- dominance ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def dominance(self, layers: Layers | None = None) -> Tensor:
+        r"""Each task's share of what moved the parameters lately, per group or layer.
+
+        .. math:: AU_t \leftarrow \beta \, AU_t + (1 - \beta) \, \|u_t\|^2, \qquad
+            \text{share}_t = \frac{AU_t}{\sum_s AU_s}
+
+        with :math:`u_t` the task's part of the update of the layer's parameters and :math:`\beta` ``dominance_decay``: the
+        average of squared updates of arXiv 2211.15055, section 3, summed over a layer's elements.
+
+        Args:
+            layers: for each layer its parameters, in a sequence or a dict; the parameter groups if not given.
+
+        Returns:
+            [layers, T] float64, rows summing to one, on the device of the parameters, unread by the host. NaN in rows
+            without a parameter that was updated per task, as those of heads, or whose updates were all zero.
+        """
+        tasks = int(self.param_groups[0]["num_tasks"])
+        if any(group["dominance_decay"] is None for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}.dominance: expected dominance_decay to be a number, found None in a group: "
+                "nothing was recorded"
+            )
+        if layers is None:
+            layers = [group["params"] for group in self.param_groups]
+        rows = []
+        for layer in layers.values() if isinstance(layers, Mapping) else layers:
+            squares = [s["update_square"] for p in layer if "update_square" in (s := self.state.get(p, {}))]
+            total = torch.zeros(tasks, dtype=torch.float64)
+            if squares:
+                total = torch.stack([square.to(squares[0].device) for square in squares]).sum(0)
+            rows.append(total / total.sum())
+        devices = [row.device for row in rows if row.device.type != "cpu"]
+        return torch.stack([row.to(devices[0]) if devices else row for row in rows])
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def _plan(self, number: int, group: dict[str, Any], key: int) -> Plan:
+        plan = Plan([], [], [])
+        tasks, weights = group["num_tasks"], group["task_weights"]
+        for i, p in enumerate(group["params"]):
+            where = f"{type(self).__name__}.step: parameter {i} of group {number}"
+            jacobian = getattr(p, "jac", None)
+            if jacobian is not None:
+                check_jacobian(where, p, jacobian, tasks)
+            elif p.grad is None:
+                continue
+            per_task = jacobian is not None and tasks > 1
+            self._check_side(where, group, p, per_task)
+            if jacobian is not None and per_task:
+                plan.tasks.append(Own(p, jacobian, key + i))
+                continue
+            gradient = cast("Tensor", p.grad if jacobian is None else jacobian[0])
+            weight = 1.0 if weights is None or jacobian is None else weights[0]
+            if self._moment_dtype(group, p) == p.dtype and weight == 1.0:
+                plan.ordinary.append((p, gradient))
+            elif gradient.layout != torch.strided:
+                raise ValueError(f"{where}: expected a dense .grad, found {gradient.layout}")
+            else:
+                plan.single.append(Own(p, gradient.unsqueeze(0), key + i))
+        return plan
+
+    def _check_side(self, where: str, group: dict[str, Any], p: Tensor, per_task: bool) -> None:
+        """A parameter cannot change sides: its moments would begin anew, unseen."""
+        state = self.state.get(p)
+        if state and (f"{self._names(group)[0]}_0" in state) != per_task:
+            kept, found = (".grad", ".jac") if per_task else (".jac", ".grad without .jac")
+            raise ValueError(
+                f"{where}: expected {kept}, which its moments are made of, found {found}; to start them anew, delete "
+                "optimizer.state[parameter]"
+            )
+
+    def _moment_dtype(self, group: dict[str, Any], p: Tensor) -> torch.dtype:
+        if p.dtype not in (torch.float32, torch.bfloat16):
+            return p.dtype
+        return getattr(torch, group["moments_dtype"] or "float32")  # type: ignore[no-any-return]
+
+    def _moment(self, group: dict[str, Any], p: Tensor, name: str, start: float = 0.0) -> Tensor:
+        """Made at first use: a parameter may appear late, a setting may change."""
+        state = self.state[p]
+        if name not in state:
+            state[name] = torch.full_like(p, start, dtype=self._moment_dtype(group, p))
+        return cast("Tensor", state[name])
+
+    def _small(self, p: Tensor, name: str, tasks: int | None, dtype: torch.dtype) -> Tensor:
+        state = self.state[p]
+        if name not in state:
+            state[name] = torch.zeros([] if tasks is None else [tasks], dtype=dtype, device=p.device)
+        return cast("Tensor", state[name])
+
+    def _update(self, group: dict[str, Any], owns: list[Own], tasks: int, suffix: str, present: Tensor | None) -> None:
+        if not owns:
+            return
+        per_task = bool(suffix)
+        parameters = [own.parameter for own in owns]
+        moments = {
+            name: [
+                [self._moment(group, p, name + suffix.format(t), self._start(group)) for t in range(tasks)]
+                for p in parameters
+            ]
+            for name in self._names(group)
+        }
+        steps = [self._small(p, "step", tasks if per_task else None, torch.float32).view(tasks) for p in parameters]
+        options = {name: group[name] for name in ("lr", "eps", "weight_decay", "maximize")}
+        if per_task:
+            options["task_weights"] = group["task_weights"]
+            options["present"] = present if group["missing"] == "still" else None
+            if group["dominance_decay"] is not None:
+                options["square_decay"] = group["dominance_decay"]
+                options["squares"] = [self._small(p, "update_square", tasks, torch.float64) for p in parameters]
+        if group["stochastic_rounding"]:
+            options["keys"] = [own.key for own in owns]
+        self._operate(group, parameters, [own.jacobian for own in owns], moments, steps, options)
+
+
+@contextmanager
+def _gradients(plans: Sequence[Plan]) -> Iterator[None]:
+    """What torch.optim is to see as ``.grad``: that of its own parameters, and none of the others."""
+    wanted: dict[Tensor, Tensor | None] = {}
+    for plan in plans:
+        wanted |= {own.parameter: None for own in (*plan.tasks, *plan.single)}
+        wanted |= dict(plan.ordinary)
+    kept = [p.grad for p in wanted]
+    for p, gradient in wanted.items():
+        p.grad = gradient
+    try:
+        yield
+    finally:
+        for p, gradient in zip(wanted, kept, strict=True):
+            p.grad = gradient

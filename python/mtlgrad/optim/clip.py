@@ -1,0 +1,47 @@
+"""Clipping of the tasks' gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..jacobian import parameter_list
+
+
+@torch.no_grad()
+def clip_task_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
+    r"""Clips each task's gradient over all parameters together: ``.jac[t]`` is multiplied by
+
+    .. math:: \min\bigl(1, \frac{\text{max\_norm}}{\|g_t\|_2 + 10^{-6}}\bigr)
+
+    as ``torch.nn.utils.clip_grad_norm_`` does with ``.grad``, which is left alone here.
+
+    Args:
+        parameters: those without ``.jac`` are left out.
+        max_norm: the longest that a task's gradient may be.
+        error_if_nonfinite: ``RuntimeError`` that names the task if a norm is NaN or infinite; this reads from the device.
+
+    Returns:
+        [T] float64, the norms before clipping, on the device of the gradients; summed in float64.
+    """
+    if not 0.0 <= max_norm < math.inf:
+        raise ValueError(f"clip_task_grad_norm_: max_norm: expected a number from 0, found {max_norm}")
+    rows = [p.jac for p in parameter_list("clip_task_grad_norm_", "parameters", parameters) if hasattr(p, "jac")]
+    if not rows:
+        raise ValueError(
+            "clip_task_grad_norm_: parameters: expected at least one with .jac, found none; call task_backward first"
+        )
+    norms = ops.gram(ops.Stacked(rows)).diagonal().sqrt()
+    if error_if_nonfinite and not all(finite := norms.isfinite().tolist()):
+        raise RuntimeError(
+            f"clip_task_grad_norm_: expected finite gradients, found a norm of {float(norms[finite.index(False)])} in "
+            f"task {finite.index(False)}; leave error_if_nonfinite out to clip all the same"
+        )
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for row in rows:
+        row.mul_(factors.to(row.dtype).view(-1, *[1] * (row.dim() - 1)))
+    return norms

@@ -1,0 +1,85 @@
+"""The settings of a parameter group, checked: one line each, with what was expected and found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MISSING = ("decay", "still")
+MOMENTS = ("float32", "bfloat16")
+
+
+class TaskOptions(NamedTuple):
+    """What a group has beyond torch.optim's settings; see :class:`mtlgrad.optim.AdaTaskAdam`."""
+
+    num_tasks: int
+    task_weights: Sequence[float] | None
+    missing: str
+    moments_dtype: str | torch.dtype | None
+    stochastic_rounding: bool
+    dominance_decay: float | None
+    check_finite: bool
+
+
+#: torch.optim's settings that are numbers from zero on: below what.
+_BELOW = {
+    "lr": math.inf,
+    "eps": math.inf,
+    "weight_decay": math.inf,
+    "alpha": 1.0,
+    "momentum": math.inf,
+    "lr_decay": math.inf,
+    "initial_accumulator_value": math.inf,
+    "dominance_decay": 1.0,
+}
+
+_REFUSED = {
+    "fused": "torch's fused step would not wait for .jac to be unscaled",
+    "differentiable": "the step cannot be differentiated",
+}
+
+
+def check_group(name: str, group: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
+    """Raises ``ValueError`` for a setting that is out of its range, or another number of tasks than before."""
+
+    def refuse(setting: str, expected: str) -> None:
+        raise ValueError(f"{name}: {setting}: expected {expected}, found {group[setting]!r}")
+
+    for setting, limit in _BELOW.items():
+        value = group.get(setting)
+        if value is None or (isinstance(value, Tensor) and value.device.type != "cpu"):
+            continue  # reading a tensor would wait for its device
+        if isinstance(value, Tensor) and value.numel() != 1:
+            refuse(setting, "one number")
+        if not isinstance(value, (int, float, Tensor)) or not 0.0 <= float(value) < limit:
+            refuse(setting, "a number from 0" + (f", below {limit:g}" if limit < math.inf else ""))
+    for beta in group.get("betas", ()):
+        if not 0.0 <= float(beta) < 1.0:
+            refuse("betas", "two numbers from 0, below 1")
+    for setting, reason in _REFUSED.items():
+        if group.get(setting):
+            raise ValueError(f"{name}: {setting}: not available here, {reason}; leave it out")
+    tasks = group["num_tasks"]
+    if not isinstance(tasks, int) or isinstance(tasks, bool) or tasks < 1:
+        refuse("num_tasks", "a whole number from 1")
+    if any(other["num_tasks"] != tasks for other in others):
+        refuse("num_tasks", f"{others[0]['num_tasks']} as in the other groups")
+    weights = group["task_weights"]
+    if weights is not None:
+        if len(weights) != tasks:
+            refuse("task_weights", f"{tasks} numbers for {tasks} tasks")
+        if not all(0.0 <= float(w) < math.inf for w in weights):
+            refuse("task_weights", "finite numbers from 0")
+    if group["missing"] not in MISSING:
+        refuse("missing", f"one of {', '.join(MISSING)}")
+    if group["moments_dtype"] is not None and moments_name(group["moments_dtype"]) not in MOMENTS:
+        refuse("moments_dtype", f"one of {', '.join(MOMENTS)}, or None for float32")
+
+
+def moments_name(dtype: torch.dtype | str) -> str:
+    """ "bfloat16" for torch.bfloat16: a string can be in any checkpoint."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,88 @@
+"""AdaTask with RMSProp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..reference.adatask import Rate
+from .base import TaskOptimizer
+from .options import TaskOptions
+
+
+class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
+    r"""RMSProp with a second moment of each task's own.
+
+    .. math:: v_t \leftarrow \alpha v_t + (1 - \alpha) g_t^2,
+        \quad \theta \leftarrow \theta - \eta \sum_t w_t \frac{g_t}{\sqrt{v_t} + \epsilon}
+
+    (Yang et al., AAAI 2023, arXiv 2211.15055, section 4.) With ``centered`` the square of each task's average gradient is
+    taken off v_t. ``momentum`` is linear in the updates, so that one buffer holds the sum of all tasks'; what
+    :meth:`dominance` counts are the updates that go into it.
+
+    Args:
+        params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize: as in
+            torch.optim.RMSprop; ``weight_decay`` is added to each task's gradient.
+        num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite: as in
+            :class:`mtlgrad.optim.AdaTaskAdam`, which also says which parameters take which rule.
+
+    State per parameter with ``.jac``: ``square_avg_0`` ... ``square_avg_{T-1}`` (centered: ``grad_avg_0`` ...) and
+    ``momentum_buffer``, each like the parameter; ``step`` [T] and ``update_square`` [T].
+    """
+
+    ordinary = torch.optim.RMSprop
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Rate = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        num_tasks: int,
+        task_weights: Sequence[float] | None = None,
+        missing: str = "decay",
+        moments_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = True,
+        dominance_decay: float | None = 0.99,
+        check_finite: bool = False,
+        **flags: Any,
+    ):
+        options = TaskOptions(
+            num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
+        )
+        super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, task_options=options, **flags)
+
+    def _names(self, group: dict[str, Any]) -> list[str]:
+        return ["square_avg", *["grad_avg"] * bool(group["centered"])]
+
+    def _operate(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        jacobians: list[Tensor],
+        moments: dict[str, list[list[Tensor]]],
+        steps: list[Tensor],
+        options: dict[str, Any],
+    ) -> None:
+        buffers = None
+        if group["momentum"] > 0.0:
+            buffers = [self._moment(group, p, "momentum_buffer") for p in parameters]
+        ops.adatask_rmsprop(
+            parameters,
+            jacobians,
+            moments["square_avg"],
+            steps,
+            grad_avgs=moments.get("grad_avg"),
+            momentum_buffers=buffers,
+            alpha=group["alpha"],
+            momentum=group["momentum"],
+            **options,
+        )
