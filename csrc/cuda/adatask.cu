@@ -24,7 +24,6 @@ static_assert(SmallTable<float>::kPointers >= kHeader + kMaxStepTasks * kStreams
 // Blocks of a launch: two waves of four on each of the 132 multiprocessors of an H100 or H200. A constant, so that the
 // order of sums is the same on every device.
 constexpr int64_t kMaxBlocks = 8 * 132;
-constexpr int64_t kMaxPiece = 1 << 30;  // short enough for 32-bit arithmetic
 
 // body(typed null pointers) for the types of parameters and moments.
 template <typename Body>
@@ -96,7 +95,7 @@ void fill_tables(const TaskMoments& moments, const Adaptive& by, int64_t paramet
     const int64_t size = moments.sizes[p];
     for (int64_t begin = 0; begin < size || (begin == 0 && moments.squares); begin += kMaxPiece) {
       if (table.count == Table::kSegments || (table.count + 1) * table.stride > Table::kPointers) flush();
-      const int64_t count = std::min(size - begin, kMaxPiece);
+      const int64_t count = std::min<int64_t>(size - begin, kMaxPiece);
       void** pointers = table.pointers + table.count * table.stride;
       uintptr_t bits = 0;
       const auto put = [&](int64_t slot, const void* data, int64_t bytes) {

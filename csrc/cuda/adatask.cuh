@@ -11,7 +11,14 @@ using math::Moments;
 
 constexpr int kMaxStepTasks = 64;
 
-// A parameter, or a piece of one of at most 2^30 elements: its size, first work item and number among the parameter's
+// The largest piece of a parameter: short enough for 32-bit arithmetic.
+#ifdef MTLGRAD_EMULATE
+constexpr int kMaxPiece = 1 << 16;  // tests are to meet parameters of several pieces
+#else
+constexpr int kMaxPiece = 1 << 30;
+#endif
+
+// A parameter, or a piece of one: its size, first work item and number among the parameter's
 // pieces. Aligned: every pointer to it is a multiple of 16 bytes.
 struct StepSegment {
   int32_t size, first, piece, aligned;
@@ -55,11 +62,12 @@ constexpr int kStepColumns = kRowThreads * kStepWidth<S, M>;
 constexpr int kStepSingles = 2;
 // Blocks that a multiprocessor must have registers for; as many as there are without spilling. With the 48 bytes that each
 // of 1024 threads asks for at a time, far more is in flight than memory needs to be busy.
-template <Moments kMoments, typename S, typename M>
-constexpr int kStepBlocks = sizeof(S) == 8                                                ? 2
-                            : kMoments == Moments::amsgrad                                ? 3
-                            : kMoments == Moments::centered && sizeof(S) + sizeof(M) == 4 ? 3
-                                                                                          : 4;
+template <Moments kMoments, bool kStochastic, typename S, typename M>
+constexpr int step_blocks() {
+  if (sizeof(S) == 8) return 2;
+  if (kMoments == Moments::amsgrad) return 3;
+  return sizeof(S) + sizeof(M) == 4 && (kStochastic || kMoments == Moments::centered) ? 3 : 4;
+}
 
 template <typename T, int kWidth, bool kPairs = sizeof(T) == 2 && kWidth % 2 == 0>
 struct alignas(sizeof(T) * kWidth) Lanes {
@@ -162,7 +170,8 @@ __device__ __forceinline__ void step_columns(const Table& table, int segment, Se
                                              bool summed) {
   constexpr int kStep = kRowThreads * kWidth;
   const int column = begin + static_cast<int>(threadIdx.x) * kWidth;
-  const uint32_t index = (static_cast<uint32_t>(table.segments[segment].piece) << 30) + static_cast<uint32_t>(column);
+  const uint32_t index =
+      static_cast<uint32_t>(table.segments[segment].piece) * kMaxPiece + static_cast<uint32_t>(column);
   const auto active = [&](int u) { return !kChecked || column + u * kStep < end; };
   const auto at = [&](int slot, auto* type, int u) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -258,7 +267,7 @@ __device__ __forceinline__ void step_columns(const Table& table, int segment, Se
 // slower warps may still read the previous segment's numbers and add to its sums; after, since no warp may go on before
 // the new ones are there. Within a segment there is none. `workspace` is null, or gets what is in close_segment.
 template <Moments kMoments, bool kStochastic, typename S, typename M, typename Table>
-__global__ void __launch_bounds__(kRowThreads, kStepBlocks<kMoments, S, M>)
+__global__ void __launch_bounds__(kRowThreads, step_blocks<kMoments, kStochastic, S, M>())
     adatask_kernel(const __grid_constant__ Table table, double* workspace) {
   using F = Accumulator<S>;
   constexpr int kColumns = kStepColumns<S, M>, kWidth = kStepWidth<S, M>, kSingles = kStepSingles;

@@ -1,7 +1,7 @@
 """One step of AdaTask's optimizers (Yang et al., AAAI 2023, arXiv 2211.15055): moments per task, one pass over memory.
 
-``jacobians`` holds the T tasks' gradients of every parameter, as ``Parameter.jac`` does; every task t has moments of its
-own, and a parameter moves by the sum of what torch.optim's optimizer of the same name would do for each task alone:
+``jacobians`` holds the T tasks' gradients of every parameter, as ``Parameter.jac`` does; every task t has moments of
+its own, and a parameter moves by the sum of what torch.optim's optimizer of the same name would do for each task alone:
 
 .. math:: \\theta \\leftarrow \\theta - \\eta \\sum_t w_t \\, \\frac{\\hat m_t}{\\sqrt{\\hat v_t} + \\epsilon}
 
@@ -10,8 +10,8 @@ for Adam; for RMSProp and AdaGrad with g_t in the place of m_t. Arguments that t
 Args:
     parameters: P tensors, float32, bfloat16 or float64; changed in place.
     jacobians: P tensors [T, *shape], typed like the parameter; T the same for all. Read only.
-    moments (``exp_avgs``, ``square_avgs``, ...): P sequences of T tensors shaped like the parameter, float32 or bfloat16
-        (one of them for all; float64 for float64); changed in place.
+    moments (``exp_avgs``, ``square_avgs``, ...): P sequences of T tensors shaped like the parameter, float32 or
+        bfloat16 (one of them for all; float64 for float64); changed in place.
     steps: P tensors [T] float32, how often each task's moments were updated; counted up here.
     task_weights: w, T numbers; ones if not given. They multiply the update: Adam undoes a factor on the gradient.
     weight_decay: added to each task's gradient times the parameter (Adam with ``decoupled``: taken off the parameter,
@@ -20,8 +20,8 @@ Args:
     present: [T] bool: tasks that take part. The others keep moments and step counts, and add nothing. None: all.
     squares: P tensors [T] float64, changed in place: AU, the exponentially decaying average, with ``square_decay``, of
         the squared updates of each task, summed over the parameter's elements.
-    keys: P whole numbers: bfloat16 moments are rounded stochastically, without bias, with random bits that depend on key,
-        task, step and element alone. None: to nearest.
+    keys: P whole numbers: bfloat16 moments are rounded stochastically, without bias, with random bits that depend on
+        key, task, step and element alone. None: to nearest.
 
 Everything else is as in torch.optim; ``lr`` may be a tensor with one element, which the host does not read on CUDA.
 Arithmetic is float32 (float64 for float64) and unrounded until it is stored. A pass reads T gradients, and reads and

@@ -146,7 +146,7 @@ def _adatask(*arguments: Any) -> None:
 
 
 class _Pointers:
-    """Pointers to tensors in one element order per parameter. What has another is copied, and copied back at the end."""
+    """Pointers to tensors in one element order per parameter; what has another is copied, and back at the end."""
 
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
@@ -242,17 +242,29 @@ def _by_reference(step: _Step) -> None:
         "keys": step.keys,
     }
     if step.rule == ADAM:
-        extra = {
-            "max_exp_avg_sqs": lists(step.largest),
-            "betas": (first_decay, second_decay),
-            "decoupled": step.flags[1],
-        }
-        moments = lists(step.first), lists(step.second)
-        reference.adatask_adam(step.parameters, step.jacobians, *moments, step.steps, **common, **extra)
+        reference.adatask_adam(
+            step.parameters,
+            step.jacobians,
+            lists(step.first),
+            lists(step.second),
+            step.steps,
+            max_exp_avg_sqs=lists(step.largest),
+            betas=(first_decay, second_decay),
+            decoupled=step.flags[1],
+            **common,
+        )
     elif step.rule == RMSPROP:
-        extra = {"grad_avgs": lists(step.first), "momentum_buffers": step.buffers or None}
-        extra |= {"alpha": second_decay, "momentum": first_decay}
-        reference.adatask_rmsprop(step.parameters, step.jacobians, lists(step.second), step.steps, **common, **extra)
+        reference.adatask_rmsprop(
+            step.parameters,
+            step.jacobians,
+            lists(step.second),
+            step.steps,
+            grad_avgs=lists(step.first),
+            momentum_buffers=step.buffers or None,
+            alpha=second_decay,
+            momentum=first_decay,
+            **common,
+        )
     else:
         sums = lists(step.second)
         reference.adatask_adagrad(step.parameters, step.jacobians, sums, step.steps, lr_decay=lr_decay, **common)

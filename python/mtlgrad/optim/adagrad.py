@@ -23,8 +23,9 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
     at step k (Yang et al., AAAI 2023, arXiv 2211.15055, section 4), with :math:`\eta_d` ``lr_decay``.
 
     Args:
-        params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize: as in torch.optim.Adagrad;
-            ``weight_decay`` is added to each task's gradient, every task's sum begins with ``initial_accumulator_value``.
+        params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize: as in
+            torch.optim.Adagrad; ``weight_decay`` is added to each task's gradient, every task's sum begins with
+            ``initial_accumulator_value``.
         num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite: as in
             :class:`mtlgrad.optim.AdaTaskAdam`, which also says which parameters take which rule.
 

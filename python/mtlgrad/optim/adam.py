@@ -49,25 +49,27 @@ class AdaTaskAdam(_Adam, torch.optim.Adam):
         \quad \theta \leftarrow \theta - \eta \sum_t w_t \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
 
     (Yang et al., AAAI 2023, arXiv 2211.15055, section 4.) Parameters with ``.jac`` [T, *shape]
-    (:func:`mtlgrad.task_backward`, or TorchJD) take this rule, in one pass over memory; all others, such as heads, and all
-    if T = 1, take torch.optim.Adam's own, bit for bit. It is a ``torch.optim.Adam``: schedulers, hooks, closures,
+    (:func:`mtlgrad.task_backward`, or TorchJD) take this rule, in one pass over memory; all others, such as heads, and
+    all if T = 1, take torch.optim.Adam's own, bit for bit. It is a ``torch.optim.Adam``: schedulers, hooks, closures,
     GradScaler and checkpoints work as with that.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable: as in torch.optim.Adam
             (``foreach``: for ordinary parameters). ``weight_decay`` is added to each task's gradient.
         num_tasks: T.
-        task_weights: w, T numbers from 0, on the update; ones if not given. (A factor on a loss hardly matters to Adam.)
+        task_weights: w, T numbers from 0, on the update; ones if not given. (A factor on a loss hardly matters to
+            Adam.)
         missing: a task whose ``.jac`` is zero in all parameters is missing from the step. ``"decay"``: nothing special,
-            its moments decay, and its momentum still moves the parameters. ``"still"``: its moments and step count stay as
-            they are, and it adds nothing; T gradients are read once more to find out.
-        moments_dtype: ``"float32"`` or ``"bfloat16"``, also of ordinary parameters' moments (which this package's kernels
-            then update, where it is not the parameter's dtype); None is float32. float64 parameters have float64 moments.
+            its moments decay, and its momentum still moves the parameters. ``"still"``: its moments and step count stay
+            as they are, and it adds nothing; T gradients are read once more to find out.
+        moments_dtype: ``"float32"`` or ``"bfloat16"``, also of ordinary parameters' moments (which this package's
+            kernels then update, where it is not the parameter's dtype); None is float32. float64 parameters have
+            float64 moments.
         stochastic_rounding: bfloat16 moments are rounded up or down at random, without bias. Rounded to nearest, an
-            average with beta2 above 0.996 would never move again.
+            average with beta2 above 0.998 would never fall again.
         dominance_decay: of the averages behind :meth:`dominance`, which cost no pass over memory; None: none.
-        check_finite: ``ValueError`` for NaN or infinity in a gradient, naming the task, before anything is changed; reads
-            T gradients once more, and waits for the device.
+        check_finite: ``ValueError`` for NaN or infinity in a gradient, naming the task, before anything is changed;
+            reads T gradients once more, and waits for the device.
 
     Everything but ``num_tasks`` may differ from group to group.
 
@@ -75,8 +77,8 @@ class AdaTaskAdam(_Adam, torch.optim.Adam):
     ``max_exp_avg_sq_0`` ...), each like the parameter; ``step`` [T] and ``update_square`` [T].
 
     Raises:
-        ValueError: a setting out of its range; in ``step``, ``.jac`` that does not fit T or its parameter, or a parameter
-            that comes with ``.jac`` once and with ``.grad`` alone another time.
+        ValueError: a setting out of its range; in ``step``, ``.jac`` that does not fit T or its parameter, or a
+            parameter that comes with ``.jac`` once and with ``.grad`` alone another time.
     """
 
     ordinary = torch.optim.Adam
@@ -106,7 +108,7 @@ class AdaTaskAdam(_Adam, torch.optim.Adam):
 
 
 class AdaTaskAdamW(_Adam, torch.optim.AdamW):
-    """:class:`AdaTaskAdam` with decoupled weight decay: ``lr * weight_decay`` times the parameter is taken off it, once.
+    """:class:`AdaTaskAdam` with decoupled weight decay: ``lr * weight_decay`` times a parameter is taken off it, once.
 
     The ordinary rule is torch.optim.AdamW's; arguments and state are those of :class:`AdaTaskAdam`.
     """

@@ -117,7 +117,7 @@ class TaskOptimizer(torch.optim.Optimizer):
                 self._before_ordinary(group, p)
         with _gradients(plans):
             # torch.optim's step without the wrapper that runs hooks: they run around this one.
-            inspect.unwrap(self.ordinary.step)(self)  # type: ignore[arg-type]
+            inspect.unwrap(self.ordinary.step)(self)
         for group, plan in pairs:
             for device in dict.fromkeys(own.parameter.device for own in (*plan.tasks, *plan.single)):
                 here = [own for own in plan.tasks if own.parameter.device == device]
@@ -126,7 +126,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim; moments keep the dtype of ``moments_dtype`` (torch.optim would give them the parameter's)."""
+        """As in torch.optim, but that moments keep the dtype of ``moments_dtype`` and do not take on the parameter's."""
         self._check_loaded(state_dict)
         loaded: list[dict[str, Any]] = []
         # What other hooks made of it is what counts: this one is the last.
@@ -167,8 +167,8 @@ class TaskOptimizer(torch.optim.Optimizer):
         .. math:: AU_t \leftarrow \beta \, AU_t + (1 - \beta) \, \|u_t\|^2, \qquad
             \text{share}_t = \frac{AU_t}{\sum_s AU_s}
 
-        with :math:`u_t` the task's part of the update of the layer's parameters and :math:`\beta` ``dominance_decay``: the
-        average of squared updates of arXiv 2211.15055, section 3, summed over a layer's elements.
+        with :math:`u_t` the task's part of the update of the layer's parameters and :math:`\beta` ``dominance_decay``:
+        the average of squared updates of arXiv 2211.15055, section 3, summed over a layer's elements.
 
         Args:
             layers: for each layer its parameters, in a sequence or a dict; the parameter groups if not given.
@@ -235,7 +235,7 @@ class TaskOptimizer(torch.optim.Optimizer):
     def _moment_dtype(self, group: dict[str, Any], p: Tensor) -> torch.dtype:
         if p.dtype not in (torch.float32, torch.bfloat16):
             return p.dtype
-        return getattr(torch, group["moments_dtype"] or "float32")  # type: ignore[no-any-return]
+        return cast("torch.dtype", getattr(torch, group["moments_dtype"] or "float32"))
 
     def _moment(self, group: dict[str, Any], p: Tensor, name: str, start: float = 0.0) -> Tensor:
         """Made at first use: a parameter may appear late, a setting may change."""

@@ -23,7 +23,8 @@ def clip_task_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, error
     Args:
         parameters: those without ``.jac`` are left out.
         max_norm: the longest that a task's gradient may be.
-        error_if_nonfinite: ``RuntimeError`` that names the task if a norm is NaN or infinite; this reads from the device.
+        error_if_nonfinite: ``RuntimeError`` that names the task if a norm is NaN or infinite; this reads from the
+        device.
 
     Returns:
         [T] float64, the norms before clipping, on the device of the gradients; summed in float64.

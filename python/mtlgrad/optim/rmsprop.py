@@ -20,8 +20,8 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
     .. math:: v_t \leftarrow \alpha v_t + (1 - \alpha) g_t^2,
         \quad \theta \leftarrow \theta - \eta \sum_t w_t \frac{g_t}{\sqrt{v_t} + \epsilon}
 
-    (Yang et al., AAAI 2023, arXiv 2211.15055, section 4.) With ``centered`` the square of each task's average gradient is
-    taken off v_t. ``momentum`` is linear in the updates, so that one buffer holds the sum of all tasks'; what
+    (Yang et al., AAAI 2023, arXiv 2211.15055, section 4.) With ``centered`` the square of each task's average gradient
+    is taken off v_t. ``momentum`` is linear in the updates, so that one buffer holds the sum of all tasks'; what
     :meth:`dominance` counts are the updates that go into it.
 
     Args:

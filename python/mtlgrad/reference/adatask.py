@@ -3,7 +3,8 @@
 Every task t has moments of its own for every parameter; with g_t its gradient, the parameter moves by the sum of what
 torch.optim's optimizer of the same name would do for each task alone:
 
-- Adam: m_t <- b1 m_t + (1 - b1) g_t, v_t <- b2 v_t + (1 - b2) g_t^2, theta <- theta - lr sum_t w_t mhat_t / (sqrt(vhat_t) + eps)
+- Adam: m_t <- b1 m_t + (1 - b1) g_t, v_t <- b2 v_t + (1 - b2) g_t^2,
+  theta <- theta - lr sum_t w_t mhat_t / (sqrt(vhat_t) + eps)
 - RMSProp: v_t <- a v_t + (1 - a) g_t^2, theta <- theta - lr sum_t w_t g_t / (sqrt(v_t) + eps)
 - AdaGrad: v_t <- v_t + g_t^2, theta <- theta - lr / (1 + (k - 1) lr_decay) sum_t w_t g_t / (sqrt(v_t) + eps)
 
