@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from .ops.align import SCALES
 from .recipes.base import Interrupted, Settings, TrainError
 from .recipes.comparison import RECIPES, Comparison, Stop
-from .recipes.weighting import ALIGNED, METHODS
+from .recipes.optimizers import ADATASK, OPTIMIZERS
+from .recipes.weighting import ALIGNED, METHODS, SUMS
 
 COVARIANCES = ("full", "block", "kron", "diag")
 BAD_INPUT, STOPPED = 2, 130
@@ -100,6 +101,9 @@ def _add_train(commands: Any) -> None:
     which.add_argument("--method", type=_one_of(METHODS), help=f"{methods} (default: {', '.join(default.methods)})")
     several = "several of them, in one run and table"
     which.add_argument("--compare", type=_one_of(METHODS), nargs="+", metavar="METHOD", help=several)
+    apart = f"{', '.join(ADATASK)} go with {', '.join(SUMS)}, and take {SUMS[0]} if no method is given"
+    optimizers = f"{', '.join(OPTIMIZERS)}, several for each in turn (default: {default.optimizers[0]}); {apart}"
+    add("--optimizer", type=_one_of(OPTIMIZERS), nargs="+", metavar="NAME", help=optimizers)
     add("--seeds", type=_whole(1, 1000), metavar="N", help=f"train everything N times (default: {default.seeds})")
     epochs = ", ".join(f"{recipe.epochs} for {name}" for name, recipe in RECIPES.items())
     add("--epochs", type=_whole(1, 100_000), metavar="N", help=f"(default: {epochs})")
@@ -138,10 +142,14 @@ def _add_toy(commands: Any) -> None:
 
 
 def _settings(given: dict[str, Any]) -> Settings:
-    """The settings that the options given stand for; a method named twice runs once."""
+    """The settings that the options given stand for; a method or optimizer named twice runs once."""
     if "method" in given or "compare" in given:
         methods = given.pop("compare", None) or [given.pop("method")]
         given["methods"] = tuple(dict.fromkeys(methods))
+    if "optimizer" in given:
+        given["optimizers"] = tuple(dict.fromkeys(given.pop("optimizer")))
+        if set(ADATASK) & set(given["optimizers"]):
+            given.setdefault("methods", (SUMS[0],))
     for name in {"power", "preference"} & given.keys():
         given[name] = tuple(given[name])
     recipe = RECIPES[given.get("data", Settings.data)]
@@ -154,6 +162,12 @@ def _settings(given: dict[str, Any]) -> Settings:
             if name in given:
                 found = ", ".join(settings.methods)
                 raise TrainError(f"argument --{name}: expected with {' or '.join(ALIGNED)}, found {found}; drop it")
+    merging = [method for method in settings.methods if method not in SUMS]
+    if merging and (apart := [name for name in settings.optimizers if name in ADATASK]):
+        raise TrainError(
+            f"argument --optimizer: expected {OPTIMIZERS[0]} with {', '.join(merging)}, whose one merged gradient "
+            f"leaves nothing to keep apart, found {', '.join(apart)}; take methods among {', '.join(SUMS)}"
+        )
     if settings.preference is not None:
         _check_preference(settings.preference, [task.name for task in recipe.tasks])
     return settings
@@ -243,10 +257,10 @@ def _run(comparison: Comparison, stop: Stop) -> int:
         progress = LiveProgress(console, settings, comparison.jobs, tasks, len(comparison.results))
     else:
         progress = LineProgress(console, comparison.jobs, tasks)
-    say(console, f"{settings.data}: {', '.join(settings.methods)} and single-task nets; run folder {folder.path}")
+    say(console, f"{settings.data}: {', '.join(settings.labels)} and single-task nets; run folder {folder.path}")
     with progress:
         finished = comparison.run(progress, stop)
-    columns = report.summaries(comparison.results, settings.methods, tasks)
+    columns = report.summaries(comparison.results, settings.labels, tasks)
     if columns:
         done, count = len(comparison.results), len(comparison.jobs)
         part = f"; stopped after {done} of {count} trainings" if done < count else ""
@@ -259,7 +273,7 @@ def _run(comparison: Comparison, stop: Stop) -> int:
             console,
             f"bayesagg: all {settings.epochs} epochs were warm-up, that is, the plain sum; give it more --epochs",
         )
-    for line in report.systems(comparison.results, settings.methods, len(tasks)):
+    for line in report.systems(comparison.results, settings.labels, len(tasks)):
         say(console, line)
     if not finished:
         say(console, f"stopped; what was done is saved: mtlgrad train --resume {folder.path}")

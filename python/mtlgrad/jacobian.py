@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops.rows import dense
+
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
 
@@ -112,7 +114,7 @@ def task_backward(
                     continue
                 gradient = p.grad if p.grad.layout == torch.strided else p.grad.to_dense()
                 if jacobians[i] is None:
-                    jacobians[i] = gradient.new_empty(len(values), *p.shape)
+                    jacobians[i] = _empty_rows(gradient, p, len(values))
                 jacobians[i][t].copy_(gradient)  # type: ignore[index]
                 reached[i].add(t)
                 p.grad = None
@@ -122,7 +124,7 @@ def task_backward(
     for p, jacobian, tasks in zip(parameters, jacobians, reached, strict=True):
         if jacobian is None:
             if not hasattr(p, "jac"):
-                p.jac = p.new_zeros(len(values), *p.shape)  # type: ignore[attr-defined]
+                p.jac = _empty_rows(p, p, len(values)).zero_()  # type: ignore[attr-defined]
             continue
         for t in range(len(values)):
             if t not in tasks:
@@ -131,6 +133,13 @@ def task_backward(
             p.jac += jacobian
         else:
             p.jac = jacobian  # type: ignore[attr-defined]
+
+
+def _empty_rows(gradient: Tensor, p: Tensor, tasks: int) -> Tensor:
+    """[T, *shape], every row in the element order of the parameter (say, channels_last), as autograd's are."""
+    if dense(p):
+        return gradient.new_empty_strided((tasks, *p.shape), (p.numel(), *p.stride()))
+    return gradient.new_empty(tasks, *p.shape)
 
 
 _Start = tuple[list[Tensor], list[Any]]  # what a backward starts from: tensors and the gradients that come into them

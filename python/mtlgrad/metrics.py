@@ -1,16 +1,17 @@
-"""Figures by which multi-task methods, and the gradients they meet, are compared."""
+"""Figures by which multi-task methods, the gradients they meet, and the updates they lead to are compared."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .ops.rows import Rows
+from .optim.base import Layers, TaskOptimizer
 
 
 def delta_m(metrics: Sequence[float], baseline: Sequence[float], higher_is_better: Sequence[bool]) -> float:
@@ -147,3 +148,168 @@ def gradient_statistics(rows: Rows | ops.Stacked) -> GradientStatistics:
         magnitude_similarity=(2.0 * products / (squares[:, None] + squares)).clamp(max=1.0),
         norms=norms,
     )
+
+
+_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
+
+class Dominance:
+    r"""Each task's share of what moves the parameters under an ordinary ``torch.optim`` optimizer: one that steps along
+    the sum of the tasks' gradients. Under AdaTask's, ask ``optimizer.dominance()``.
+
+    .. math:: u_t = \eta \frac{\hat m_t}{\sqrt{\hat v} + \epsilon}, \qquad
+        AU_t \leftarrow \beta \, AU_t + (1 - \beta) \, \|u_t\|^2, \qquad
+        \text{share}_t = \frac{AU_t}{\sum_s AU_s}
+
+    the average of squared updates of AdaTask (Yang et al., AAAI 2023, arXiv 2211.15055, section 3), summed over a
+    layer's elements. v is the optimizer's own second moment, of the summed gradient; m_t is the task's part of its
+    first: Adam's average, with its beta1, of the task's gradients; for RMSprop and Adagrad, which have none, the
+    gradient itself (RMSprop's momentum, linear in u_t, is left out). So :math:`\sum_t u_t` is what the step subtracts
+    from a parameter, but for weight decay and momentum, which are no task's.
+
+    ::
+
+        dominance = mtlgrad.metrics.Dominance(optimizer, num_tasks=3)
+        ...
+        mtlgrad.task_backward(losses, shared)  # .jac
+        for p in shared:
+            p.grad = p.jac.sum(0)
+        optimizer.step()
+        dominance.update()
+        ...
+        dominance.shares({"first": first.parameters(), "second": second.parameters()})
+
+    Measured at every n-th step alone it costs an n-th, and is an estimate: the averages reach n times further back. A
+    ``decay`` of ``0.99**n`` keeps the length of AU's.
+
+    Args:
+        optimizer: torch.optim's Adam, AdamW, RMSprop or Adagrad.
+        num_tasks: T.
+        decay: beta, from 0, below 1.
+
+    One copy of the parameters a task is held with Adam and AdamW, in float32 or float64.
+
+    Raises:
+        TypeError: another optimizer.
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, num_tasks: int, decay: float = 0.99):
+        kinds = (*_ADAM, torch.optim.RMSprop, torch.optim.Adagrad)
+        if isinstance(optimizer, TaskOptimizer) or not isinstance(optimizer, kinds):
+            way = "use its dominance()" if isinstance(optimizer, TaskOptimizer) else "its update is not known here"
+            raise TypeError(
+                "Dominance: optimizer: expected torch.optim's Adam, AdamW, RMSprop or Adagrad, found "
+                f"{type(optimizer).__name__}; {way}"
+            )
+        if not isinstance(num_tasks, int) or isinstance(num_tasks, bool) or num_tasks < 1:
+            raise ValueError(f"Dominance: num_tasks: expected a whole number from 1, found {num_tasks!r}")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"Dominance: decay: expected a number from 0, below 1, found {decay!r}")
+        self.optimizer, self.num_tasks, self.decay = optimizer, num_tasks, decay
+        self._state: dict[Tensor, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def update(self, jacobians: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Takes in a step that the optimizer has made: before a scheduler changes the learning rate.
+
+        Args:
+            jacobians: parameter -> the tasks' gradients [T, *shape] in that step, whose sum was its ``.grad``; the
+                parameters' ``.jac`` if not given. Parameters without are left out.
+
+        Raises:
+            ValueError: gradients of another shape, of a parameter that the optimizer does not have or has not yet
+                moved, or none at all.
+        """
+        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        if jacobians is None:
+            jacobians = {p: p.jac for p in groups if hasattr(p, "jac")}
+        if not jacobians:
+            raise ValueError(
+                "Dominance.update: jacobians: expected gradients of at least one parameter, found none, and no .jac; "
+                "call it after task_backward and optimizer.step(), before zero_grad"
+            )
+        for p, jacobian in jacobians.items():
+            expected, found = [self.num_tasks, *p.shape], list(jacobian.shape)
+            if found != expected:
+                raise ValueError(f"Dominance.update: jacobians: expected {expected}, one row a task, found {found}")
+            if p not in groups or not self.optimizer.state.get(p):
+                what = "moved by" if p in groups else "of"
+                raise ValueError(
+                    f"Dominance.update: jacobians: expected parameters {what} the optimizer, found one {list(p.shape)} "
+                    "that is not; call it after optimizer.step()"
+                )
+        for p, jacobian in jacobians.items():
+            self._add(p, groups[p], jacobian)
+
+    @torch.no_grad()
+    def shares(self, layers: Layers | None = None) -> Tensor:
+        """The shares so far, in the form of ``dominance()`` of :mod:`mtlgrad.optim`.
+
+        Args:
+            layers: for each layer its parameters, in a sequence or a dict; the parameter groups if not given.
+
+        Returns:
+            [layers, T] float64, rows summing to one, on the device of the parameters. NaN in rows without a parameter
+            that was measured, or whose updates were all zero.
+        """
+        if layers is None:
+            layers = [group["params"] for group in self.optimizer.param_groups]
+        rows = []
+        for layer in layers.values() if isinstance(layers, Mapping) else layers:
+            squares = [self._state[p]["update_square"] for p in layer if p in self._state]
+            device = squares[0].device if squares else torch.device("cpu")
+            total = sum(
+                (s.to(device) for s in squares), torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
+            )
+            rows.append(total / total.sum())
+        devices = [row.device for row in rows if row.device.type != "cpu"]
+        return torch.stack([row.to(devices[0]) if devices else row for row in rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors alone, by the parameters' numbers in the optimizer."""
+        return {"state": {i: dict(self._state[p]) for i, p in enumerate(self._parameters()) if p in self._state}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; tensors are copied."""
+        known = list(self._parameters())
+        self._state = {
+            known[i]: {name: value.to(known[i].device, copy=True) for name, value in values.items()}
+            for i, values in state_dict["state"].items()
+        }
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _add(self, p: Tensor, group: dict[str, Any], jacobian: Tensor) -> None:
+        gradients = jacobian if jacobian.dtype == torch.float64 else jacobian.float()
+        state = self._state.setdefault(p, {})
+        if not state:
+            state["update_square"] = torch.zeros(self.num_tasks, dtype=torch.float64, device=p.device)
+        if isinstance(self.optimizer, _ADAM):
+            gradients = self._first_moment(state, group["betas"][0], gradients)
+        updates = gradients * self._step_size(group, self.optimizer.state[p]).to(gradients.dtype)
+        squares = updates.flatten(1).double().square().sum(1)
+        state["update_square"].mul_(self.decay).add_(squares, alpha=1.0 - self.decay)
+
+    def _first_moment(self, state: dict[str, Tensor], beta: float, gradients: Tensor) -> Tensor:
+        if "exp_avg" not in state:
+            state["exp_avg"], state["count"] = torch.zeros_like(gradients), torch.zeros(())
+        average = state["exp_avg"].lerp_(gradients, 1.0 - beta)
+        state["count"] += 1
+        return average / (1.0 - beta ** float(state["count"]))
+
+    def _step_size(self, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        """What the optimizer multiplies a first moment, or a gradient, with."""
+        lr, eps = group["lr"], group["eps"]
+        if isinstance(self.optimizer, _ADAM):
+            square = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+            root = square.sqrt() / (1.0 - group["betas"][1] ** state["step"]) ** 0.5
+        elif isinstance(self.optimizer, torch.optim.RMSprop):
+            square = state["square_avg"]
+            root = (
+                square.addcmul(state["grad_avg"], state["grad_avg"], value=-1.0) if group["centered"] else square
+            ).sqrt()
+        else:
+            root, lr = state["sum"].sqrt(), lr / (1.0 + (state["step"] - 1.0) * group["lr_decay"])
+        return cast("Tensor", lr / (root + eps))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curves = dict[str, list[list[float]]]  # method -> per epoch, per task
+Shares = dict[str, list[list[list[float]]]]  # method -> per epoch, per layer, per task
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -87,6 +88,42 @@ def task_weights(tasks: Sequence[str], shares: Curves) -> bytes:
         axis.set_ylim(low and low - margin, high + margin)
 
     return _panels(tasks, shares, "share of the weights", draw, same_scale=True)
+
+
+def dominance(tasks: Sequence[str], layers: Sequence[str], shares: Shares) -> bytes:
+    """Who moves the shared parameters: per method and layer, each task's share of the squared updates over the epochs.
+
+    `shares`: method -> [epochs][layers][tasks], as ``optimizer.dominance(layers)`` of :mod:`mtlgrad.optim`, or
+    ``shares(layers)`` of :class:`mtlgrad.metrics.Dominance`, had them after each epoch. A panel a layer, at most five
+    in a row; a block of rows a method; dashed, the share that all tasks would have if none dominated.
+    """
+    columns = min(len(layers), 5)
+    rows = -(-len(layers) // columns)
+    figure = _figure(max(2.3 * columns, 6.4), 0.5 + len(shares) * (1.9 * rows + 0.4))
+    handles: dict[str, Any] = {}
+    for block, (method, epochs) in zip(
+        figure.subfigures(len(shares), 1, squeeze=False).flat, shares.items(), strict=True
+    ):
+        block.suptitle(method)
+        grid = block.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axis in grid.flat[len(layers) :]:
+            axis.remove()
+        for i, (layer, axis) in enumerate(zip(layers, grid.flat)):
+            for t, task in enumerate(tasks):
+                values, marker = [line[i][t] for line in epochs], "." if len(epochs) == 1 else None
+                (handles[task],) = axis.plot(range(1, len(epochs) + 1), values, color=f"C{t}", marker=marker)
+            axis.axhline(1 / len(tasks), color="black", linestyle="--", linewidth=0.8)
+            axis.set_title(layer, fontsize="small")
+            axis.set_ylim(0.0, 1.0)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+            if i + columns >= len(layers):
+                axis.set_xlabel("epoch")
+                axis.tick_params(labelbottom=True)
+        for row in grid:
+            row[0].set_ylabel("share of updates")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(tasks), 5), fontsize="small")
+    return _png(figure)
 
 
 def uncertainty_map(tasks: Sequence[str], variance: Tensor) -> bytes:

@@ -39,7 +39,9 @@ import torch
 from torch import Tensor
 
 from ..reference.adatask import Lists, Rate
-from .adatask_operators import ADAGRAD, ADAM, RMSPROP, adatask_op
+from .adatask_checks import ADAGRAD, ADAM, RMSPROP
+from .adatask_operators import adatask_op
+from .checks import refuse, shape_of
 
 __all__ = ["adatask_adagrad", "adatask_adam", "adatask_rmsprop"]
 
@@ -68,13 +70,14 @@ def adatask_adam(
 
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.Adam (DESIGN 4.5).
     """
-    rate, on_device = _rate(lr)
+    op, tasks = "adatask_adam", _tasks("adatask_adam", parameters, jacobians)
+    rate, on_device = _rate(op, lr)
     _call(
         list(parameters),
         list(jacobians),
-        _flat(exp_avgs),
-        _flat(exp_avg_sqs),
-        _flat(max_exp_avg_sqs),
+        _flat(op, "exp_avgs", exp_avgs, tasks),
+        _flat(op, "exp_avg_sqs", exp_avg_sqs, tasks),
+        _flat(op, "max_exp_avg_sqs", max_exp_avg_sqs, tasks),
         [],
         list(steps),
         _list(squares),
@@ -83,7 +86,7 @@ def adatask_adam(
         ADAM,
         [rate, *betas, eps, weight_decay, 0.0, square_decay],
         [max_exp_avg_sqs is not None, decoupled, maximize],
-        _weights(task_weights, jacobians),
+        _weights(op, task_weights, tasks),
         None if keys is None else list(keys),
     )
 
@@ -115,12 +118,13 @@ def adatask_rmsprop(
 
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.RMSprop (DESIGN 4.5).
     """
-    rate, on_device = _rate(lr)
+    op, tasks = "adatask_rmsprop", _tasks("adatask_rmsprop", parameters, jacobians)
+    rate, on_device = _rate(op, lr)
     _call(
         list(parameters),
         list(jacobians),
-        _flat(grad_avgs),
-        _flat(square_avgs),
+        _flat(op, "grad_avgs", grad_avgs, tasks),
+        _flat(op, "square_avgs", square_avgs, tasks),
         [],
         _list(momentum_buffers),
         list(steps),
@@ -130,7 +134,7 @@ def adatask_rmsprop(
         RMSPROP,
         [rate, momentum, alpha, eps, weight_decay, 0.0, square_decay],
         [grad_avgs is not None, False, maximize],
-        _weights(task_weights, jacobians),
+        _weights(op, task_weights, tasks),
         None if keys is None else list(keys),
     )
 
@@ -156,12 +160,13 @@ def adatask_adagrad(
 
     Source: arXiv 2211.15055, section 4, with the state of torch.optim.Adagrad (DESIGN 4.5).
     """
-    rate, on_device = _rate(lr)
+    op, tasks = "adatask_adagrad", _tasks("adatask_adagrad", parameters, jacobians)
+    rate, on_device = _rate(op, lr)
     _call(
         list(parameters),
         list(jacobians),
         [],
-        _flat(state_sums),
+        _flat(op, "state_sums", state_sums, tasks),
         [],
         [],
         list(steps),
@@ -171,7 +176,7 @@ def adatask_adagrad(
         ADAGRAD,
         [rate, 0.0, 0.0, eps, weight_decay, lr_decay, square_decay],
         [False, False, maximize],
-        _weights(task_weights, jacobians),
+        _weights(op, task_weights, tasks),
         None if keys is None else list(keys),
     )
 
@@ -181,7 +186,23 @@ def _call(parameters: list[Tensor], *arguments: object) -> None:
         adatask_op(parameters, *arguments)
 
 
-def _flat(lists: Lists | None) -> list[Tensor]:
+def _tasks(op: str, parameters: Sequence[Tensor], jacobians: Sequence[Tensor]) -> int:
+    """T; and what the operator would not be asked about."""
+    for name, tensors in (("parameters", parameters), ("jacobians", jacobians)):
+        for p, tensor in enumerate(tensors):
+            if tensor.layout != torch.strided:
+                refuse(f"{op}: {name}: expected a dense tensor for parameter {p}, found {tensor.layout}")
+    if not jacobians:
+        return 1
+    if jacobians[0].dim() == 0 or jacobians[0].shape[0] == 0:
+        refuse(f"{op}: jacobians: expected [T, *shape] with at least one task, found {shape_of(jacobians[0])}")
+    return jacobians[0].shape[0]
+
+
+def _flat(op: str, name: str, lists: Lists | None, tasks: int) -> list[Tensor]:
+    for p, row in enumerate(lists or ()):
+        if len(row) != tasks:
+            refuse(f"{op}: {name}: expected {tasks} tensors, one a task, for parameter {p}, found {len(row)}")
     return [] if lists is None else [tensor for row in lists for tensor in row]
 
 
@@ -189,16 +210,18 @@ def _list(tensors: Sequence[Tensor] | None) -> list[Tensor]:
     return [] if tensors is None else list(tensors)
 
 
-def _rate(lr: Rate) -> tuple[float, Tensor | None]:
+def _rate(op: str, lr: Rate) -> tuple[float, Tensor | None]:
     """A number, or a tensor that the host must not wait for."""
     if not isinstance(lr, Tensor):
         return float(lr), None
+    if lr.numel() != 1:
+        refuse(f"{op}: lr: expected a number or a tensor with one, found shape {shape_of(lr)}")
     if lr.device.type == "cpu" and not torch.compiler.is_compiling():
         return float(lr), None
     return 0.0, lr.detach().to(torch.float64).reshape(1)
 
 
-def _weights(weights: Sequence[float] | None, jacobians: Sequence[Tensor]) -> list[float]:
-    if weights is not None:
-        return [float(w) for w in weights]
-    return [1.0] * (len(jacobians[0]) if jacobians and jacobians[0].dim() else 0)
+def _weights(op: str, weights: Sequence[float] | None, tasks: int) -> list[float]:
+    if weights is not None and len(weights) != tasks:
+        refuse(f"{op}: task_weights: expected {tasks} numbers, one a task, found {len(weights)}")
+    return [1.0] * tasks if weights is None else [float(w) for w in weights]

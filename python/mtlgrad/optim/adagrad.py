@@ -34,6 +34,7 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
     """
 
     ordinary = torch.optim.Adagrad
+    takes_sparse = True
 
     def __init__(
         self,
@@ -61,6 +62,14 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
         # Which parameters come with .jac is not known yet; torch.optim.Adagrad has made one sum for each.
         self.state.clear()
 
+    def share_memory(self) -> None:
+        """Moves the state to shared memory, as in torch.optim; there is none before the first step."""
+        if not self.state:
+            raise RuntimeError("AdaTaskAdagrad.share_memory: expected state, found none: it is made at the first step")
+        for state in self.state.values():
+            for tensor in state.values():
+                tensor.share_memory_()
+
     def _names(self, group: dict[str, Any]) -> list[str]:
         return ["sum"]
 
@@ -70,7 +79,7 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
     def _before_ordinary(self, group: dict[str, Any], p: Tensor) -> None:
         if not self.state[p]:
             self.state[p]["step"] = torch.tensor(0.0)
-            self._moment(group, p, "sum", self._start(group))
+            self._moments(group, [p], ["sum"])
 
     def _operate(
         self,

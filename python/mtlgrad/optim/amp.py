@@ -13,7 +13,12 @@ class _WithJacobians:
     """An optimizer as GradScaler looks at it, with every ``.jac`` as the gradient of one parameter more."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        carriers = [_carrier(p.jac) for group in optimizer.param_groups for p in group["params"] if hasattr(p, "jac")]
+        carriers = [
+            _carrier(p.jac)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if getattr(p, "jac", None) is not None
+        ]
         self.param_groups = [*optimizer.param_groups, {"params": carriers}]
 
 

@@ -41,6 +41,7 @@ class TaskOptimizer(torch.optim.Optimizer):
 
     #: The optimizer of torch.optim for ordinary parameters.
     ordinary: ClassVar[type[torch.optim.Optimizer]]
+    takes_sparse: ClassVar[bool] = False  #: whether that reads sparse gradients
 
     def __init__(self, params: Any, *arguments: Any, task_options: TaskOptions, **settings: Any):
         self._task_options = task_options._asdict()
@@ -72,6 +73,10 @@ class TaskOptimizer(torch.optim.Optimizer):
     def _before_ordinary(self, group: dict[str, Any], p: Tensor) -> None:
         """State that torch.optim expects to find."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        reach_jacobians()  # in a process that has made no such optimizer
+
     # ---- torch.optim's interface -------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -89,7 +94,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for p in group["params"]:
-                if hasattr(p, "jac") and set_to_none:
+                if hasattr(p, "jac") and (set_to_none or p.jac is None):
                     del p.jac
                 elif hasattr(p, "jac"):
                     p.jac.zero_()
@@ -113,50 +118,65 @@ class TaskOptimizer(torch.optim.Optimizer):
         check_gradients(type(self).__name__, pairs)
         present = present_tasks(pairs)
         for group, plan in pairs:
+            for device in dict.fromkeys(own.parameter.device for own in (*plan.tasks, *plan.single)):
+                here = [own for own in plan.tasks if own.parameter.device == device]
+                self._update(group, here, group["num_tasks"], "_{}", present.get(device))
+                self._update(group, [own for own in plan.single if own.parameter.device == device], 1, "", None)
             for p, _ in plan.ordinary:
                 self._before_ordinary(group, p)
         with _gradients(plans):
             # torch.optim's step without the wrapper that runs hooks: they run around this one.
             inspect.unwrap(self.ordinary.step)(self)
-        for group, plan in pairs:
-            for device in dict.fromkeys(own.parameter.device for own in (*plan.tasks, *plan.single)):
-                here = [own for own in plan.tasks if own.parameter.device == device]
-                self._update(group, here, group["num_tasks"], "_{}", present.get(device))
-                self._update(group, [own for own in plan.single if own.parameter.device == device], 1, "", None)
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, but that moments keep the dtype of ``moments_dtype`` and do not take on the parameter's."""
-        self._check_loaded(state_dict)
+        """As in torch.optim, but that moments have the dtype of ``moments_dtype`` and not the parameter's."""
         loaded: list[dict[str, Any]] = []
-        # What other hooks made of it is what counts: this one is the last.
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+
+        def look(_: Any, state: dict[str, Any]) -> None:
+            self._check_loaded(state)
+            loaded.append(state)
+
+        # Between the hooks of others: after those that change what is loaded, before those that look at the result.
+        hooks = (
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(lambda _: self._take(loaded[-1]), prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        numbers = [number for group in loaded[-1]["param_groups"] for number in group["params"]]
+            for hook in hooks:
+                hook.remove()
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        own = self.param_groups[0]
+        for group in state_dict["param_groups"]:
+            for name in ("num_tasks", "betas", "alpha", "lr_decay"):
+                if (name in own) != (name in group):
+                    found = f"one with {name}" if name in group else f"one without {name}"
+                    expected = f"expected that of an {type(self).__name__}"
+                    raise ValueError(f"{type(self).__name__}.load_state_dict: state_dict: {expected}, found {found}")
+            if group["num_tasks"] != own["num_tasks"]:
+                raise ValueError(
+                    f"{type(self).__name__}.load_state_dict: state_dict: expected num_tasks={own['num_tasks']}, found "
+                    f"{group['num_tasks']}"
+                )
+
+    def _take(self, state_dict: dict[str, Any]) -> None:
+        """State as it is in a checkpoint, where torch.optim gave moments their parameter's dtype."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         groups = [(group, p) for group in self.param_groups for p in group["params"]]
         for number, (group, p) in zip(numbers, groups, strict=True):
-            values = loaded[-1]["state"].get(number, {})
+            values = state_dict["state"].get(number, {})
             per_task = f"{self._names(group)[0]}_0" in values
             for name, value in values.items():
                 if not isinstance(value, Tensor):
                     continue
-                moment = value.shape == p.shape and name != "step"
+                moment = value.shape == p.shape and name not in ("step", "update_square")
                 dtype = self._moment_dtype(group, p) if moment else value.dtype
                 device = p.device if moment or per_task else self.state[p][name].device
                 # A copy: training on must not change the checkpoint that it was loaded from.
                 self.state[p][name] = value.detach().to(device, dtype, copy=True)
-
-    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        for group in state_dict.get("param_groups", []):
-            tasks, own = group.get("num_tasks"), self.param_groups[0]["num_tasks"]
-            if tasks != own:
-                found = f"{tasks}" if tasks else f"none: the state of another optimizer than {type(self).__name__}"
-                raise ValueError(
-                    f"{type(self).__name__}.load_state_dict: state_dict: expected num_tasks={own}, found {found}"
-                )
 
     # ---- dominance ---------------------------------------------------------------------------------------------------
 
@@ -200,32 +220,34 @@ class TaskOptimizer(torch.optim.Optimizer):
     def _plan(self, number: int, group: dict[str, Any], key: int) -> Plan:
         plan = Plan([], [], [])
         tasks, weights = group["num_tasks"], group["task_weights"]
+        first_moment = self._names(group)[0]
         for i, p in enumerate(group["params"]):
-            where = f"{type(self).__name__}.step: parameter {i} of group {number}"
             jacobian = getattr(p, "jac", None)
+            if jacobian is None and p.grad is None:
+                continue
+            where = f"{type(self).__name__}.step: parameter {i} of group {number}"
             if jacobian is not None:
                 check_jacobian(where, p, jacobian, tasks)
-            elif p.grad is None:
-                continue
-            per_task = jacobian is not None and tasks > 1
-            self._check_side(where, group, p, per_task)
+            # One task alone is the ordinary optimizer, unless its update is weighted.
+            per_task = jacobian is not None and (tasks > 1 or weights not in (None, [1.0]))
+            self._check_side(where, p, first_moment, per_task)
             if jacobian is not None and per_task:
                 plan.tasks.append(Own(p, jacobian, key + i))
                 continue
             gradient = cast("Tensor", p.grad if jacobian is None else jacobian[0])
-            weight = 1.0 if weights is None or jacobian is None else weights[0]
-            if self._moment_dtype(group, p) == p.dtype and weight == 1.0:
+            own_dtype = self._moment_dtype(group, p) == p.dtype
+            if gradient.layout != torch.strided and not (own_dtype and self.takes_sparse):
+                raise ValueError(f"{where}: expected a dense .grad, found {gradient.layout}; use sparse=False")
+            if own_dtype:
                 plan.ordinary.append((p, gradient))
-            elif gradient.layout != torch.strided:
-                raise ValueError(f"{where}: expected a dense .grad, found {gradient.layout}")
             else:
                 plan.single.append(Own(p, gradient.unsqueeze(0), key + i))
         return plan
 
-    def _check_side(self, where: str, group: dict[str, Any], p: Tensor, per_task: bool) -> None:
+    def _check_side(self, where: str, p: Tensor, moment: str, per_task: bool) -> None:
         """A parameter cannot change sides: its moments would begin anew, unseen."""
         state = self.state.get(p)
-        if state and (f"{self._names(group)[0]}_0" in state) != per_task:
+        if state and (f"{moment}_0" in state) != per_task:
             kept, found = (".grad", ".jac") if per_task else (".jac", ".grad without .jac")
             raise ValueError(
                 f"{where}: expected {kept}, which its moments are made of, found {found}; to start them anew, delete "
@@ -237,18 +259,28 @@ class TaskOptimizer(torch.optim.Optimizer):
             return p.dtype
         return cast("torch.dtype", getattr(torch, group["moments_dtype"] or "float32"))
 
-    def _moment(self, group: dict[str, Any], p: Tensor, name: str, start: float = 0.0) -> Tensor:
-        """Made at first use: a parameter may appear late, a setting may change."""
-        state = self.state[p]
-        if name not in state:
-            state[name] = torch.full_like(p, start, dtype=self._moment_dtype(group, p))
-        return cast("Tensor", state[name])
+    def _moments(self, group: dict[str, Any], parameters: list[Tensor], names: list[str]) -> list[list[Tensor]]:
+        """Per parameter the tensors of its state with these names; made where there are none yet."""
+        found = []
+        for p in parameters:
+            state, dtype = self.state[p], self._moment_dtype(group, p)
+            for name in names:
+                if name not in state:
+                    state[name] = torch.full_like(p, self._start(group), dtype=dtype)
+                elif state[name].dtype != dtype:  # moments_dtype was changed
+                    state[name] = state[name].to(dtype)
+            found.append([state[name] for name in names])
+        return found
 
-    def _small(self, p: Tensor, name: str, tasks: int | None, dtype: torch.dtype) -> Tensor:
-        state = self.state[p]
-        if name not in state:
-            state[name] = torch.zeros([] if tasks is None else [tasks], dtype=dtype, device=p.device)
-        return cast("Tensor", state[name])
+    def _counts(self, parameters: list[Tensor], name: str, shape: list[int], dtype: torch.dtype) -> list[Tensor]:
+        """Per parameter a small tensor of its state; made where there is none yet."""
+        found = []
+        for p in parameters:
+            state = self.state[p]
+            if name not in state:
+                state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+            found.append(state[name])
+        return found
 
     def _update(self, group: dict[str, Any], owns: list[Own], tasks: int, suffix: str, present: Tensor | None) -> None:
         if not owns:
@@ -256,21 +288,20 @@ class TaskOptimizer(torch.optim.Optimizer):
         per_task = bool(suffix)
         parameters = [own.parameter for own in owns]
         moments = {
-            name: [
-                [self._moment(group, p, name + suffix.format(t), self._start(group)) for t in range(tasks)]
-                for p in parameters
-            ]
+            name: self._moments(group, parameters, [name + suffix.format(t) for t in range(tasks)])
             for name in self._names(group)
         }
-        steps = [self._small(p, "step", tasks if per_task else None, torch.float32).view(tasks) for p in parameters]
+        steps = self._counts(parameters, "step", [tasks] if per_task else [], torch.float32)
         options = {name: group[name] for name in ("lr", "eps", "weight_decay", "maximize")}
         if per_task:
             options["task_weights"] = group["task_weights"]
             options["present"] = present if group["missing"] == "still" else None
             if group["dominance_decay"] is not None:
                 options["square_decay"] = group["dominance_decay"]
-                options["squares"] = [self._small(p, "update_square", tasks, torch.float64) for p in parameters]
-        if group["stochastic_rounding"]:
+                options["squares"] = self._counts(parameters, "update_square", [tasks], torch.float64)
+        else:
+            steps = [step.view(1) for step in steps]
+        if group["stochastic_rounding"] and group["moments_dtype"] == "bfloat16":
             options["keys"] = [own.key for own in owns]
         self._operate(group, parameters, [own.jacobian for own in owns], moments, steps, options)
 

@@ -17,18 +17,21 @@ Pairs = Sequence[tuple[dict[str, Any], "Plan"]]  # the groups and what a step do
 
 
 def check_jacobian(where: str, p: Tensor, jacobian: Tensor, tasks: int) -> None:
-    expected = [tasks, *p.shape]
-    found = list(jacobian.shape) if isinstance(jacobian, Tensor) else type(jacobian).__name__
-    if found != expected:
+    if not isinstance(jacobian, Tensor) or jacobian.shape != (tasks, *p.shape):
+        found = list(jacobian.shape) if isinstance(jacobian, Tensor) else type(jacobian).__name__
         raise ValueError(
-            f"{where}: expected .jac of shape {expected}, one row for each of num_tasks={tasks}, found {found}; clear "
-            "it with zero_grad(), or make the optimizer with as many tasks as there are losses"
+            f"{where}: expected .jac of shape {[tasks, *p.shape]}, one row for each of num_tasks={tasks}, found {found}"
+            "; clear it with zero_grad(), or make the optimizer with as many tasks as there are losses"
         )
     for what in ("device", "dtype"):
         if getattr(jacobian, what) != getattr(p, what):
             raise ValueError(
                 f"{where}: expected .jac on the parameter's {what}, {getattr(p, what)}, found {getattr(jacobian, what)}"
             )
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(
+            f"{where}: expected float32, bfloat16 or float64, found {p.dtype}; keep float32 parameters and use autocast"
+        )
     if jacobian.layout != torch.strided:
         raise ValueError(f"{where}: expected a dense .jac, found {jacobian.layout}; use .to_dense()")
 

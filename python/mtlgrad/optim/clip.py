@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -22,16 +21,17 @@ def clip_task_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, error
 
     Args:
         parameters: those without ``.jac`` are left out.
-        max_norm: the longest that a task's gradient may be.
+        max_norm: the longest that a task's gradient may be; infinity to learn the norms alone.
         error_if_nonfinite: ``RuntimeError`` that names the task if a norm is NaN or infinite; this reads from the
         device.
 
     Returns:
         [T] float64, the norms before clipping, on the device of the gradients; summed in float64.
     """
-    if not 0.0 <= max_norm < math.inf:
+    if not max_norm >= 0.0:
         raise ValueError(f"clip_task_grad_norm_: max_norm: expected a number from 0, found {max_norm}")
-    rows = [p.jac for p in parameter_list("clip_task_grad_norm_", "parameters", parameters) if hasattr(p, "jac")]
+    listed = parameter_list("clip_task_grad_norm_", "parameters", parameters)
+    rows: list[Tensor] = [jacobian for p in listed if (jacobian := getattr(p, "jac", None)) is not None]
     if not rows:
         raise ValueError(
             "clip_task_grad_norm_: parameters: expected at least one with .jac, found none; call task_backward first"

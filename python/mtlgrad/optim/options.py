@@ -50,16 +50,16 @@ def check_group(name: str, group: dict[str, Any], others: Sequence[dict[str, Any
         raise ValueError(f"{name}: {setting}: expected {expected}, found {group[setting]!r}")
 
     for setting, limit in _BELOW.items():
-        value = group.get(setting)
-        if value is None or (isinstance(value, Tensor) and value.device.type != "cpu"):
+        value = group.get(setting, 0.0)
+        if (setting == "dominance_decay" and value is None) or (
+            isinstance(value, Tensor) and value.device.type != "cpu"
+        ):
             continue  # reading a tensor would wait for its device
-        if isinstance(value, Tensor) and value.numel() != 1:
-            refuse(setting, "one number")
-        if not isinstance(value, (int, float, Tensor)) or not 0.0 <= float(value) < limit:
+        if not 0.0 <= _number(value) < limit:
             refuse(setting, "a number from 0" + (f", below {limit:g}" if limit < math.inf else ""))
-    for beta in group.get("betas", ()):
-        if not 0.0 <= float(beta) < 1.0:
-            refuse("betas", "two numbers from 0, below 1")
+    betas = _numbers(group.get("betas", (0.0, 0.0)))
+    if betas is None or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        refuse("betas", "two numbers from 0, below 1")
     for setting, reason in _REFUSED.items():
         if group.get(setting):
             raise ValueError(f"{name}: {setting}: not available here, {reason}; leave it out")
@@ -68,16 +68,29 @@ def check_group(name: str, group: dict[str, Any], others: Sequence[dict[str, Any
         refuse("num_tasks", "a whole number from 1")
     if any(other["num_tasks"] != tasks for other in others):
         refuse("num_tasks", f"{others[0]['num_tasks']} as in the other groups")
-    weights = group["task_weights"]
-    if weights is not None:
-        if len(weights) != tasks:
-            refuse("task_weights", f"{tasks} numbers for {tasks} tasks")
-        if not all(0.0 <= float(w) < math.inf for w in weights):
-            refuse("task_weights", "finite numbers from 0")
+    if group["task_weights"] is not None:
+        weights = _numbers(group["task_weights"])
+        if weights is None or len(weights) != tasks or not all(0.0 <= w < math.inf for w in weights):
+            refuse("task_weights", f"{tasks} finite numbers from 0, one a task")
     if group["missing"] not in MISSING:
         refuse("missing", f"one of {', '.join(MISSING)}")
     if group["moments_dtype"] is not None and moments_name(group["moments_dtype"]) not in MOMENTS:
         refuse("moments_dtype", f"one of {', '.join(MOMENTS)}, or None for float32")
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor with several
+        return math.nan
+
+
+def _numbers(values: Any) -> list[float] | None:
+    try:
+        return [_number(value) for value in values]
+    except TypeError:
+        return None
 
 
 def moments_name(dtype: torch.dtype | str) -> str:

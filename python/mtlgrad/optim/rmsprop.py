@@ -74,7 +74,7 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
     ) -> None:
         buffers = None
         if group["momentum"] > 0.0:
-            buffers = [self._moment(group, p, "momentum_buffer") for p in parameters]
+            buffers = [buffer for (buffer,) in self._moments(group, parameters, ["momentum_buffer"])]
         ops.adatask_rmsprop(
             parameters,
             jacobians,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops.align import Scale
 
 Kind = Literal["regression", "binary", "multiclass"]
+ADAM = "adam"  #: the optimizer, unless the user says otherwise
 
 
 class TrainError(Exception):
@@ -41,6 +42,7 @@ class Settings:
 
     data: str = "clothing"
     methods: tuple[str, ...] = ("bayesagg",)
+    optimizers: tuple[str, ...] = (ADAM,)
     seeds: int = 3
     epochs: int = 8  #: the clothing recipe's; every recipe has its own, which the command line takes
     batch_size: int = 128
@@ -59,6 +61,16 @@ class Settings:
     #: A second thread gains a fifth on an idle machine; on a busy one the two wait for each other (seen: 30 times).
     threads: int = 1
 
+    @property
+    def trainings(self) -> list[tuple[str, str]]:
+        """Every method with every optimizer."""
+        return [(method, optimizer) for method in self.methods for optimizer in self.optimizers]
+
+    @property
+    def labels(self) -> list[str]:
+        """What `trainings` are called, in their order."""
+        return [label(*training) for training in self.trainings]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -76,10 +88,20 @@ class Job:
     method: str
     seed: int
     task: int | None = None
+    optimizer: str = ADAM
+
+    @property
+    def label(self) -> str:
+        return label(self.method, self.optimizer)
 
     def title(self, tasks: Sequence[Task]) -> str:
         """For people: "bayesagg, seed 0" or "rating alone, seed 0"; `tasks` are all of the recipe's."""
-        return f"{self.method if self.task is None else tasks[self.task].name + ' alone'}, seed {self.seed}"
+        return f"{self.label if self.task is None else tasks[self.task].name + ' alone'}, seed {self.seed}"
+
+
+def label(method: str, optimizer: str) -> str:
+    """In tables, files and figures: "sum", or "sum + adatask-adam"."""
+    return method if optimizer == ADAM else f"{method} + {optimizer}"
 
 
 @dataclass

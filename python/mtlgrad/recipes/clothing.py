@@ -81,3 +81,7 @@ class Clothing(Recipe):
 
     def backbone(self) -> nn.Module:
         return TextBackbone(len(self.data.vocabulary), 128, self.width)
+
+    def layers(self, backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
+        assert isinstance(backbone, TextBackbone)
+        return {"words": [*backbone.words.parameters(), backbone.bias], "project": [*backbone.project.parameters()]}

@@ -39,7 +39,7 @@ def jobs_of(settings: Settings, recipe: Recipe) -> list[Job]:
     jobs = []
     for seed in range(settings.seeds):
         jobs += [Job("sum", seed, task) for task in range(len(recipe.tasks))]
-        jobs += [Job(method, seed) for method in settings.methods]
+        jobs += [Job(method, seed, optimizer=optimizer) for method, optimizer in settings.trainings]
     return jobs
 
 
@@ -110,7 +110,8 @@ class Comparison:
         except (RuntimeError, ValueError) as error:  # of a method that refuses what the training came to, or of torch
             raise TrainError(f"{job.title(self.recipe.tasks)}: {' '.join(str(error).split())}") from error
         if job.task is None:
-            self.folder.save(f"model-{job.method}-{job.seed}.pt", _final(trainer))
+            name = "-".join(job.label.split(" + "))
+            self.folder.save(f"model-{name}-{job.seed}.pt", _final(trainer))
         self.results.append(result)
         self.current = None
         self._checkpoint(None)
@@ -121,10 +122,13 @@ class Comparison:
         self.folder.save_checkpoint(_state(self.settings, self.results, current))
 
     def write_tables(self) -> None:
-        """results.csv and history.csv, the latter with the epochs of a training that was stopped halfway."""
+        """results.csv, history.csv and dominance.csv, the latter two with the epochs of a training stopped halfway."""
         started = [] if self.current is None else [Result.from_dict(self.current["result"])]
         self.folder.write("results.csv", report.results_csv(self.results, self.recipe.tasks))
         self.folder.write("history.csv", report.history_csv([*self.results, *started]))
+        dominance = report.dominance_csv([*self.results, *started])
+        if dominance is not None:
+            self.folder.write("dominance.csv", dominance)
 
 
 def _state(settings: Settings, results: list[Result], current: dict[str, Any] | None) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def _state(settings: Settings, results: list[Result], current: dict[str, Any] | 
 
 def _final(trainer: Trainer) -> dict[str, Any]:
     """What is needed to use a trained net: its weights and, for bayesagg, the posterior that predicts."""
-    job = {"method": trainer.job.method, "seed": trainer.job.seed}
+    job = {"method": trainer.job.method, "optimizer": trainer.job.optimizer, "seed": trainer.job.seed}
     return {**job, "net": trainer.net.state_dict(), "weighting": trainer.weighting.state_dict()}
 
 

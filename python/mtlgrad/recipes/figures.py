@@ -9,12 +9,13 @@ import torch
 from .. import plots
 from .base import Result, Settings, Task
 from .folder import RunFolder
+from .report import of_method
 
 
 def write(results: Sequence[Result], settings: Settings, tasks: Sequence[Task], folder: RunFolder) -> None:
-    """loss_curves.png, task_weights.png and, for bayesagg past its warm-up, gradient_uncertainty.png."""
+    """loss_curves.png, task_weights.png; where known, dominance.png and (bayesagg) gradient_uncertainty.png."""
     names = [t.name for t in tasks]
-    runs = {m: [r for r in results if r.job.task is None and r.job.method == m] for m in settings.methods}
+    runs = {label: of_method(results, label) for label in settings.labels}
 
     def curves(key: str) -> plots.Curves:
         """Means over seeds: method -> [epochs][tasks]."""
@@ -25,7 +26,19 @@ def write(results: Sequence[Result], settings: Settings, tasks: Sequence[Task], 
 
     folder.write("loss_curves.png", plots.loss_curves(names, curves("train"), curves("validation")))
     folder.write("task_weights.png", plots.task_weights(names, curves("share")))
+    known = {label: found for label, found in runs.items() if found[0].history[0]["dominance"] is not None}
+    if known:
+        layers = list(next(iter(known.values()))[0].history[0]["dominance"])
+        shares = {label: _shares(found, layers) for label, found in known.items()}
+        folder.write("dominance.png", plots.dominance(names, layers, shares))
     # Seeds number the dimensions differently: a mean over them would say nothing, so the first seed stands alone.
     variance = next((r.variance for r in results if r.variance is not None), None)
     if variance is not None:
         folder.write("gradient_uncertainty.png", plots.uncertainty_map(names, variance))
+
+
+def _shares(runs: Sequence[Result], layers: Sequence[str]) -> list[list[list[float]]]:
+    """[epochs][layers][tasks], means over seeds."""
+    lines = [[[line["dominance"][layer] for layer in layers] for line in r.history] for r in runs]
+    mean: list[list[list[float]]] = torch.tensor(lines).mean(0).tolist()
+    return mean

@@ -19,7 +19,7 @@ if sys.platform != "win32":  # there, two processes that resume one run are not 
     import fcntl
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = "mtlgrad train 1"  #: raised when an older checkpoint can no longer be continued
+FORMAT = "mtlgrad train 2"  #: raised when an older checkpoint can no longer be continued
 
 
 class NewFolder:
@@ -107,7 +107,9 @@ class RunFolder:
         except Exception:  # damaged bytes raise nearly anything on their way through zip and pickle
             sound = False
         if not sound:
-            raise TrainError(f"{expected}, found {file}: damaged, or of another program; start anew without --resume")
+            raise TrainError(
+                f"{expected}, found {file}: damaged, or of another program or version; start anew without --resume"
+            )
         folder = RunFolder(file.parent)
         for leftover in folder.path.glob(".*.tmp"):  # of a process that was killed while writing
             leftover.unlink(missing_ok=True)

@@ -122,6 +122,10 @@ class Recipe(ABC):
     def backbone(self) -> nn.Module:
         """A fresh backbone, from a batch's inputs to [B, D]."""
 
+    @abstractmethod
+    def layers(self, backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """The backbone's layers, the one next to the inputs first: a name for people -> its parameters."""
+
     def net(self, tasks: Sequence[Task]) -> MultiTaskNet:
         """A fresh net for these tasks, drawn from the global generator: a seed gives every method the same start."""
         backbone = self.backbone()

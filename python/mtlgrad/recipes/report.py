@@ -1,4 +1,4 @@
-"""What came out: two CSV files and a table."""
+"""What came out: three CSV files and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ SINGLE = "single-task"
 
 
 def method_of(result: Result) -> str:
-    return result.job.method if result.job.task is None else SINGLE
+    return result.job.label if result.job.task is None else SINGLE
+
+
+def of_method(results: Sequence[Result], method: str) -> list[Result]:
+    """Those on all tasks, by the method's label."""
+    return [r for r in results if r.job.task is None and r.job.label == method]
 
 
 def as_csv(rows: list[list[object]]) -> str:
@@ -37,7 +42,7 @@ def results_csv(results: Sequence[Result], tasks: Sequence[Task]) -> str:
     base = baseline(results, tasks)
     if base is not None:
         joint = [r for r in results if r.job.task is None]
-        rows += [[r.job.method, r.job.seed, "all", "delta_m", change(r, base, tasks), 0, ""] for r in joint]
+        rows += [[r.job.label, r.job.seed, "all", "delta_m", change(r, base, tasks), 0, ""] for r in joint]
     return as_csv(rows)
 
 
@@ -51,6 +56,17 @@ def history_csv(results: Sequence[Result]) -> str:
             start, seconds = [method_of(result), result.job.seed, line["epoch"]], round(line["seconds"], 4)
             rows += [[*start, task, *(line[v][i] for v in values), seconds] for i, task in enumerate(result.tasks)]
     return as_csv(rows)
+
+
+def dominance_csv(results: Sequence[Result]) -> str | None:
+    """One row per method, seed, epoch, layer and task; None if no training knows of any."""
+    rows: list[list[object]] = [["method", "seed", "epoch", "layer", "task", "share"]]
+    for result in results:
+        for line in result.history:
+            start = [method_of(result), result.job.seed, line["epoch"]]
+            for layer, shares in (line["dominance"] or {}).items():
+                rows += [[*start, layer, task, share] for task, share in zip(result.tasks, shares, strict=True)]
+    return as_csv(rows) if len(rows) > 1 else None
 
 
 def baseline(results: Sequence[Result], tasks: Sequence[Task]) -> list[float] | None:
@@ -82,7 +98,7 @@ def summaries(results: Sequence[Result], methods: Sequence[str], tasks: Sequence
     if any(single):
         columns.append(Summary(SINGLE, single, [], None, None))
     for method in methods:
-        runs = [r for r in results if r.job.task is None and r.job.method == method]
+        runs = of_method(results, method)
         if not runs:
             continue
         metrics = [list(column) for column in zip(*(r.metrics for r in runs), strict=True)]
@@ -132,7 +148,7 @@ def systems(results: Sequence[Result], methods: Sequence[str], tasks: int) -> li
     """A line for each method that looked at the tasks' gradients: how well conditioned they were, and of what rank."""
     lines = []
     for method in methods:
-        runs = [r for r in results if r.job.task is None and r.job.method == method]
+        runs = of_method(results, method)
         conditions, ranks = [c for r in runs for c in r.condition], [k for r in runs for k in r.rank]
         if conditions:
             low = 100 * sum(rank < tasks for rank in ranks) / len(ranks)

@@ -60,6 +60,10 @@ class River(Recipe):
             nn.Linear(self.data.inputs.shape[1], 128), nn.ReLU(), nn.Linear(128, self.width), nn.ReLU()
         )
 
+    def layers(self, backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
+        linear = (module for module in backbone.children() if isinstance(module, nn.Linear))
+        return {f"linear {i}": list(module.parameters()) for i, module in enumerate(linear, 1)}
+
 
 def standardised(values: Tensor, train: Tensor) -> Tensor:
     """[N, F], mean 0 and deviation 1 over the training rows; what is missing (NaN) gets its column's mean there: 0."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from contextlib import AbstractContextManager
+from types import EllipsisType
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,8 @@ class Weighting(nn.Module):
     """The plain sum, and the defaults of the others."""
 
     name = "sum"
+    #: Whether what is minimised is a sum of a term a task: then the tasks' gradients can be kept apart.
+    sums: ClassVar[bool] = True
 
     def __init__(self, tasks: tuple[Task, ...], net: MultiTaskNet, settings: Settings):
         super().__init__()
@@ -42,8 +46,16 @@ class Weighting(nn.Module):
         """Stands between backbone and heads: [B, D] -> what each head gets, T times [B, D]."""
         return [features] * len(self.tasks)
 
+    def formula(self, losses: Tensor, task: int | EllipsisType = ...) -> Tensor:
+        """What is summed: of all tasks, [T] -> [T], or of one, [] -> []."""
+        return losses
+
     def total(self, losses: list[Tensor]) -> Tensor:
-        return torch.stack(losses).sum()
+        return self.formula(torch.stack(losses)).sum()
+
+    def terms(self, losses: list[Tensor]) -> list[Tensor]:
+        """The total's terms, one a task: each is computed from its own loss alone."""
+        return [self.formula(loss, t) for t, loss in enumerate(losses)]
 
     def backward(self, net: MultiTaskNet, features: Tensor, losses: list[Tensor]) -> None:
         """Gives every parameter its gradient."""
@@ -99,8 +111,8 @@ class Uncertainty(_OverLosses):
         self.log_variance = nn.Parameter(torch.zeros(len(tasks)))
         self.register_buffer("factor", torch.tensor([0.5 if t.kind == "regression" else 1.0 for t in tasks]), False)
 
-    def total(self, losses: list[Tensor]) -> Tensor:
-        return (self._weights() * torch.stack(losses) + 0.5 * self.log_variance).sum()
+    def formula(self, losses: Tensor, task: int | EllipsisType = ...) -> Tensor:
+        return self._weights()[task] * losses + 0.5 * self.log_variance[task]
 
     def _weights(self) -> Tensor:
         return self.factor * torch.exp(-self.log_variance)
@@ -115,9 +127,9 @@ class LogSum(_OverLosses):
 
     name = "logsum"
 
-    def total(self, losses: list[Tensor]) -> Tensor:
+    def formula(self, losses: Tensor, task: int | EllipsisType = ...) -> Tensor:
         # A loss of exactly zero would make the gradient infinite.
-        return torch.stack(losses).clamp_min(1e-12).log().sum()
+        return losses.clamp_min(1e-12).log()
 
     def shares(self, losses: Tensor) -> Tensor | None:
         weights = 1.0 / losses.clamp_min(1e-12)
@@ -126,6 +138,8 @@ class LogSum(_OverLosses):
 
 class _Alignment(Weighting):
     """What both forms of Aligned-MTL share."""
+
+    sums = False
 
     def __init__(self, tasks: tuple[Task, ...], net: MultiTaskNet, settings: Settings):
         super().__init__(tasks, net, settings)
@@ -141,11 +155,6 @@ class _Alignment(Weighting):
     def system(self) -> tuple[float, int] | None:
         condition, rank = self.aligned.condition_number, self.aligned.rank
         return None if condition is None or rank is None else (float(condition), int(rank))
-
-    def _at_features(self, step: Step) -> tuple[Tensor, ...]:
-        """Per task the gradient at the features."""
-        views = [step.features.clone().requires_grad_() for _ in self.tasks]
-        return torch.autograd.grad(step.net.losses(self.tasks, views, step.targets), views)
 
     def _merged(self, rows: Sequence[Any]) -> object:
         """As in `AlignedMTL`, whose record of the last backward stays as it is."""
@@ -165,9 +174,8 @@ class Aligned(_Alignment):
     def own_work(self, step: Step) -> Callable[[], object] | None:
         """All passes through the backbone but one, the Gram matrix, the alignment and the weighted sum."""
         shared = list(step.net.backbone.parameters())
-        incoming = self._at_features(step)
-        device = step.features.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws again
+        incoming = at_features(self.tasks, step)
+        with forked(step.features.device):  # dropout draws again
             features = step.net.features(*step.inputs)
 
         def passed_back(gradient: Tensor) -> tuple[Tensor, ...]:
@@ -187,7 +195,7 @@ class AlignedAtFeatures(_Alignment):
 
     def own_work(self, step: Step) -> Callable[[], object] | None:
         """The Gram matrix, the alignment and the weighted sum."""
-        rows = self._at_features(step)
+        rows = at_features(self.tasks, step)
         return lambda: self._merged(rows)
 
 
@@ -195,6 +203,7 @@ class BayesAggregation(Weighting):
     """BayesAgg-MTL, after `warmup` epochs of plain sum."""
 
     name = "bayesagg"
+    sums = False
     refreshes: Tensor
 
     def __init__(self, tasks: tuple[Task, ...], net: MultiTaskNet, settings: Settings):
@@ -257,6 +266,18 @@ METHODS: dict[str, type[Weighting]] = {
     w.name: w for w in (Weighting, Uncertainty, LogSum, Aligned, AlignedAtFeatures, BayesAggregation)
 }
 ALIGNED = tuple(name for name, method in METHODS.items() if issubclass(method, _Alignment))
+SUMS = tuple(name for name, method in METHODS.items() if method.sums)
+
+
+def at_features(tasks: Sequence[Task], step: Step) -> tuple[Tensor, ...]:
+    """Per task the gradient at the features."""
+    views = [step.features.clone().requires_grad_() for _ in tasks]
+    return torch.autograd.grad(step.net.losses(tasks, views, step.targets), views)
+
+
+def forked(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside leaves the generators as they are."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def timed(work: Any, device: torch.device) -> float:
