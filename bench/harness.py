@@ -42,13 +42,14 @@ class BenchError(Exception):
 class Contender:
     """One way to compute the operation.
 
-    `bound` is the largest error allowed. `once`: so slow that its checking call is also its only timed one.
-    `optional`: it may fail to run (a compiler is missing, say) or be wrong (compilers err); its row then says so.
-    `tolerated`: timed even where it is wrong; its row says how wrong. `prepare` runs before each call, untimed.
+    `bound` is the largest error allowed, or finds it out after the first call. `once`: so slow that its checking call
+    is also its only timed one. `optional`: it may fail to run (a compiler is missing, say) or be wrong (compilers err);
+    its row then says so. `tolerated`: timed even where it is wrong; its row says how wrong. `prepare` runs before each
+    call, untimed.
     """
 
     call: Callable[[], Any]
-    bound: float
+    bound: float | Callable[[], float]
     note: str = ""
     once: bool = False
     optional: bool = False
@@ -175,8 +176,9 @@ def check_and_time(case: Case, work: Work, options: Options, clock: Clock) -> tu
             continue
         result.error = work.error(output)
         del output
-        if not result.error <= contender.bound:
-            wrong = f"its error is {result.error:.2e}, {contender.bound:.0e} is allowed"
+        allowed = contender.bound() if callable(contender.bound) else contender.bound
+        if not result.error <= allowed:
+            wrong = f"its error is {result.error:.2e}, {allowed:.0e} is allowed"
             if contender.tolerated:
                 result.note = "; ".join(filter(None, [result.note, f"wrong: {wrong}"]))
             elif contender.optional:
@@ -205,8 +207,8 @@ def check_and_time(case: Case, work: Work, options: Options, clock: Clock) -> tu
     return results, float(copy_rate), float(gemm_rate)
 
 
-def replayed(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The same call as a CUDA graph, captured when it first runs."""
+def replayed(call: Callable[[], Any], restore: Callable[[], None] = lambda: None) -> Callable[[], Any]:
+    """The same call as a CUDA graph, captured when it first runs; `restore` undoes the call before that."""
     kept: dict[str, Any] = {}
 
     def replay() -> Any:
@@ -216,6 +218,7 @@ def replayed(call: Callable[[], Any]) -> Callable[[], Any]:
             kept["graph"] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(kept["graph"]):
                 kept["out"] = call()
+            restore()
         kept["graph"].replay()
         return kept["out"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, memory, moments_cases, networks, table
+from bench import adatask_cases, harness, memory, moments_cases, networks, table
 from bench.combine_cases import uneven
 from bench.harness import Case, Contender, Options, Result, Work
 
@@ -79,10 +79,54 @@ def test_quick_run_of_the_combine_benchmark(tmp_path: Path) -> None:
     assert {row["dtype"] for row in rows if row["operation"] == "gram"} == {"float32", "bfloat16"}
 
 
+def test_quick_run_of_the_adatask_benchmark(tmp_path: Path) -> None:
+    rows = quick_rows("adatask", tmp_path)
+    ours, peers = {"mtlgrad", "mtlgrad op"}, {"published", "torch foreach", "reference"}
+    assert contenders(rows, "adatask adam") == {*ours, *peers, "torch fused"}
+    assert contenders(rows, "adatask adagrad") == {*ours, *peers, "torch fused"}
+    assert contenders(rows, "adatask rmsprop") == {*ours, *peers}
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16/float32", "float32/bfloat16"}
+    assert any("161 parameters" in row["shape"] for row in rows)
+
+
+@pytest.mark.parametrize("rule", list(adatask_cases.RULES))
+def test_a_wrong_adatask_step_is_found(rule: str) -> None:
+    problem = adatask_cases.Problem(rule, [(40, 3), (7,)], 3, (torch.float32, torch.float32), False, CPU)
+    for contender in (problem.ours() | problem.peers(compiled=False)).values():
+        contender.prepare()
+        contender.call()
+        assert problem.error() < 2e-6
+    right = problem.bound()
+    assert right < 2e-6
+    for tensor in problem.changing[0], problem.changing[1], problem.changing[-1]:  # parameters, a moment
+        problem.restore()
+        assert problem.error() > 0.1  # no step at all
+        step = problem.ours()["mtlgrad op"]
+        step.call()
+        tensor.view(-1)[-1] *= 1.001
+        assert problem.error() > right
+
+
 def test_quick_run_of_the_step_benchmark(tmp_path: Path) -> None:
     rows = quick_rows("step", tmp_path)
     wanted = {"plain", "mtlgrad layer", "mtlgrad weigh", "mtlgrad merge", "torchjd"}
     assert contenders(rows, "step resnet-18") == wanted
+
+
+def test_a_bound_may_be_found_out_after_the_first_call() -> None:
+    order = []
+
+    def call() -> torch.Tensor:
+        order.append("call")
+        return torch.tensor(2.1)
+
+    def bound() -> float:
+        order.append("bound")
+        return 1e-3
+
+    with pytest.raises(harness.BenchError, match=r"its error is 5\.00e-02"):
+        harness.run_case(doubled(late=Contender(call, bound)), "", QUICK, [])
+    assert order == ["call", "bound"]
 
 
 def test_a_wrong_contender_ends_the_run_before_anything_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mtlgrad.cli import main
+from mtlgrad.cli import _settings, main
 
 METHODS = "sum, uncertainty, logsum, aligned, aligned-ub, bayesagg"
 FAST = ["--seeds", "1", "--epochs", "2", "--batch-size", "1024"]
@@ -56,6 +56,17 @@ def train(*arguments, cwd):
         ),
         ("--scale rmse", "argument --scale: expected with aligned or aligned-ub, found bayesagg; drop it"),
         ("--method aligned --scale max", "argument --scale: expected one of min, median, rmse, found 'max'"),
+        (
+            "--method sum --optimizer sgd",
+            "argument --optimizer: expected one of adam, adatask-adam, adatask-rmsprop, adatask-adagrad, found 'sgd'",
+        ),
+        ("--optimizer", "argument --optimizer: expected at least one argument"),
+        (
+            "--compare sum aligned bayesagg --optimizer adam adatask-adam",
+            "argument --optimizer: expected adam with aligned, bayesagg, whose one merged gradient leaves nothing to "
+            "keep apart, found adatask-adam; take methods among sum, uncertainty, logsum",
+        ),
+        ("--resume . --optimizer adam", "takes its settings from the run, found --optimizer as well; drop it"),
         ("--device tpu", "argument --device: expected cpu, cuda or cuda:N, found 'tpu'"),
         ("--device cuda:99", "argument --device: expected a usable device, found cuda:99"),
         ("--name a/b", "argument --name: expected the plain name of a folder, found 'a/b'"),
@@ -65,7 +76,7 @@ def train(*arguments, cwd):
             "--resume nowhere",
             "argument --resume: expected a run folder or its checkpoint.pt, found nowhere: No such file",
         ),
-        ("--resume FILE", "found FILE: damaged, or of another program; start anew without --resume"),
+        ("--resume FILE", "found FILE: damaged, or of another program or version; start anew without --resume"),
         (
             "--resume . --epochs 3",
             "argument --resume: takes its settings from the run, found --epochs as well; drop it",
@@ -120,13 +131,27 @@ def test_a_run_without_a_terminal_is_quiet_not_silent(tmp_path):
         assert word in done.stdout
     assert "\x1b" not in done.stdout
     assert sorted(os.listdir(tmp_path / "runs" / "x")) == [
-        "checkpoint.pt", "history.csv", "loss_curves.png", "model-sum-0.pt", "model-uncertainty-0.pt", "results.csv",
-        "task_weights.png",
+        "checkpoint.pt", "dominance.csv", "dominance.png", "history.csv", "loss_curves.png", "model-sum-0.pt",
+        "model-uncertainty-0.pt", "results.csv", "task_weights.png",
     ]  # fmt: skip
     # A finished run shows its table again.
     again = train("--resume", "runs/x", cwd=tmp_path)
     assert again.returncode == 0
     assert lines[-12:] == again.stdout.splitlines()[-12:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "methods", "optimizers"),
+    [
+        ({"optimizer": ["adatask-adam", "adam", "adatask-adam"]}, ("sum",), ("adatask-adam", "adam")),
+        ({"optimizer": ["adatask-adagrad"], "method": "logsum"}, ("logsum",), ("adatask-adagrad",)),
+        ({"optimizer": ["adam"]}, ("bayesagg",), ("adam",)),
+        ({}, ("bayesagg",), ("adam",)),
+    ],
+)
+def test_an_optimizer_that_keeps_tasks_apart_takes_the_sum_unless_told(arguments, methods, optimizers):
+    settings = _settings(arguments)
+    assert (settings.methods, settings.optimizers) == (methods, optimizers)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -145,7 +170,7 @@ def test_stopped_by_a_signal_then_resumed(number, tmp_path):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
     assert "stopped; what was done is saved: mtlgrad train --resume runs/x" in out
-    assert sorted(os.listdir(checkpoint.parent))[:3] == ["checkpoint.pt", "history.csv", "results.csv"]
+    assert {"checkpoint.pt", "history.csv", "results.csv"} <= set(os.listdir(checkpoint.parent))
     assert len((checkpoint.parent / "history.csv").read_text().splitlines()) > 1
 
     if number == signal.SIGINT:  # once is enough: bit for bit what a run without an interruption gives

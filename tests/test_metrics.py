@@ -1,4 +1,4 @@
-"""Delta_m, mean rank, statistics of gradients: formulas, signs, scales, errors."""
+"""Delta_m, mean rank, statistics of gradients, dominance: formulas, signs, scales, errors."""
 
 import math
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtlgrad import ops
-from mtlgrad.metrics import delta_m, gradient_statistics, mean_rank
+from mtlgrad import ops, task_backward
+from mtlgrad.metrics import Dominance, delta_m, gradient_statistics, mean_rank
+from mtlgrad.optim import AdaTaskAdam
 
 # ---- Delta_m ---------------------------------------------------------------------------------------------------------
 
@@ -220,3 +221,183 @@ def test_one_task():
 def test_statistics_errors():
     with pytest.raises(ValueError, match="gram: rows: expected at least one row"):
         gradient_statistics([])
+
+
+# ---- dominance under an ordinary optimizer ---------------------------------------------------------------------------
+
+ORDINARY = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.9), amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-3, weight_decay=0.0),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, eps=1e-2),
+    "centered": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.3, initial_accumulator_value=0.2),
+}
+
+
+def moved(optimizer, parameters, jacobians):
+    """Steps along the sum of the tasks' gradients; what is taken off each parameter."""
+    before = [p.detach().clone() for p in parameters]
+    for p, jacobian in zip(parameters, jacobians, strict=True):
+        p.jac, p.grad = jacobian, jacobian.sum(0)
+    optimizer.step()
+    return [b - p.detach() for b, p in zip(before, parameters, strict=True)]
+
+
+@pytest.mark.parametrize("make", ORDINARY.values(), ids=ORDINARY)
+def test_the_tasks_updates_add_up_to_the_optimizers(make):
+    """Parameters of one element and positive gradients: the root of the square, undamped, is a task's update."""
+    torch.manual_seed(0)
+    parameters = [torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(6)]
+    optimizer = make(parameters)
+    dominance = Dominance(optimizer, num_tasks=3, decay=0.0)
+    for step in range(7):
+        optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)  # of a schedule
+        jacobians = [torch.rand(3, 1, dtype=torch.float64) * torch.tensor([[1.0], [5.0], [0.01]]) for _ in parameters]
+        steps = moved(optimizer, parameters, jacobians)
+        dominance.update()
+        for i, taken in enumerate(steps):
+            found = dominance.state_dict()["state"][i]["update_square"].sqrt()
+            torch.testing.assert_close(found.sum(), taken.sum(), rtol=1e-9, atol=0.0)
+            assert found.min() > 0.0
+
+
+@pytest.mark.parametrize("make", ORDINARY.values(), ids=ORDINARY)
+def test_shares_are_of_averaged_squares_of_real_updates(make):
+    """Each task reaches elements of its own, so that what moved there is its update."""
+    torch.manual_seed(1)
+    parameters = [torch.zeros(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    optimizer = make(parameters)
+    dominance, squares = Dominance(optimizer, num_tasks=3, decay=0.7), torch.zeros(2, 3, dtype=torch.float64)
+    factors = torch.tensor([1.0, 30.0, 0.1], dtype=torch.float64)
+    for _ in range(6):
+        jacobians = [torch.diag_embed(torch.randn(4, 3).double() * factors).permute(1, 0, 2) for _ in parameters]
+        taken = torch.stack([step.square().sum(0) for step in moved(optimizer, parameters, jacobians)])
+        squares = 0.7 * squares + 0.3 * taken
+        dominance.update(dict(zip(parameters, jacobians, strict=True)))
+    both = dominance.shares()
+    torch.testing.assert_close(both, squares.sum(0, keepdim=True) / squares.sum(), rtol=1e-8, atol=0.0)
+    each = dominance.shares({"a": [parameters[0]], "b": iter([parameters[1]]), "none": [torch.zeros(3)], "empty": []})
+    torch.testing.assert_close(each[:2], squares / squares.sum(1, keepdim=True), rtol=1e-8, atol=0.0)
+    assert each.shape == (4, 3)
+    assert each.dtype == torch.float64
+    assert each[2:].isnan().all()
+
+
+def test_a_loud_task_dominates_adam_and_not_adatask():
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(256, 8), torch.randn(256, 3)
+    factors = (1.0, 100.0, 1.0)
+
+    def train(make):
+        torch.manual_seed(1)
+        backbone = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU()
+        )
+        heads = torch.nn.Linear(16, 3)
+        shared = list(backbone.parameters())
+        optimizer = make([*shared, *heads.parameters()])
+        watch = None if isinstance(optimizer, AdaTaskAdam) else Dominance(optimizer, 3)
+        for step in range(60):
+            rows = torch.randint(256, (32,), generator=torch.Generator().manual_seed(step))
+            features = backbone(inputs[rows])
+            errors = (heads(features) - targets[rows]).square().mean(0)
+            optimizer.zero_grad()
+            for p in shared:
+                p.__dict__.pop("jac", None)
+            task_backward([f * e for f, e in zip(factors, errors)], shared)
+            if watch is not None:
+                for p in shared:
+                    p.grad = p.jac.sum(0)
+            optimizer.step()
+            if watch is not None:
+                watch.update()
+        layers = [list(backbone[0].parameters()), list(backbone[2].parameters())]
+        return (watch.shares if watch else optimizer.dominance)(layers)
+
+    ordinary = train(lambda p: torch.optim.Adam(p, lr=1e-3))
+    apart = train(lambda p: AdaTaskAdam(p, lr=1e-3, num_tasks=3))
+    assert ordinary[1, 1] > 0.8
+    assert ordinary.shape == apart.shape
+    assert (apart - 1 / 3).abs().max() < 0.1
+
+
+def test_weight_decay_is_no_tasks_and_its_momentum_no_updates():
+    torch.manual_seed(0)
+    jacobian = torch.randn(2, 5)
+    for settings in ({"weight_decay": 0.5}, {"momentum": 0.9}):
+        found = []
+        for extra in ({}, settings):
+            p = torch.ones(5, requires_grad=True)
+            optimizer = torch.optim.RMSprop([p], lr=1e-3, **extra)
+            dominance = Dominance(optimizer, 2)
+            p.grad = jacobian.sum(0)
+            optimizer.step()
+            with torch.no_grad():
+                optimizer.state[p]["square_avg"].fill_(1.0)
+            dominance.update({p: jacobian})
+            found.append(dominance.state_dict()["state"][0]["update_square"])
+        torch.testing.assert_close(*found)
+
+
+def test_dominance_goes_on_from_a_checkpoint():
+    torch.manual_seed(0)
+    parameters = [torch.zeros(3, requires_grad=True), torch.zeros(2, 2, requires_grad=True)]
+    optimizer = torch.optim.Adam(parameters)
+    whole = Dominance(optimizer, 2)
+
+    def step(*watching):
+        moved(optimizer, parameters, [torch.randn(2, *p.shape) for p in parameters])
+        for one in watching:
+            one.update()
+
+    for _ in range(3):
+        step(whole)
+    state = whole.state_dict()
+    second = Dominance(optimizer, 2)
+    second.load_state_dict(state)
+    for _ in range(3):
+        step(whole, second)
+    assert torch.equal(whole.shares([[p] for p in parameters]), second.shares([[p] for p in parameters]))
+
+
+def test_half_precision_is_measured_in_float32():
+    p = torch.zeros(1000, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = torch.optim.Adam([p], lr=1e-3)
+    dominance = Dominance(optimizer, 2)
+    for _ in range(300):
+        p.grad = torch.full_like(p, 3.0)
+        optimizer.step()
+        dominance.update({p: torch.stack([torch.full_like(p, 1.0), torch.full_like(p, 2.0)])})
+    torch.testing.assert_close(dominance.shares(), torch.tensor([[0.2, 0.8]], dtype=torch.float64), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        (lambda p: Dominance(torch.optim.SGD([p], 0.1), 2), "or Adagrad, found SGD; its update is not known here"),
+        (lambda p: Dominance(AdaTaskAdam([p], num_tasks=2), 2), r"found AdaTaskAdam; use its dominance\(\)"),
+        (lambda p: Dominance(torch.optim.Adam([p]), 0), "num_tasks: expected a whole number from 1, found 0"),
+        (lambda p: Dominance(torch.optim.Adam([p]), 2, 1.0), "decay: expected a number from 0, below 1, found 1.0"),
+        (
+            lambda p: Dominance(torch.optim.Adam([p]), 2).update(),
+            r"found none, and no .jac; call it after task_backward",
+        ),
+        (
+            lambda p: Dominance(torch.optim.Adam([p]), 2).update({p: torch.zeros(3, 4)}),
+            r"expected \[2, 4\], one row a task, found \[3, 4\]",
+        ),
+        (
+            lambda p: Dominance(torch.optim.Adam([p]), 2).update({p: torch.zeros(2, 4)}),
+            r"moved by the optimizer, found one \[4\] that is not; call it after optimizer.step",
+        ),
+        (
+            lambda p: Dominance(torch.optim.Adam([p]), 2).update({torch.zeros(4): torch.zeros(2, 4)}),
+            r"parameters of the optimizer, found one \[4\]",
+        ),
+    ],
+)
+def test_dominance_errors(work, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        work(torch.zeros(4, requires_grad=True))

@@ -1,6 +1,6 @@
 // One step of AdaTask's optimizers. Bound by memory: (5 T + 2) elements for each of Adam's parameters are read or written
 // once. A block of columns at a time, whose parameters and sums of updates stay in the first-level cache while the
-// tasks' gradients and moments stream by.
+// gradients and moments of up to four tasks at once stream by. Software prefetch gains nothing here.
 #include <type_traits>
 #include <vector>
 
@@ -33,60 +33,74 @@ MTLGRAD_INLINE M stored(F value, [[maybe_unused]] bool stochastic, [[maybe_unuse
   }
 }
 
-// What the loop over a block's columns needs to know of a task.
-template <typename F>
-struct Task {
+// What a task's gradient and moments are at a block's first column.
+template <typename S, typename M, typename F>
+struct Stream {
+  const S* gradient;
+  M *first, *second, *largest;
   TaskCoefficients<F> coefficients;
-  F sign;
-  uint32_t stream;
+  uint32_t random;
 };
 
-// Asks for what the next block will read: the processor's own prefetching stops at each page of memory, and with three
-// or more streams for every task it begins anew at each block. An address past the end does no harm.
-template <typename T>
-MTLGRAD_INLINE void prefetch(const T* at, int64_t n) {
-  const char* bytes = reinterpret_cast<const char*>(at + kBlock);
-  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
+// A task's moments at column i, in place; its direction.
+template <Moments kMoments, bool kStochastic, typename S, typename M, typename F>
+MTLGRAD_INLINE F update_column(const Stream<S, M, F>& task, F sign, F decay, uint32_t index, int64_t i) {
+  F first = 0, second = widen(task.second[i]), largest = 0;
+  if constexpr (math::has_first<kMoments>) first = widen(task.first[i]);
+  if constexpr (kMoments == Moments::amsgrad) largest = widen(task.largest[i]);
+  const F g = sign * widen(task.gradient[i]) + decay;
+  const F direction = math::task_direction<kMoments>(g, first, second, largest, task.coefficients);
+  uint32_t bits = 0;
+  if constexpr (kStochastic) bits = math::random_bits(task.random, index + static_cast<uint32_t>(i));
+  if constexpr (math::has_first<kMoments>) task.first[i] = stored<M>(first, kStochastic, bits);
+  task.second[i] = stored<M>(second, kStochastic, bits >> 16);
+  if constexpr (kMoments == Moments::amsgrad) task.largest[i] = stored<M>(largest, kStochastic, bits >> 16);
+  return direction;
 }
 
-// A task's moments in place, and its update on top of delta; the sum of its squared directions.
-template <Moments kMoments, bool kStochastic, typename S, typename M, typename F>
-MTLGRAD_INLINE F update_columns(const S* gradient, M* first, M* second, M* largest, const F* decay, F* delta,
-                                const Task<F>& task, uint32_t index, int64_t n) {
-  const TaskCoefficients<F> c = task.coefficients;
-  const F sign = task.sign;
-  const uint32_t stream = task.stream;
-  F sum = 0;
-#pragma omp simd reduction(+ : sum)
+// Tasks in one loop: it keeps 3 kTasks streams under way, which memory serves a third faster than three at a time.
+template <Moments kMoments, bool kStochastic, int kTasks, typename S, typename M, typename F>
+MTLGRAD_INLINE void update_columns(const Stream<S, M, F>* tasks, F sign, const F* decay, F* delta, double* sums,
+                                   uint32_t index, int64_t n) {
+  const Stream<S, M, F> task0 = tasks[0], task1 = tasks[kTasks > 1 ? 1 : 0], task2 = tasks[kTasks > 2 ? 2 : 0],
+                        task3 = tasks[kTasks > 3 ? 3 : 0];
+  F sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
   for (int64_t i = 0; i < n; ++i) {
-    F g = sign * widen(gradient[i]) + decay[i];
-    F m = 0, v = widen(second[i]), most = 0;
-    if constexpr (math::has_first<kMoments>) m = widen(first[i]);
-    if constexpr (kMoments == Moments::amsgrad) most = widen(largest[i]);
-    const F direction = math::task_direction<kMoments>(g, m, v, most, c);
-    uint32_t bits = 0;
-    if constexpr (kStochastic) bits = math::random_bits(stream, index + static_cast<uint32_t>(i));
-    if constexpr (math::has_first<kMoments>) first[i] = stored<M>(m, kStochastic, bits);
-    second[i] = stored<M>(v, kStochastic, bits >> 16);
-    if constexpr (kMoments == Moments::amsgrad) largest[i] = stored<M>(most, kStochastic, bits >> 16);
-    delta[i] += c.step * direction;
-    sum += direction * direction;
+    const F d0 = update_column<kMoments, kStochastic>(task0, sign, decay[i], index, i);
+    F update = delta[i] + task0.coefficients.step * d0;
+    sum0 += d0 * d0;
+    if constexpr (kTasks > 1) {
+      const F d1 = update_column<kMoments, kStochastic>(task1, sign, decay[i], index, i);
+      update += task1.coefficients.step * d1, sum1 += d1 * d1;
+    }
+    if constexpr (kTasks > 2) {
+      const F d2 = update_column<kMoments, kStochastic>(task2, sign, decay[i], index, i);
+      update += task2.coefficients.step * d2, sum2 += d2 * d2;
+    }
+    if constexpr (kTasks > 3) {
+      const F d3 = update_column<kMoments, kStochastic>(task3, sign, decay[i], index, i);
+      update += task3.coefficients.step * d3, sum3 += d3 * d3;
+    }
+    delta[i] = update;
   }
-  return sum;
+  sums[0] = sum0, sums[1] = sum1, sums[2] = sum2, sums[3] = sum3;
 }
 
+constexpr int64_t kGroup = 4;  // tasks in one loop at most: more would not leave it registers for their pointers
+
+// The moments of up to kGroup tasks in place, their updates on top of delta, and the sums of their squared directions.
 template <Moments kMoments, bool kStochastic, typename S, typename M, typename F>
-MTLGRAD_CLONES F update_task(const S* gradient, M* first, M* second, M* largest, const F* decay, F* delta,
-                             const Task<F>& task, uint32_t index, int64_t n) {
-  prefetch(gradient, n), prefetch(second, n);
-  if constexpr (math::has_first<kMoments>) prefetch(first, n);
-  if constexpr (kMoments == Moments::amsgrad) prefetch(largest, n);
-  return update_columns<kMoments, kStochastic>(gradient, first, second, largest, decay, delta, task, index, n);
+MTLGRAD_CLONES void update_tasks(const Stream<S, M, F>* tasks, int64_t count, F sign, const F* decay, F* delta,
+                                 double* sums, uint32_t index, int64_t n) {
+  if (count == 1) return update_columns<kMoments, kStochastic, 1>(tasks, sign, decay, delta, sums, index, n);
+  if (count == 2) return update_columns<kMoments, kStochastic, 2>(tasks, sign, decay, delta, sums, index, n);
+  if (count == 3) return update_columns<kMoments, kStochastic, 3>(tasks, sign, decay, delta, sums, index, n);
+  update_columns<kMoments, kStochastic, 4>(tasks, sign, decay, delta, sums, index, n);
 }
 
 template <typename S, typename F>
 MTLGRAD_CLONES void begin_block(const S* parameter, F weight_decay, F* theta, F* decay, F* delta, int64_t n) {
-  prefetch(parameter, n);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     theta[i] = widen(parameter[i]);
@@ -116,17 +130,15 @@ MTLGRAD_CLONES void through_buffer(M* buffer, F* delta, F momentum, F lr, bool s
   }
 }
 
-// What a call does, and the coefficients of every parameter and task.
+// The coefficients of a call, for every parameter and task.
 template <typename F>
-struct Step {
-  const TaskMoments& table;
-  const Adaptive& by;
+struct Coefficients {
   double lr;
-  std::vector<Task<F>> tasks;     // [P, T]
-  std::vector<double> lengths;    // [P, T]
-  std::vector<uint32_t> streams;  // [P], of the buffers
+  std::vector<TaskCoefficients<F>> tasks;  // [P, T]
+  std::vector<double> lengths;             // [P, T]
+  std::vector<uint32_t> random;            // [P, T], then [P] for the buffers
 
-  Step(const TaskMoments& table, const Adaptive& by) : table(table), by(by), lr(by.lr_tensor ? *by.lr_tensor : by.lr) {
+  Coefficients(const TaskMoments& table, const Adaptive& by) : lr(by.lr_tensor ? *by.lr_tensor : by.lr) {
     const bool adagrad = by.rule == Rule::adagrad;
     const double first = by.rule == Rule::adam ? by.first_decay : by.second_decay;
     TaskCoefficients<F> c{};
@@ -134,50 +146,67 @@ struct Step {
     c.keep = static_cast<F>(adagrad ? 1.0 : by.second_decay);
     c.add = static_cast<F>(adagrad ? 1.0 : 1.0 - by.second_decay);
     c.eps = static_cast<F>(by.eps);
-    const F sign = by.maximize ? F(-1) : F(1);
-    tasks.reserve(table.tensors * table.tasks), lengths.reserve(table.tensors * table.tasks);
-    for (int64_t p = 0; p < table.tensors; ++p) {
+    const int64_t tensors = table.tensors, entries = tensors * table.tasks;
+    tasks.reserve(entries), lengths.reserve(entries), random.resize(entries + tensors);
+    for (int64_t p = 0; p < tensors; ++p) {
       double counts = 0.0;
       for (int64_t t = 0; t < table.tasks; ++t) {
         const double count = table.steps[p][t];
         const math::TaskStep at = math::task_step(static_cast<int>(by.rule), lr, by.weights[t], by.first_decay,
                                                   by.second_decay, by.lr_decay, table.buffers != nullptr, count);
         c.root_scale = static_cast<F>(at.root_scale), c.step = static_cast<F>(at.step);
-        tasks.push_back({c, sign, by.stochastic ? math::random_stream(table.keys[p], t, count) : 0});
-        lengths.push_back(at.length);
+        tasks.push_back(c), lengths.push_back(at.length);
+        if (by.stochastic) random[p * table.tasks + t] = math::random_stream(table.keys[p], t, count);
         counts += count;
       }
-      streams.push_back(by.stochastic ? math::random_stream(table.keys[p], table.tasks, counts) : 0);
+      if (by.stochastic) random[entries + p] = math::random_stream(table.keys[p], table.tasks, counts);
     }
   }
 };
 
+// workspace[(slot + p) * T + t]: the sum of squared directions of a share of a tensor. Slot and tensor together are a
+// number of their own, for from one pair to the next one of them goes up.
 template <Moments kMoments, bool kStochastic, typename S, typename M>
-void update_share(const Step<Compute<S>>& step, int64_t begin, int64_t end, int64_t slot, double* workspace) {
+void update_share(const TaskMoments& table, const Adaptive& by, const Coefficients<Compute<S>>& coefficients,
+                  int64_t begin, int64_t end, int64_t slot, double* workspace) {
   using F = Compute<S>;
-  const TaskMoments& table = step.table;
-  const Adaptive& by = step.by;
+  const F sign = by.maximize ? F(-1) : F(1);
   const F through_gradient = static_cast<F>(by.decoupled ? 0.0 : by.weight_decay);
-  const F keep = static_cast<F>(by.decoupled ? 1.0 - step.lr * by.weight_decay : 1.0);
+  const F keep = static_cast<F>(by.decoupled ? 1.0 - coefficients.lr * by.weight_decay : 1.0);
   alignas(64) F theta[kBlock], decay[kBlock], delta[kBlock];
-  for_pieces(table.sizes, table.tensors, begin, end, kBlock, [&](int64_t p, int64_t first, int64_t count, int64_t) {
-    S* parameter = static_cast<S*>(table.parameters[p]) + first;
-    const auto index = static_cast<uint32_t>(first);
+  for_pieces(table.sizes, table.tensors, begin, end, kBlock, [&](int64_t p, int64_t start, int64_t count, int64_t) {
+    S* parameter = static_cast<S*>(table.parameters[p]) + start;
+    const auto index = static_cast<uint32_t>(start);
     begin_block(parameter, through_gradient, theta, decay, delta, count);
+    Stream<S, M, F> streams[kGroup];
+    int64_t numbers[kGroup], held = 0;
+    const auto flush = [&] {
+      double sums[kGroup];
+      update_tasks<kMoments, kStochastic>(streams, held, sign, decay, delta, sums, index, count);
+      if (table.squares)
+        for (int64_t k = 0; k < held; ++k) workspace[(slot + p) * table.tasks + numbers[k]] += sums[k];
+      held = 0;
+    };
     for (int64_t t = 0; t < table.tasks; ++t) {
       if (table.present && !table.present[t]) continue;
       const int64_t at = p * table.tasks + t;
       const auto moment = [&](void* const* moments) {
-        return moments ? static_cast<M*>(moments[at]) + first : static_cast<M*>(nullptr);
+        return moments ? static_cast<M*>(moments[at]) + start : static_cast<M*>(nullptr);
       };
-      const F sum = update_task<kMoments, kStochastic>(static_cast<const S*>(table.gradients[at]) + first,
-                                                       moment(table.first), moment(table.second), moment(table.largest),
-                                                       decay, delta, step.tasks[at], index, count);
-      if (table.squares) workspace[(slot + p) * table.tasks + t] += static_cast<double>(sum);
+      streams[held] = {static_cast<const S*>(table.gradients[at]) + start,
+                       moment(table.first),
+                       moment(table.second),
+                       moment(table.largest),
+                       coefficients.tasks[at],
+                       coefficients.random[at]};
+      numbers[held++] = t;
+      if (held == kGroup) flush();
     }
+    if (held) flush();
     if (table.buffers)
-      through_buffer(static_cast<M*>(table.buffers[p]) + first, delta, static_cast<F>(by.first_decay),
-                     static_cast<F>(step.lr), by.stochastic, step.streams[p], index, count);
+      through_buffer(static_cast<M*>(table.buffers[p]) + start, delta, static_cast<F>(by.first_decay),
+                     static_cast<F>(coefficients.lr), by.stochastic,
+                     coefficients.random[table.tensors * table.tasks + p], index, count);
     end_block(parameter, theta, delta, keep, count);
   });
 }
@@ -185,16 +214,16 @@ void update_share(const Step<Compute<S>>& step, int64_t begin, int64_t end, int6
 template <Moments kMoments, typename S, typename M>
 void update(const TaskMoments& table, const Adaptive& by, double* workspace, int threads) {
   const Shares shares(columns_of(table.sizes, table.tensors), 1);
-  const Step<Compute<S>> step(table, by);
-  // Slot s and tensor p are pair s + p: from one pair to the next, slot or tensor goes up.
+  const Coefficients<Compute<S>> coefficients(table, by);
   const int64_t sums = table.squares ? (shares.slots + table.tensors) * table.tasks : 0;
   std::fill(workspace, workspace + sums, 0.0);
   parallel_for(shares.slots, threads, [&](int64_t slot) {
     const int64_t begin = std::min(slot * shares.size, shares.columns);
     const int64_t end = std::min(begin + shares.size, shares.columns);
     if constexpr (std::is_same_v<M, bfloat16>)
-      if (by.stochastic) return update_share<kMoments, true, S, M>(step, begin, end, slot, workspace);
-    update_share<kMoments, false, S, M>(step, begin, end, slot, workspace);
+      if (by.stochastic)
+        return update_share<kMoments, true, S, M>(table, by, coefficients, begin, end, slot, workspace);
+    update_share<kMoments, false, S, M>(table, by, coefficients, begin, end, slot, workspace);
   });
   if (!table.squares) return;
   int64_t start = 0;
@@ -204,7 +233,7 @@ void update(const TaskMoments& table, const Adaptive& by, double* workspace, int
       for (int64_t slot = start / shares.size; slot < shares.slots && slot * shares.size < start + table.sizes[p];
            ++slot)
         sum += workspace[(slot + p) * table.tasks + t];
-      const double length = step.lengths[p * table.tasks + t];
+      const double length = coefficients.lengths[p * table.tasks + t];
       // An absent task may not have had a step: its length is infinite then.
       const double update = sum == 0.0 ? 0.0 : length * length * sum;
       double& average = table.squares[p][t];

@@ -16,9 +16,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from .ops.align import SCALES
-from .recipes.base import Interrupted, Settings, TrainError
+from .recipes.base import ADAM, Interrupted, Settings, TrainError
 from .recipes.comparison import RECIPES, Comparison, Stop
-from .recipes.optimizers import ADATASK, OPTIMIZERS
+from .recipes.optimizers import ADATASK, OPTIMIZERS, RATES
 from .recipes.weighting import ALIGNED, METHODS, SUMS
 
 COVARIANCES = ("full", "block", "kron", "diag")
@@ -108,7 +108,8 @@ def _add_train(commands: Any) -> None:
     epochs = ", ".join(f"{recipe.epochs} for {name}" for name, recipe in RECIPES.items())
     add("--epochs", type=_whole(1, 100_000), metavar="N", help=f"(default: {epochs})")
     add("--batch-size", type=_whole(1, 1_000_000), metavar="N", help=f"(default: {default.batch_size})")
-    add("--lr", type=_positive, help=f"Adam's learning rate, cosine schedule (default: {default.lr})")
+    rates = f"{RATES[ADAM]}; adatask-adagrad: {RATES['adatask-adagrad']}"
+    add("--lr", type=_positive, help=f"learning rate, cosine schedule (default: {rates})")
     add("--gamma", type=_positive, help=f"bayesagg: the last layers' prior (default: {default.gamma})")
     power = "bayesagg: exponents of the precisions, regression and classification tasks (default: {} {})"
     add("--power", type=_not_negative, nargs=2, metavar=("R", "C"), help=power.format(*default.power))
@@ -165,7 +166,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     merging = [method for method in settings.methods if method not in SUMS]
     if merging and (apart := [name for name in settings.optimizers if name in ADATASK]):
         raise TrainError(
-            f"argument --optimizer: expected {OPTIMIZERS[0]} with {', '.join(merging)}, whose one merged gradient "
+            f"argument --optimizer: expected {ADAM} with {', '.join(merging)}, whose one merged gradient "
             f"leaves nothing to keep apart, found {', '.join(apart)}; take methods among {', '.join(SUMS)}"
         )
     if settings.preference is not None:

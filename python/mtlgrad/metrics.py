@@ -179,6 +179,9 @@ class Dominance:
         ...
         dominance.shares({"first": first.parameters(), "second": second.parameters()})
 
+    In the first steps v is hardly more than one squared gradient: where the tasks' gradients cancel in it, u_t is huge,
+    and some elements of chance outweigh all others for hundreds of steps. Begin to measure after some tens of steps.
+
     Measured at every n-th step alone it costs an n-th, and is an estimate: the averages reach n times further back. A
     ``decay`` of ``0.99**n`` keeps the length of AU's.
 
@@ -302,14 +305,15 @@ class Dominance:
     def _step_size(self, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
         """What the optimizer multiplies a first moment, or a gradient, with."""
         lr, eps = group["lr"], group["eps"]
+        step = state["step"].double()  # float32 would lose half the digits of 1 - beta2
         if isinstance(self.optimizer, _ADAM):
             square = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-            root = square.sqrt() / (1.0 - group["betas"][1] ** state["step"]) ** 0.5
+            root = square.sqrt() / (1.0 - group["betas"][1] ** step) ** 0.5
         elif isinstance(self.optimizer, torch.optim.RMSprop):
             square = state["square_avg"]
             root = (
                 square.addcmul(state["grad_avg"], state["grad_avg"], value=-1.0) if group["centered"] else square
             ).sqrt()
         else:
-            root, lr = state["sum"].sqrt(), lr / (1.0 + (state["step"] - 1.0) * group["lr_decay"])
+            root, lr = state["sum"].sqrt(), lr / (1.0 + (step - 1.0) * group["lr_decay"])
         return cast("Tensor", lr / (root + eps))

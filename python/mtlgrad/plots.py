@@ -6,6 +6,7 @@ The figures are drawn on Agg without pyplot: no display, no global state, safe b
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,8 @@ def dominance(tasks: Sequence[str], layers: Sequence[str], shares: Shares) -> by
     columns = min(len(layers), 5)
     rows = -(-len(layers) // columns)
     figure = _figure(max(2.3 * columns, 6.4), 0.5 + len(shares) * (1.9 * rows + 0.4))
+    finite = [s for epochs in shares.values() for line in epochs for layer in line for s in layer if math.isfinite(s)]
+    high = min(1.02, 1.1 * max(finite, default=1.0))
     handles: dict[str, Any] = {}
     for block, (method, epochs) in zip(
         figure.subfigures(len(shares), 1, squeeze=False).flat, shares.items(), strict=True
@@ -114,7 +117,7 @@ def dominance(tasks: Sequence[str], layers: Sequence[str], shares: Shares) -> by
                 (handles[task],) = axis.plot(range(1, len(epochs) + 1), values, color=f"C{t}", marker=marker)
             axis.axhline(1 / len(tasks), color="black", linestyle="--", linewidth=0.8)
             axis.set_title(layer, fontsize="small")
-            axis.set_ylim(0.0, 1.0)
+            axis.set_ylim(0.0, high)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             if i + columns >= len(layers):

@@ -96,7 +96,7 @@ def _fit(step: Step, lists: dict[str, list[Tensor]]) -> bool:
             continue
         found = list(map(_SHAPE, tensors)), list(map(_DTYPE, tensors))
         if name in _SMALL:
-            fits = set(found[0]) == {(tasks,)} and set(found[1]) == {_SMALL[name]}
+            fits = all(shape == (tasks,) for shape in found[0]) and set(found[1]) == {_SMALL[name]}
             fits = fits and all(map(Tensor.is_contiguous, tensors))
         elif name == "jacobians":
             fits = found == ([(tasks, *shape) for shape in shapes], dtypes)

@@ -77,6 +77,7 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
         return float(group["initial_accumulator_value"])
 
     def _before_ordinary(self, group: dict[str, Any], p: Tensor) -> None:
+        super()._before_ordinary(group, p)
         if not self.state[p]:
             self.state[p]["step"] = torch.tensor(0.0)
             self._moments(group, [p], ["sum"])

@@ -71,7 +71,11 @@ class TaskOptimizer(torch.optim.Optimizer):
         return 0.0
 
     def _before_ordinary(self, group: dict[str, Any], p: Tensor) -> None:
-        """State that torch.optim expects to find."""
+        """Leaves state as torch.optim expects to find it."""
+        state = self.state.get(p, {})
+        for name in (*self._names(group), "momentum_buffer"):
+            if isinstance(state.get(name), Tensor) and state[name].dtype != p.dtype:  # moments_dtype was changed
+                state[name] = state[name].to(p.dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -118,15 +122,16 @@ class TaskOptimizer(torch.optim.Optimizer):
         check_gradients(type(self).__name__, pairs)
         present = present_tasks(pairs)
         for group, plan in pairs:
-            for device in dict.fromkeys(own.parameter.device for own in (*plan.tasks, *plan.single)):
-                here = [own for own in plan.tasks if own.parameter.device == device]
-                self._update(group, here, group["num_tasks"], "_{}", present.get(device))
-                self._update(group, [own for own in plan.single if own.parameter.device == device], 1, "", None)
             for p, _ in plan.ordinary:
                 self._before_ordinary(group, p)
         with _gradients(plans):
             # torch.optim's step without the wrapper that runs hooks: they run around this one.
             inspect.unwrap(self.ordinary.step)(self)
+        for group, plan in pairs:
+            for device in dict.fromkeys(own.parameter.device for own in (*plan.tasks, *plan.single)):
+                here = [own for own in plan.tasks if own.parameter.device == device]
+                self._update(group, here, group["num_tasks"], "_{}", present.get(device))
+                self._update(group, [own for own in plan.single if own.parameter.device == device], 1, "", None)
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -257,7 +262,7 @@ class TaskOptimizer(torch.optim.Optimizer):
     def _moment_dtype(self, group: dict[str, Any], p: Tensor) -> torch.dtype:
         if p.dtype not in (torch.float32, torch.bfloat16):
             return p.dtype
-        return cast("torch.dtype", getattr(torch, group["moments_dtype"] or "float32"))
+        return cast("torch.dtype", getattr(torch, moments_name(group["moments_dtype"] or "float32")))
 
     def _moments(self, group: dict[str, Any], parameters: list[Tensor], names: list[str]) -> list[list[Tensor]]:
         """Per parameter the tensors of its state with these names; made where there are none yet."""
@@ -301,7 +306,7 @@ class TaskOptimizer(torch.optim.Optimizer):
                 options["squares"] = self._counts(parameters, "update_square", [tasks], torch.float64)
         else:
             steps = [step.view(1) for step in steps]
-        if group["stochastic_rounding"] and group["moments_dtype"] == "bfloat16":
+        if group["stochastic_rounding"] and self._moment_dtype(group, parameters[0]) == torch.bfloat16:
             options["keys"] = [own.key for own in owns]
         self._operate(group, parameters, [own.jacobian for own in owns], moments, steps, options)
 

@@ -28,7 +28,7 @@ def check_jacobian(where: str, p: Tensor, jacobian: Tensor, tasks: int) -> None:
             raise ValueError(
                 f"{where}: expected .jac on the parameter's {what}, {getattr(p, what)}, found {getattr(jacobian, what)}"
             )
-    if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+    if tasks > 1 and p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(
             f"{where}: expected float32, bfloat16 or float64, found {p.dtype}; keep float32 parameters and use autocast"
         )
@@ -36,9 +36,14 @@ def check_jacobian(where: str, p: Tensor, jacobian: Tensor, tasks: int) -> None:
         raise ValueError(f"{where}: expected a dense .jac, found {jacobian.layout}; use .to_dense()")
 
 
-def _squares(plan: Plan, device: torch.device) -> Tensor:
-    """[T] float64, each task's squared gradients on a device: zero, infinite or NaN exactly if something is."""
-    return ops.gram(ops.Stacked([own.jacobian for own in plan.tasks if own.parameter.device == device])).diagonal()
+def _sizes(plan: Plan, device: torch.device) -> Tensor:
+    """[T] float64, zero if all of a task's gradients on a device are, infinite or NaN if one is."""
+    rows = [own.jacobian for own in plan.tasks if own.parameter.device == device]
+    if all(row.dtype != torch.float64 for row in rows):
+        return ops.gram(ops.Stacked(rows)).diagonal()
+    # Squares of float64 may overflow or underflow.
+    largest = [row.reshape(len(row), -1).abs().amax(1).double() for row in rows if row.numel()]
+    return torch.stack([torch.zeros(len(rows[0]), dtype=torch.float64, device=device), *largest]).amax(0)
 
 
 def _devices(plan: Plan) -> list[torch.device]:
@@ -51,7 +56,7 @@ def check_gradients(name: str, pairs: Pairs) -> None:
         if not group["check_finite"]:
             continue
         for device in _devices(plan):
-            finite = _squares(plan, device).isfinite().tolist()
+            finite = _sizes(plan, device).isfinite().tolist()
             if not all(finite):
                 raise ValueError(
                     f"{name}.step: group {number}: expected finite gradients, found NaN or infinity in .jac of task "
@@ -71,5 +76,5 @@ def present_tasks(pairs: Pairs) -> dict[torch.device, Tensor]:
     if not any(group["missing"] == "still" and plan.tasks for group, plan in pairs):
         return {}
     places = [(plan, device) for _, plan in pairs for device in _devices(plan)]
-    found = [_squares(plan, device) != 0.0 for plan, device in places]
+    found = [_sizes(plan, device) != 0.0 for plan, device in places]
     return {device: torch.stack([f.to(device) for f in found]).any(0) for _, device in places}

@@ -20,6 +20,8 @@ ADATASK: dict[str, type[AdaTaskAdam | AdaTaskRMSprop | AdaTaskAdagrad]] = {
     "adatask-adagrad": AdaTaskAdagrad,
 }
 OPTIMIZERS = (ADAM, *ADATASK)
+#: Learning rates, unless the user says otherwise.
+RATES = {ADAM: 1e-3, "adatask-adam": 1e-3, "adatask-rmsprop": 1e-3, "adatask-adagrad": 1e-2}
 DECAY = 0.99  #: a step, of the average squared updates behind the shares
 
 
@@ -33,13 +35,15 @@ class Updates:
     def __init__(self, weighting: Weighting, net: MultiTaskNet, lr: float, every: int):
         self.weighting, self.net = weighting, net
         self.optimizer = self.make([*net.parameters(), *weighting.parameters()], lr)
-        self.estimate: Dominance | None = None
-        if weighting.sums and len(weighting.tasks) > 1:
-            self.estimate = Dominance(self.optimizer, len(weighting.tasks), DECAY**every)
+        self.estimate = self.watch(every)
 
     def make(self, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
         # fused: one pass over the embeddings instead of ten, a quarter of the step.
         return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+    def watch(self, every: int) -> Dominance | None:
+        tasks = len(self.weighting.tasks)
+        return Dominance(self.optimizer, tasks, DECAY**every) if self.weighting.sums and tasks > 1 else None
 
     def backward(self, features: Tensor, losses: list[Tensor]) -> None:
         """Gives every parameter what the optimizer's step reads."""
@@ -86,11 +90,13 @@ class TaskUpdates(Updates):
     def __init__(self, weighting: Weighting, net: MultiTaskNet, lr: float, every: int, name: str):
         self.name = name
         super().__init__(weighting, net, lr, every)
-        self.estimate = None  # the optimizer keeps count itself
         self.copies: list[tuple[list[Tensor], torch.optim.Optimizer]] = []
 
     def make(self, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
         return ADATASK[self.name](parameters, lr=lr, num_tasks=len(self.weighting.tasks), dominance_decay=DECAY)
+
+    def watch(self, every: int) -> Dominance | None:
+        return None  # the optimizer keeps count itself
 
     def backward(self, features: Tensor, losses: list[Tensor]) -> None:
         task_backward(self.weighting.terms(losses), self.net.backbone.parameters(), features=features)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Job, Result, Settings, TrainError, task_loss
-from .optimizers import updates
+from .optimizers import RATES, updates
 from .parts import Part, Recipe
 from .weighting import METHODS, Step, timed
 
@@ -31,7 +31,8 @@ class Trainer:
         torch.manual_seed(job.seed)
         self.net = recipe.net(self.tasks)
         self.weighting = METHODS[job.method](self.tasks, self.net, settings).to(recipe.device)
-        self.updates = updates(job.optimizer, self.weighting, self.net, settings.lr, TIME_EVERY)
+        self.lr = RATES[job.optimizer] if settings.lr is None else settings.lr
+        self.updates = updates(job.optimizer, self.weighting, self.net, self.lr, TIME_EVERY)
         self.layers = recipe.layers(self.net.backbone)
         self.steps = math.ceil(len(self.split.rows.train) / settings.batch_size)
         self.epoch = 0
@@ -63,7 +64,7 @@ class Trainer:
         variances: list[Tensor],
     ) -> Tensor:
         # The cosine schedule as a formula of the step: nothing to restore when resuming.
-        lr = self.settings.lr * 0.5 * (1.0 + math.cos(math.pi * number / (self.steps * self.settings.epochs)))
+        lr = self.lr * 0.5 * (1.0 + math.cos(math.pi * number / (self.steps * self.settings.epochs)))
         optimizer = self.updates.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -108,9 +109,9 @@ class Trainer:
         train_losses = train.tolist()
         for task, loss in zip(self.tasks, train_losses, strict=True):
             if not math.isfinite(loss):
-                title, lr = self.job.title(self.recipe.tasks), self.settings.lr
                 raise TrainError(
-                    f"{title}: the loss of {task.name} became {loss} in epoch {self.epoch + 1}; lower --lr, now {lr:g}"
+                    f"{self.job.title(self.recipe.tasks)}: the loss of {task.name} became {loss} in epoch "
+                    f"{self.epoch + 1}; lower --lr, now {self.lr:g}"
                 )
         metrics, losses = self.evaluate(self.split.validation)
         # In a warm-up no step is timed, and the sum is what runs.
