@@ -174,7 +174,7 @@ def test_sizes(size: int, types: tuple[torch.dtype, torch.dtype], device: str) -
         check(rule, state, gradients(state, tasks), device, task_weights=weights_of(tasks), square_decay=0.9)
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 20, 33])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 6, 7, 8, 20, 33])
 def test_numbers_of_tasks(tasks: int, device: str) -> None:
     for rule in RULES:
         state = begin(RULES[rule], [(257,), (3, 11)], tasks)
@@ -391,9 +391,11 @@ def test_a_variance_of_zero_may_round_below(device: str) -> None:
         values = normal(1, 2000)
         state.moments["grad_avgs"][0][0].copy_(values)
         state.moments["square_avgs"][0][0].copy_(state.moments["grad_avgs"][0][0].double().square() * (1 - 2.0**-20))
-        after = state.to(device)
-        call(ops, rule, after, [state.moments["grad_avgs"][0][0].to(device).float()[None]])
-        assert after.parameters[0].isfinite().all()
+        jacobian = state.moments["grad_avgs"][0][0].float()[None]
+        for module in (ops, reference):
+            after = state.to(device)
+            call(module, rule, after, [jacobian.to(device)])
+            assert after.parameters[0].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-20, 1e-10, 1e10, 1e18])
@@ -644,8 +646,8 @@ def test_stochastic_rounding_goes_to_a_neighbour_without_bias(rule: str, device:
 @EVERY_RULE
 def test_kernel_and_reference_round_alike(rule: str, device: str) -> None:
     """The same random bits for every element; only an ulp of the float32 number may tip the scale."""
-    for types in (HALF, TYPES[3]):
-        state = begin(RULES[rule], [(3, 700), (33,), ()], 3, [types])
+    for types in ([HALF], [TYPES[3]], [SINGLE, TYPES[3], HALF]):
+        state = begin(RULES[rule], [(3, 700), (90,), (80,)], 3, types)
         jacobians, keys = gradients(state, 3), [7, 2**40 + 12345, -(2**62)]
         got = step(rule, state, jacobians, device, keys=keys, task_weights=weights_of(3))
         eager = state.clone()
@@ -714,6 +716,17 @@ def test_rounding_keeps_nan_and_infinity(bad: float, device: str) -> None:
             if name.endswith("[0][1]"):
                 assert not tensor[::3].isfinite().any()
                 assert tensor[1::3].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC0FFFF, 0x7F800001, -0x7F0001])
+def test_rounding_keeps_every_nan(bits: int, device: str) -> None:
+    """Also those whose lower bits would carry, of all ones to minus zero."""
+    jacobian = torch.full((1, 400), bits, dtype=torch.int32).view(torch.float32).to(device)
+    assert jacobian.isnan().all()
+    for rule in KINDS:
+        state = begin(RULES[rule], [(400,)], 1, [HALF]).to(device)
+        call(ops, RULES[rule], state, [jacobian], keys=[11])
+        assert all(m.isnan().all() for m in (*_moments(state), *state.buffers, *state.parameters)), rule
 
 
 def test_all_numbers_round_as_their_bits_say() -> None:

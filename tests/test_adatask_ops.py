@@ -448,7 +448,7 @@ def test_as_many_tasks_as_a_kernel_takes(device: str) -> None:
                 call(ops, RULES[rule], got, [j.to(device) for j in jacobians])
             except (RuntimeError, ValueError) as error:
                 assert tasks == 65
-                assert re.match(r"adatask_\w+: .*64 tasks", str(error))  # noqa: PT017
+                assert re.match(r"adatask.*64 tasks", str(error))  # noqa: PT017
                 assert_same(got, want)
                 continue
             right = exact(RULES[rule], state, jacobians).state.parameters[0]

@@ -58,65 +58,81 @@ MTLGRAD_INLINE F update_column(const Stream<S, M, F>& task, F sign, F decay, uin
   return direction;
 }
 
-// Tasks in one loop: it keeps 3 kTasks streams under way, which memory serves a third faster than three at a time.
-template <Moments kMoments, bool kStochastic, int kTasks, typename S, typename M, typename F>
-MTLGRAD_INLINE void update_columns(const Stream<S, M, F>* tasks, F sign, const F* decay, F* delta, double* sums,
-                                   uint32_t index, int64_t n) {
+// A block of a parameter's columns: what gradients are multiplied with, what of the parameter is added to them and what of
+// it remains; and, where one loop does not see all tasks, the parameter's values, what is added to gradients, and the sum
+// of the updates so far.
+template <typename S, typename F>
+struct Block {
+  S* parameter;
+  F sign, weight_decay, keep;
+  F *theta, *decay, *delta;
+};
+
+// Tasks in one loop, at columns [0, n): their moments in place, and the sums of their squared directions. All streams are
+// then under way together, which memory serves a third faster than one task's after another's. kAlone: there are no
+// other tasks, and nothing is added to gradients; the parameter is then changed at once, a fifth faster again.
+template <Moments kMoments, bool kStochastic, bool kAlone, int kTasks, typename S, typename M, typename F>
+MTLGRAD_INLINE void update_columns(const Block<S, F>& block, const Stream<S, M, F>* tasks, double* sums, uint32_t index,
+                                   int64_t n) {
   const Stream<S, M, F> task0 = tasks[0], task1 = tasks[kTasks > 1 ? 1 : 0], task2 = tasks[kTasks > 2 ? 2 : 0],
                         task3 = tasks[kTasks > 3 ? 3 : 0];
+  const F sign = block.sign, keep = block.keep;
+  S* parameter = block.parameter;
+  F *delta = block.delta, *decays = block.decay;
   F sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
   for (int64_t i = 0; i < n; ++i) {
-    const F d0 = update_column<kMoments, kStochastic>(task0, sign, decay[i], index, i);
-    F update = delta[i] + task0.coefficients.step * d0;
-    sum0 += d0 * d0;
+    F decay = 0, update = 0;
+    if constexpr (!kAlone) decay = decays[i], update = delta[i];
+    const F d0 = update_column<kMoments, kStochastic>(task0, sign, decay, index, i);
+    update += task0.coefficients.step * d0, sum0 += d0 * d0;
     if constexpr (kTasks > 1) {
-      const F d1 = update_column<kMoments, kStochastic>(task1, sign, decay[i], index, i);
+      const F d1 = update_column<kMoments, kStochastic>(task1, sign, decay, index, i);
       update += task1.coefficients.step * d1, sum1 += d1 * d1;
     }
     if constexpr (kTasks > 2) {
-      const F d2 = update_column<kMoments, kStochastic>(task2, sign, decay[i], index, i);
+      const F d2 = update_column<kMoments, kStochastic>(task2, sign, decay, index, i);
       update += task2.coefficients.step * d2, sum2 += d2 * d2;
     }
     if constexpr (kTasks > 3) {
-      const F d3 = update_column<kMoments, kStochastic>(task3, sign, decay[i], index, i);
+      const F d3 = update_column<kMoments, kStochastic>(task3, sign, decay, index, i);
       update += task3.coefficients.step * d3, sum3 += d3 * d3;
     }
-    delta[i] = update;
+    if constexpr (kAlone)
+      parameter[i] = stored<S>(widen(parameter[i]) * keep + update, false, 0);
+    else
+      delta[i] = update;
   }
   sums[0] = sum0, sums[1] = sum1, sums[2] = sum2, sums[3] = sum3;
 }
 
 constexpr int64_t kGroup = 4;  // tasks in one loop at most: more would not leave it registers for their pointers
 
-// The moments of up to kGroup tasks in place, their updates on top of delta, and the sums of their squared directions.
-template <Moments kMoments, bool kStochastic, typename S, typename M, typename F>
-MTLGRAD_CLONES void update_tasks(const Stream<S, M, F>* tasks, int64_t count, F sign, const F* decay, F* delta,
-                                 double* sums, uint32_t index, int64_t n) {
-  if (count == 1) return update_columns<kMoments, kStochastic, 1>(tasks, sign, decay, delta, sums, index, n);
-  if (count == 2) return update_columns<kMoments, kStochastic, 2>(tasks, sign, decay, delta, sums, index, n);
-  if (count == 3) return update_columns<kMoments, kStochastic, 3>(tasks, sign, decay, delta, sums, index, n);
-  update_columns<kMoments, kStochastic, 4>(tasks, sign, decay, delta, sums, index, n);
+template <Moments kMoments, bool kStochastic, bool kAlone, typename S, typename M, typename F>
+MTLGRAD_CLONES void update_tasks(const Block<S, F>& block, const Stream<S, M, F>* tasks, int64_t count, double* sums,
+                                 uint32_t index, int64_t n) {
+  if (count == 1) return update_columns<kMoments, kStochastic, kAlone, 1>(block, tasks, sums, index, n);
+  if (count == 2) return update_columns<kMoments, kStochastic, kAlone, 2>(block, tasks, sums, index, n);
+  if (count == 3) return update_columns<kMoments, kStochastic, kAlone, 3>(block, tasks, sums, index, n);
+  update_columns<kMoments, kStochastic, kAlone, 4>(block, tasks, sums, index, n);
 }
 
 template <typename S, typename F>
-MTLGRAD_CLONES void begin_block(const S* parameter, F weight_decay, F* theta, F* decay, F* delta, int64_t n) {
+MTLGRAD_CLONES void begin_block(const Block<S, F>& block, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    theta[i] = widen(parameter[i]);
-    delta[i] = 0;
+    block.theta[i] = widen(block.parameter[i]);
+    block.delta[i] = 0;
   }
-  // Not zero times the parameter, which may be infinite.
-  if (weight_decay == F(0))
-    for (int64_t i = 0; i < n; ++i) decay[i] = 0;
-  else
-    for (int64_t i = 0; i < n; ++i) decay[i] = weight_decay * theta[i];
+  for (int64_t i = 0; i < n; ++i)
+    block.decay[i] = block.weight_decay == F(0) ? F(0) : block.weight_decay * block.theta[i];
 }
 
 template <typename S, typename F>
-MTLGRAD_CLONES void end_block(S* parameter, const F* theta, const F* delta, F keep, int64_t n) {
+MTLGRAD_CLONES void end_block(const Block<S, F>& block, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) parameter[i] = stored<S>(theta[i] * keep + delta[i], false, 0);
+  for (int64_t i = 0; i < n; ++i)
+    block.parameter[i] = stored<S>(block.theta[i] * block.keep + block.delta[i], false, 0);
 }
 
 template <typename M, typename F>
@@ -170,44 +186,52 @@ template <Moments kMoments, bool kStochastic, typename S, typename M>
 void update_share(const TaskMoments& table, const Adaptive& by, const Coefficients<Compute<S>>& coefficients,
                   int64_t begin, int64_t end, int64_t slot, double* workspace) {
   using F = Compute<S>;
-  const F sign = by.maximize ? F(-1) : F(1);
-  const F through_gradient = static_cast<F>(by.decoupled ? 0.0 : by.weight_decay);
-  const F keep = static_cast<F>(by.decoupled ? 1.0 - coefficients.lr * by.weight_decay : 1.0);
   alignas(64) F theta[kBlock], decay[kBlock], delta[kBlock];
+  Block<S, F> block{nullptr,
+                    by.maximize ? F(-1) : F(1),
+                    static_cast<F>(by.decoupled ? 0.0 : by.weight_decay),
+                    static_cast<F>(by.decoupled ? 1.0 - coefficients.lr * by.weight_decay : 1.0),
+                    theta,
+                    decay,
+                    delta};
+  std::vector<int64_t> present;
+  for (int64_t t = 0; t < table.tasks; ++t)
+    if (!table.present || table.present[t]) present.push_back(t);
+  const auto tasks = static_cast<int64_t>(present.size());
+  const bool alone = tasks >= 1 && tasks <= kGroup && !table.buffers && block.weight_decay == F(0);
   for_pieces(table.sizes, table.tensors, begin, end, kBlock, [&](int64_t p, int64_t start, int64_t count, int64_t) {
-    S* parameter = static_cast<S*>(table.parameters[p]) + start;
+    block.parameter = static_cast<S*>(table.parameters[p]) + start;
     const auto index = static_cast<uint32_t>(start);
-    begin_block(parameter, through_gradient, theta, decay, delta, count);
-    Stream<S, M, F> streams[kGroup];
-    int64_t numbers[kGroup], held = 0;
-    const auto flush = [&] {
+    if (!alone) begin_block(block, count);
+    for (int64_t done = 0; done < tasks; done += kGroup) {
+      const int64_t group = std::min(kGroup, tasks - done);
+      Stream<S, M, F> streams[kGroup];
+      for (int64_t k = 0; k < group; ++k) {
+        const int64_t at = p * table.tasks + present[done + k];
+        const auto moment = [&](void* const* moments) {
+          return moments ? static_cast<M*>(moments[at]) + start : static_cast<M*>(nullptr);
+        };
+        streams[k] = {static_cast<const S*>(table.gradients[at]) + start,
+                      moment(table.first),
+                      moment(table.second),
+                      moment(table.largest),
+                      coefficients.tasks[at],
+                      coefficients.random[at]};
+      }
       double sums[kGroup];
-      update_tasks<kMoments, kStochastic>(streams, held, sign, decay, delta, sums, index, count);
+      if (alone)
+        update_tasks<kMoments, kStochastic, true>(block, streams, group, sums, index, count);
+      else
+        update_tasks<kMoments, kStochastic, false>(block, streams, group, sums, index, count);
       if (table.squares)
-        for (int64_t k = 0; k < held; ++k) workspace[(slot + p) * table.tasks + numbers[k]] += sums[k];
-      held = 0;
-    };
-    for (int64_t t = 0; t < table.tasks; ++t) {
-      if (table.present && !table.present[t]) continue;
-      const int64_t at = p * table.tasks + t;
-      const auto moment = [&](void* const* moments) {
-        return moments ? static_cast<M*>(moments[at]) + start : static_cast<M*>(nullptr);
-      };
-      streams[held] = {static_cast<const S*>(table.gradients[at]) + start,
-                       moment(table.first),
-                       moment(table.second),
-                       moment(table.largest),
-                       coefficients.tasks[at],
-                       coefficients.random[at]};
-      numbers[held++] = t;
-      if (held == kGroup) flush();
+        for (int64_t k = 0; k < group; ++k) workspace[(slot + p) * table.tasks + present[done + k]] += sums[k];
     }
-    if (held) flush();
+    if (alone) return;
     if (table.buffers)
       through_buffer(static_cast<M*>(table.buffers[p]) + start, delta, static_cast<F>(by.first_decay),
                      static_cast<F>(coefficients.lr), by.stochastic,
                      coefficients.random[table.tensors * table.tasks + p], index, count);
-    end_block(parameter, theta, delta, keep, count);
+    end_block(block, count);
   });
 }
 
