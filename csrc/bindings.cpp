@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <limits>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -185,7 +186,8 @@ void* const* table_of(const Pointers& pointers) {
   return pointers.empty() ? nullptr : reinterpret_cast<void* const*>(pointers.data());
 }
 
-void bind_adatask(py::module_& m, const AdataskKernels& kernels) {
+void bind_adatask(py::module_& m, const AdataskKernels& kernels, int64_t max_tasks) {
+  m.attr("adatask_max_tasks") = max_tasks;
   m.def("adatask_workspace", kernels.workspace);
 
   // numbers: lr, first_decay, second_decay, eps, weight_decay, lr_decay, square_decay; flags: extra, decoupled, maximize,
@@ -253,7 +255,7 @@ PYBIND11_MODULE(_C, m) {
                         cpu::sampled_moments, cpu::precision_mean, cpu::weighted_mean});
   bind_combine(on_cpu, {cpu::gram_workspace, cpu::dots_workspace, cpu::gram, cpu::dots, cpu::combine,
                         cpu::align_workspace, cpu::align});
-  bind_adatask(on_cpu, {cpu::adatask_workspace, cpu::adatask});
+  bind_adatask(on_cpu, {cpu::adatask_workspace, cpu::adatask}, std::numeric_limits<int64_t>::max());
 
 #ifdef MTLGRAD_WITH_CUDA
   m.attr("cuda_compiled") = true;
@@ -267,7 +269,7 @@ PYBIND11_MODULE(_C, m) {
                          cuda::sample_residuals, cuda::sampled_moments, cuda::precision_mean, cuda::weighted_mean});
   bind_combine(on_cuda, {cuda::gram_workspace, cuda::dots_workspace, cuda::gram, cuda::dots, cuda::combine,
                          cuda::align_workspace, cuda::align});
-  bind_adatask(on_cuda, {cuda::adatask_workspace, cuda::adatask});
+  bind_adatask(on_cuda, {cuda::adatask_workspace, cuda::adatask}, kMaxStepTasks);
 #else
   m.attr("cuda_compiled") = false;
   m.attr("cuda_archs") = "";

@@ -69,6 +69,9 @@ struct Alignment {
 // The largest number of tasks that align takes.
 constexpr int64_t kMaxAlignTasks = 64;
 
+// The largest number of tasks that cuda::adatask takes; the host takes any.
+constexpr int64_t kMaxStepTasks = 64;
+
 // The optimizer that AdaTask (arXiv 2211.15055) gives moments of each task's own.
 enum class Rule : int { adam = 0, rmsprop = 1, adagrad = 2 };
 

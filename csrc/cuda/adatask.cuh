@@ -9,8 +9,6 @@ namespace mtlgrad::cuda {
 
 using math::Moments;
 
-constexpr int kMaxStepTasks = 64;
-
 // The largest piece of a parameter: short enough for 32-bit arithmetic.
 #ifdef MTLGRAD_EMULATE
 constexpr int kMaxPiece = 1 << 16;  // tests are to meet parameters of several pieces

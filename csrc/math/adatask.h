@@ -83,7 +83,8 @@ MTLGRAD_INLINE uint32_t random_bits(uint32_t stream, uint32_t index) {
 // stream of task T at the sum of the tasks' steps.
 MTLGRAD_INLINE uint32_t random_stream(int64_t key, int64_t task, double count) {
   const uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(static_cast<uint64_t>(key) >> 32);
-  return random_bits(random_bits(random_bits(high, low), static_cast<uint32_t>(task)), static_cast<uint32_t>(count));
+  const uint32_t of_key = random_bits(random_bits(0, high), low);
+  return random_bits(random_bits(of_key, static_cast<uint32_t>(task)), static_cast<uint32_t>(count));
 }
 
 // The upper half of a float's bits after the lower half has been made to carry with a probability equal to its share of

@@ -187,11 +187,9 @@ def _call(parameters: list[Tensor], *arguments: object) -> None:
 
 
 def _tasks(op: str, parameters: Sequence[Tensor], jacobians: Sequence[Tensor]) -> int:
-    """T; and what the operator would not be asked about."""
-    for name, tensors in (("parameters", parameters), ("jacobians", jacobians)):
-        for p, tensor in enumerate(tensors):
-            if tensor.layout != torch.strided:
-                refuse(f"{op}: {name}: expected a dense tensor for parameter {p}, found {tensor.layout}")
+    """T, and what the operator would not be asked about."""
+    _check_dense(op, "parameters", parameters)
+    _check_dense(op, "jacobians", jacobians)
     if not jacobians:
         return 1
     if jacobians[0].dim() == 0 or jacobians[0].shape[0] == 0:
@@ -199,11 +197,19 @@ def _tasks(op: str, parameters: Sequence[Tensor], jacobians: Sequence[Tensor]) -
     return jacobians[0].shape[0]
 
 
+def _check_dense(op: str, name: str, tensors: Sequence[Tensor], each: int = 1) -> None:
+    for i, tensor in enumerate(tensors):
+        if tensor.layout != torch.strided:
+            refuse(f"{op}: {name}: expected a dense tensor for parameter {i // each}, found {tensor.layout}")
+
+
 def _flat(op: str, name: str, lists: Lists | None, tasks: int) -> list[Tensor]:
     for p, row in enumerate(lists or ()):
         if len(row) != tasks:
             refuse(f"{op}: {name}: expected {tasks} tensors, one a task, for parameter {p}, found {len(row)}")
-    return [] if lists is None else [tensor for row in lists for tensor in row]
+    tensors = [] if lists is None else [tensor for row in lists for tensor in row]
+    _check_dense(op, name, tensors, tasks)
+    return tensors
 
 
 def _list(tensors: Sequence[Tensor] | None) -> list[Tensor]:

@@ -22,7 +22,7 @@ def _adatask(*arguments: Any) -> None:
     step = Step(*arguments)
     check(step)
     kernels = kernels_for(step.parameters[0].device)
-    if kernels is None:
+    if kernels is None or len(step.weights) > kernels.adatask_max_tasks:
         _by_reference(step)
         return
     groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}

@@ -205,7 +205,7 @@ def _random_bits(parameter: Tensor, key: int, steps: Tensor) -> Callable[[int], 
     count = parameter.numel()
     index = torch.empty_like(parameter, dtype=torch.int64)
     torch.as_strided(index, (count,), (1,)).copy_(torch.arange(count, device=parameter.device))
-    base = _hash(key >> 32 & _MASK, key & _MASK)
+    base = _hash(_hash(0, key >> 32 & _MASK), key & _MASK)
     counts = [*steps.tolist(), float(steps.double().sum())]
 
     def bits(stream: int) -> Tensor:
