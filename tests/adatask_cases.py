@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from gradient_cases import TINY, UNIT, normal
 from torch import Tensor
+
+from mtlgrad import ops, reference
 
 #: Of parameters and moments.
 TYPES = [
@@ -355,3 +358,25 @@ def assert_same(got: State, want: State, what: str = "") -> None:
         assert tensor.dtype == other[name].dtype
         same = (tensor == other[name]) | (tensor.isnan() & other[name].isnan())
         assert same.all(), f"{what} {name}: {int((~same).sum())} of {same.numel()} differ"
+
+
+# ---- for the tests --------------------------------------------------------------------------------------------------
+
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
+EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
+EVERY_TYPE = pytest.mark.parametrize("types", TYPES, ids=lambda pair: f"{NAMES[pair[0]]}-{NAMES[pair[1]]}")
+SINGLE, HALF = (torch.float32, torch.float32), (torch.float32, torch.bfloat16)
+
+
+def check(
+    rule: str | Rule, state: State, jacobians: list[Tensor], device: str, what: str = "", **options: Any
+) -> State:
+    chosen = RULES[rule] if isinstance(rule, str) else rule
+    return check_step(ops, reference, chosen, state, jacobians, device, f"{rule} {what}", **options)
+
+
+def step(rule: str, state: State, jacobians: list[Tensor], device: str = "cpu", **options: Any) -> State:
+    """A copy of a state after one step, on the host again."""
+    after = state.to(device) if device != "cpu" else state.clone()
+    call(ops, RULES[rule], after, [j.to(device) for j in jacobians], **on(options, device))
+    return after.to("cpu") if device != "cpu" else after

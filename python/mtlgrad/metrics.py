@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import ops
 from .ops.rows import Rows
-from .optim.base import Layers, TaskOptimizer
+from .optim.base import TaskOptimizer
+from .optim.dominance import Layers, layer_shares
 
 
 def delta_m(metrics: Sequence[float], baseline: Sequence[float], higher_is_better: Sequence[bool]) -> float:
@@ -258,16 +259,7 @@ class Dominance:
         """
         if layers is None:
             layers = [group["params"] for group in self.optimizer.param_groups]
-        rows = []
-        for layer in layers.values() if isinstance(layers, Mapping) else layers:
-            squares = [self._state[p]["update_square"] for p in layer if p in self._state]
-            device = squares[0].device if squares else torch.device("cpu")
-            total = sum(
-                (s.to(device) for s in squares), torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
-            )
-            rows.append(total / total.sum())
-        devices = [row.device for row in rows if row.device.type != "cpu"]
-        return torch.stack([row.to(devices[0]) if devices else row for row in rows])
+        return layer_shares(layers, self.num_tasks, lambda p: self._state.get(p, {}).get("update_square"))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors alone, by the parameters' numbers in the optimizer."""

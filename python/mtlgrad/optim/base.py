@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from .amp import reach_jacobians
 from .checks import check_gradients, check_jacobian, present_tasks
+from .dominance import Layers, layer_shares
 from .options import TaskOptions, check_group, moments_name
-
-Layers = Iterable[Iterable[Tensor]] | Mapping[str, Iterable[Tensor]]
 
 
 class Own(NamedTuple):
@@ -210,15 +209,7 @@ class TaskOptimizer(torch.optim.Optimizer):
             )
         if layers is None:
             layers = [group["params"] for group in self.param_groups]
-        rows = []
-        for layer in layers.values() if isinstance(layers, Mapping) else layers:
-            squares = [s["update_square"] for p in layer if "update_square" in (s := self.state.get(p, {}))]
-            total = torch.zeros(tasks, dtype=torch.float64)
-            if squares:
-                total = torch.stack([square.to(squares[0].device) for square in squares]).sum(0)
-            rows.append(total / total.sum())
-        devices = [row.device for row in rows if row.device.type != "cpu"]
-        return torch.stack([row.to(devices[0]) if devices else row for row in rows])
+        return layer_shares(layers, tasks, lambda p: self.state.get(p, {}).get("update_square"))
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
