@@ -229,7 +229,7 @@ def build(
     values = [1, 2 * len(problem.rule.moments)]  # gradients; moments, read and written
     sizes = [dtype.itemsize for dtype in dtypes]
     return Work(
-        problem.ours() | problem.peers(compiled and not small),
+        problem.ours() | problem.peers(compiled),
         problem.error,
         bytes=elements * (2 * sizes[0] + tasks * (values[0] * sizes[0] + values[1] * sizes[1])),
         flops=elements * tasks * problem.rule.arithmetic,
