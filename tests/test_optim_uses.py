@@ -333,7 +333,7 @@ def test_shared_memory() -> None:
             optimizers[0].share_memory()
             assert all(v.is_shared() for s in optimizers[0].state.values() for k, v in s.items() if k.startswith("sum"))
         if name == "adam":
-            process = mp.get_context("fork").Process(target=_work, args=(nets[0], optimizers[0]))
+            process = mp.get_context("spawn").Process(target=_work, args=(nets[0], optimizers[0]))
             process.start()
             process.join(60)
             assert process.exitcode == 0
