@@ -354,3 +354,16 @@ def test_copies_go_on_alike() -> None:
             train(n, o, range(3, 6))
         assert same(net.parameters(), net2.parameters())
         assert same_state(state_tensors(optimizer), state_tensors(optimizer2))
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64], ids=str)
+def test_a_double_parameter_leaves_the_rounding_of_others_stochastic(first: torch.dtype) -> None:
+    """In a group of mixed types: averages of bfloat16, rounded to nearest, stall above what they average."""
+    parameters = [nn.Parameter(torch.zeros(1000, dtype=first)), nn.Parameter(torch.zeros(1000))]
+    optimizer = AdaTaskAdam(parameters, num_tasks=2, moments_dtype="bfloat16")
+    for size in [1.0] + [0.0] * 300:
+        for p in parameters:
+            p.jac = torch.full((2, *p.shape), size, dtype=p.dtype)  # type: ignore[attr-defined]
+        optimizer.step()
+    mean = float(optimizer.state[parameters[1]]["exp_avg_sq_1"].double().mean())
+    assert mean == pytest.approx(1e-3 * 0.999**300, rel=0.02)  # to nearest: 1e-3

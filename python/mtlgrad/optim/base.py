@@ -297,7 +297,7 @@ class TaskOptimizer(torch.optim.Optimizer):
                 options["squares"] = self._counts(parameters, "update_square", [tasks], torch.float64)
         else:
             steps = [step.view(1) for step in steps]
-        if group["stochastic_rounding"] and self._moment_dtype(group, parameters[0]) == torch.bfloat16:
+        if group["stochastic_rounding"] and any(self._moment_dtype(group, p) == torch.bfloat16 for p in parameters):
             options["keys"] = [own.key for own in owns]
         self._operate(group, parameters, [own.jacobian for own in owns], moments, steps, options)
 
