@@ -32,7 +32,7 @@ def train(*arguments, cwd):
             f"argument --compare: expected one of {METHODS}, found 'magic'",
         ),
         ("--method sum --compare sum", "argument --compare: not allowed with argument --method"),
-        ("--data celeba", "argument --data: expected one of clothing, river, found 'celeba'"),
+        ("--data celeba", "argument --data: expected one of clothing, river, multimnist, found 'celeba'"),
         ("--epochs 0", "argument --epochs: expected a whole number from 1 to 100000, found '0'"),
         ("--epochs -3", "found '-3'"),
         ("--epochs 2.5", "found '2.5'"),

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPLITS = ("train", "validation", "test")
+from .splits import rows_of
+
 _FILE = Path(__file__).with_name("clothing_reviews.npz")
 
 
@@ -33,9 +34,7 @@ class ClothingReviews:
 
     def rows(self, split: str) -> Tensor:
         """The row numbers of a split ("train", "validation" or "test"), ascending, int64."""
-        if split not in SPLITS:
-            raise ValueError(f"rows: split must be one of {', '.join(SPLITS)}, found {split!r}")
-        return (self.split == SPLITS.index(split)).nonzero().flatten()
+        return rows_of(self.split, split)
 
     def pack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The texts of the rows [R] in the order given: tokens [K'] and offsets [R + 1], both int64.

@@ -12,11 +12,12 @@ from . import report
 from .base import Interrupted, Job, Result, Settings, TrainError
 from .clothing import Clothing
 from .folder import CHECKPOINT, RunFolder
+from .multimnist import Digits
 from .parts import Recipe
 from .river import River
 from .training import Trainer
 
-RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (Clothing, River)}
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (Clothing, River, Digits)}
 
 
 class Stop:

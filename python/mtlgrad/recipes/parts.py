@@ -24,6 +24,20 @@ class Inputs(Protocol):
 
 
 @dataclass(frozen=True)
+class Table:
+    """R rows of numbers."""
+
+    values: Tensor  #: [R, ...] float32
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor]]:
+        for start in range(0, len(self), size):
+            yield (self.values[start : start + size],)
+
+
+@dataclass(frozen=True)
 class Part:
     """R rows in a given order, with their targets."""
 

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from ..data import load_river
 from .base import Task
-from .parts import Recipe, Rows, Split
+from .parts import Recipe, Rows, Split, Table
 
 SITES = ("CHSI2", "NASI2", "EADM7", "SCLM7", "CLKM7", "VALI2", "NAPM7", "DLDI4")
-
-
-@dataclass(frozen=True)
-class Table:
-    """R rows of F numbers."""
-
-    values: Tensor  #: [R, F] float32
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor]]:
-        for start in range(0, len(self), size):
-            yield (self.values[start : start + size],)
 
 
 class River(Recipe):
