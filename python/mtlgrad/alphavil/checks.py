@@ -1,0 +1,54 @@
+"""What AlphaVIL's constructor checks beside tasks and heads; one line each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"AlphaVIL: model: expected a torch.nn.Module, found {type(model).__name__}")
+
+
+def check_epochs(alpha_epochs: Any) -> None:
+    if not isinstance(alpha_epochs, int) or isinstance(alpha_epochs, bool) or alpha_epochs < 1:
+        raise ValueError(f"AlphaVIL: alpha_epochs: expected a number from 1, found {alpha_epochs!r}")
+
+
+def check_maker(name: str, make: Any) -> None:
+    if not callable(make) or isinstance(make, torch.optim.Optimizer):
+        raise TypeError(
+            f"AlphaVIL: {name}: expected a function from parameters to an optimizer, found {type(make).__name__}; "
+            "write lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+
+
+def check_clip(clip: Any) -> None:
+    if clip is None:
+        return
+    numbers = isinstance(clip, (tuple, list)) and len(clip) == 2 and all(isinstance(v, (int, float)) for v in clip)
+    if not numbers or not -math.inf <= clip[0] <= 1.0 <= clip[1] <= math.inf:
+        raise ValueError(
+            "AlphaVIL: clip_alpha: expected None or (low, high) with low <= 1 <= high, since alpha starts at 1, "
+            f"found {clip!r}"
+        )
+
+
+def check_min_weight(weight: Any) -> None:
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not weight <= 1.0:
+        raise ValueError(
+            f"AlphaVIL: min_weight: expected a number up to 1, where task weights start, or -inf, found {weight!r}"
+        )
+
+
+def check_state(state: Any, names: list[str], target: int) -> None:
+    keys = {"tasks", "target", "rounds", "task_weights", "last", "round", "stage", "deltas", "buffers", "search"}
+    if not isinstance(state, dict) or not keys <= state.keys():
+        raise ValueError("AlphaVIL: load_state_dict: expected what AlphaVIL.state_dict() gave, found something else")
+    for what, own in (("tasks", names), ("target", target)):
+        if state[what] != own:
+            raise ValueError(f"AlphaVIL: load_state_dict: {what}: expected {own}, found {state[what]}")

@@ -1,0 +1,253 @@
+"""alphaVIL: between epochs, weighs the parameter updates that each task makes by how much they help one of them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import random_state
+from .buffers import Buffers, finite
+from .checks import check_clip, check_epochs, check_maker, check_min_weight, check_model, check_state
+from .deltas import Deltas, Heads, Storage, groups_of
+from .records import Kind, Round, Stage
+from .search import MakeOptimizer, Search, made, training_mode
+from .tasks import Task, check_gradient, check_subset, checked_loss, named, sample, target_of
+
+ALPHA_OPTIMIZER: MakeOptimizer = partial(torch.optim.SGD, lr=0.1)
+
+
+class AlphaVIL:
+    """DOC"""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Mapping[str, Task] | Sequence[Task],
+        target: str | int,
+        *,
+        make_optimizer: MakeOptimizer,
+        alpha_optimizer: MakeOptimizer = ALPHA_OPTIMIZER,
+        alpha_epochs: int = 5,
+        subset: float | int = 1.0,
+        clip_alpha: tuple[float, float] | None = None,
+        include_heads: Heads = "own",
+        min_weight: float = 0.01,
+        delta_storage: Storage = "parameters",
+    ):
+        check_model(model)
+        self.model, self._tasks = model, named(tasks)
+        self.names = list(self._tasks)
+        self.target = target_of(self._tasks, target)
+        check_subset(self._tasks, subset)
+        check_clip(clip_alpha)
+        check_min_weight(min_weight)
+        check_epochs(alpha_epochs)
+        check_maker("make_optimizer", make_optimizer)
+        check_maker("alpha_optimizer", alpha_optimizer)
+        self.make_optimizer, self.alpha_epochs, self.subset = make_optimizer, alpha_epochs, subset
+        self.min_weight, self.include_heads, self.delta_storage = float(min_weight), include_heads, delta_storage
+        self._find_parameters()
+        self._buffers = Buffers(model)
+        name = self.names[self.target]
+        self._search = Search(model, self._tasks[name], name, self._buffers, alpha_optimizer, clip_alpha)
+        sources = [source for task in self._tasks.values() for source in (task.train, task.dev)]
+        self._generators = random_state.generators_of(sources)
+        self.task_weights = torch.ones(len(self.names), dtype=torch.float64)
+        self.rounds = 0
+        self.last: Round | None = None
+        self._round: Round | None = None
+        self._stage = 0
+
+    def _find_parameters(self) -> None:
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        groups = groups_of(self.model, self._tasks, self.target, self.include_heads)
+        self._deltas = Deltas(groups, self.delta_storage)
+
+    @property
+    def alphas(self) -> Tensor:
+        """[T] float64 of the last finished round; ones before the first."""
+        return torch.ones_like(self.task_weights) if self.last is None else self.last.alphas
+
+    def epoch(self) -> Round:
+        """Runs a round, or what is left of the one that was begun."""
+        for _, said in self._run():
+            for text in said:
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+        assert self.last is not None
+        return self.last
+
+    def stages(self) -> Iterator[Stage]:
+        """The same, stage by stage: yields after each.
+
+        Between two stages the model is as before the round, and :meth:`state_dict` has all that is needed to go on. A
+        stage that raises leaves everything as it was before the stage, random state too.
+        """
+        for stage, said in self._run():
+            for text in said:
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            yield stage
+
+    def _run(self) -> Iterator[tuple[Stage, list[str]]]:
+        """Stages and what is to be said about them: after they are done, since a filter may turn it into errors."""
+        if self._round is None:
+            # Layers may have been frozen or set free since the last round.
+            if list(map(id, self._trainable)) != [id(p) for p in self.model.parameters() if p.requires_grad]:
+                self._find_parameters()
+            self._round, self._stage = Round(torch.ones_like(self.task_weights)), 0
+            self._buffers.clear()
+        while self._round is not None:
+            yield self._advance(self._round)
+
+    def _advance(self, now: Round) -> tuple[Stage, list[str]]:
+        device, said = self._deltas.device, list[str]()
+        before = random_state.capture(self._generators, device)
+        count, name = len(self.names), self.names[self.target]
+        kind: Kind
+        try:
+            if self._stage < count:
+                kind, name, loss = "train", self.names[self._stage], self._train(now, self._stage, said)
+            elif self._stage == count:
+                kind, loss = "evaluate", self._evaluate(now)
+            elif self._searching(now):
+                kind, loss = "alpha", self._alpha_epoch(now)
+            else:
+                kind, loss = "move", self._move(now, said)
+        except BaseException:
+            random_state.restore(before, self._generators, device)
+            raise
+        self._stage += 1
+        return Stage(kind, name, self._stage, count + 2 + self.alpha_epochs, loss), said
+
+    def _train(self, now: Round, t: int, said: list[str]) -> float:
+        """delta_t: from the round's parameters, w_t L_t over a part of the task's batches."""
+        theta, buffers = self._deltas.copy_parameters(), self._buffers.copy()
+        try:
+            with training_mode(self.model):
+                loss = self._descend(t)
+            changed = self._buffers.changed(buffers)
+            sound = self._deltas.take(t, theta) and finite(changed, buffers)
+            if sound:
+                self._buffers.take(changed)
+        finally:
+            self._deltas.put_back(theta)
+            self._buffers.put_back(buffers)
+            self.model.zero_grad(set_to_none=True)
+        if not sound:
+            now.sat_out.append(t)
+            said.append(
+                f"AlphaVIL: task {self.names[t]!r}: expected finite parameters and buffers after training, found NaN "
+                "or infinity; it sits this round out and keeps its weight; lower its learning rate, or look at its data"
+            )
+        now.losses.append(loss)
+        return loss
+
+    def _descend(self, t: int) -> float:
+        name, weight = self.names[t], float(self.task_weights[t])
+        task, optimizer = self._tasks[name], made("make_optimizer", self.make_optimizer, self._deltas.trained_by(t))
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("AlphaVIL: make_optimizer: expected one whose step needs no closure, found LBFGS; take SGD")
+        losses: list[Tensor] = []
+        for batch in sample(name, task.train, self.subset):
+            self.model.zero_grad(set_to_none=True)
+            loss = checked_loss(name, task.loss(self.model, batch))
+            check_gradient(name, loss)
+            (weight * loss).backward()
+            optimizer.step()
+            losses.append(loss.detach().double())
+        return float(torch.stack(losses).mean())
+
+    def _evaluate(self, now: Round) -> float:
+        """The development loss before the round, and at alpha = 1, where the search starts."""
+        self._search.begin(len(self.names), now.sat_out, self._deltas.device)
+        before = self._search.loss(None)
+        if not math.isfinite(before):
+            raise ValueError(
+                f"AlphaVIL: tasks: {self.names[self.target]!r}, the target: dev: expected a finite loss at the model's "
+                f"parameters, found {before}; go back to a checkpoint, or look at the development data"
+            )
+        start = self._search.loss(self._deltas)
+        now.before, now.start, now.after, now.kept = before, start, start, "start"
+        return start
+
+    def _searching(self, now: Round) -> bool:
+        last = now.searched[-1] if now.searched else now.start
+        left = len(now.searched) < self.alpha_epochs
+        return left and math.isfinite(last) and self._deltas.weigh(self.target, now.sat_out)
+
+    def _alpha_epoch(self, now: Round) -> float:
+        state = self._search.state_dict()
+        try:
+            loss = self._search.loss(self._deltas) if self._search.epoch(self._deltas) else math.nan
+        except BaseException:
+            self._search.load_state_dict(state, self._deltas.device)
+            raise
+        now.searched.append(loss)
+        if loss < now.after:
+            now.alphas, now.after, now.kept = self._search.alphas.detach().cpu().clone(), loss, "search"
+        return loss
+
+    def _move(self, now: Round, said: list[str]) -> float:
+        target = f"AlphaVIL: target {self.names[self.target]!r}"
+        nothing = len(now.sat_out) == len(self.names)
+        if now.after <= now.before and not nothing:
+            theta, buffers = self._deltas.copy_parameters(), self._buffers.copy()
+            try:
+                self._deltas.move(now.alphas.to(self._deltas.device), now.sat_out)
+                self._buffers.move()
+            except BaseException:
+                self._deltas.put_back(theta)
+                self._buffers.put_back(buffers)
+                raise
+            # A task that sat out keeps its weight, whatever somebody has set it to.
+            self.task_weights.add_(now.alphas - 1.0).clamp_(min=self.min_weight)
+            if now.kept == "start" and now.searched:
+                said.append(
+                    f"{target}: expected the search to lower its development loss, found none lower than at alpha = 1, "
+                    "which is kept; lower the learning rate of alpha_optimizer, or take more alpha_epochs"
+                )
+        else:
+            now.alphas, now.after, now.kept = torch.zeros_like(now.alphas), now.before, "none"
+            why = "every task sat out" if nothing else "expected an alpha that lowers its development loss, found none"
+            said.append(f"{target}: {why}; parameters and task weights stay as they were before this round")
+        self.last, self._round = now, None
+        self.rounds += 1
+        return now.after
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the model, whose own ``state_dict()`` belongs beside it; ``torch.load(weights_only=True)`` reads it.
+
+        In the middle of a round it holds the deltas there are, by reference: save it before going on.
+        """
+        middle = self._round is not None
+        return {
+            "tasks": list(self.names),
+            "target": self.target,
+            "rounds": self.rounds,
+            "task_weights": self.task_weights.clone(),
+            "last": None if self.last is None else self.last.state_dict(),
+            "round": None if self._round is None else self._round.state_dict(),
+            "stage": self._stage,
+            "deltas": self._deltas.state_dict() if middle else [],
+            "buffers": self._buffers.state_dict() if middle else {"merged": {}, "count": {}},
+            "search": self._search.state_dict(),
+            "random": random_state.capture(self._generators, self._deltas.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken; the model is to be loaded, too. Sets the global random state."""
+        check_state(state, self.names, self.target)
+        self._deltas.load_state_dict(state["deltas"])
+        self._buffers.load_state_dict(state["buffers"])
+        self._search.load_state_dict(state["search"], self._deltas.device)
+        self.rounds, self._stage = state["rounds"], state["stage"]
+        self.task_weights = state["task_weights"].to("cpu", torch.float64, copy=True)
+        self.last, self._round = (
+            None if state[key] is None else Round.from_state(state[key]) for key in ("last", "round")
+        )
+        random_state.restore(state["random"], self._generators, self._deltas.device)
