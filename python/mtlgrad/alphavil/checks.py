@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_model(model: Any) -> None:
@@ -45,10 +45,28 @@ def check_min_weight(weight: Any) -> None:
         )
 
 
-def check_state(state: Any, names: list[str], target: int) -> None:
-    keys = {"tasks", "target", "rounds", "task_weights", "last", "round", "stage", "deltas", "buffers", "search"}
-    if not isinstance(state, dict) or not keys <= state.keys():
-        raise ValueError("AlphaVIL: load_state_dict: expected what AlphaVIL.state_dict() gave, found something else")
+KEYS = (
+    *("tasks", "target", "rounds", "task_weights", "last", "round", "stage"),
+    *("deltas", "buffers", "search", "random"),
+)
+
+
+def check_state(state: Any, names: list[str], target: int, buffers: dict[str, Tensor], loaders: int) -> None:
+    """All that can be told before anything is loaded, but for the deltas, which are checked and loaded first."""
+    refused = "AlphaVIL: load_state_dict:"
+    if not isinstance(state, dict) or not set(KEYS) <= state.keys():
+        raise ValueError(f"{refused} expected what AlphaVIL.state_dict() gave, found something else")
     for what, own in (("tasks", names), ("target", target)):
         if state[what] != own:
-            raise ValueError(f"AlphaVIL: load_state_dict: {what}: expected {own}, found {state[what]}")
+            raise ValueError(f"{refused} {what}: expected {own}, found {state[what]}")
+    for name, value in state["buffers"]["merged"].items():
+        if name not in buffers or buffers[name].shape != value.shape:
+            raise ValueError(
+                f"{refused} buffers: expected those of this model, found {name} of shape {list(value.shape)}"
+            )
+    found = len(state["random"]["loaders"])
+    if found != loaders:
+        raise ValueError(
+            f"{refused} random: expected the state of {loaders} generators that loaders were given, found {found}; "
+            "resume with loaders like those that the state was made with"
+        )

@@ -204,8 +204,9 @@ class AlphaVIL:
                 self._deltas.put_back(theta)
                 self._buffers.put_back(buffers)
                 raise
-            # A task that sat out keeps its weight, whatever somebody has set it to.
-            self.task_weights.add_(now.alphas - 1.0).clamp_(min=self.min_weight)
+            # What is below the least weight already, since somebody has set it so, may stay there.
+            least = self.task_weights.clamp(max=self.min_weight)
+            self.task_weights.copy_(torch.maximum(self.task_weights + (now.alphas - 1.0), least))
             if now.kept == "start" and now.searched:
                 said.append(
                     f"{target}: expected the search to lower its development loss, found none lower than at alpha = 1, "
@@ -241,7 +242,7 @@ class AlphaVIL:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was taken; the model is to be loaded, too. Sets the global random state."""
-        check_state(state, self.names, self.target)
+        check_state(state, self.names, self.target, dict(self.model.named_buffers()), len(self._generators))
         self._deltas.load_state_dict(state["deltas"])
         self._buffers.load_state_dict(state["buffers"])
         self._search.load_state_dict(state["search"], self._deltas.device)

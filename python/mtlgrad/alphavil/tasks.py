@@ -67,11 +67,17 @@ def _check_task(name: str, task: Task) -> None:
         raise TypeError(f"AlphaVIL: tasks: {name!r}: expected a mtlgrad.alphavil.Task, found {type(task).__name__}")
     if not callable(task.loss):
         raise TypeError(f"AlphaVIL: tasks: {name!r}: loss: expected a function, found {type(task.loss).__name__}")
-    head = (task.head,) if isinstance(task.head, Tensor) or not isinstance(task.head, Iterable) else task.head
-    odd = [part for part in head if not isinstance(part, (Tensor, nn.Module, type(None)))]
-    if odd or isinstance(task.head, Tensor):
-        found = type(odd[0]).__name__ if odd else "a single tensor"
-        raise TypeError(f"AlphaVIL: tasks: {name!r}: head: expected a module or a list of parameters, found {found}")
+    if not isinstance(task.head, (nn.Module, type(None))):
+        odd = (
+            [part for part in task.head if not isinstance(part, Tensor)]
+            if isinstance(task.head, tuple)
+            else [task.head]
+        )
+        if odd:
+            found = ("a list with " if isinstance(task.head, tuple) else "") + type(odd[0]).__name__
+            raise TypeError(
+                f"AlphaVIL: tasks: {name!r}: head: expected a module or a list of parameters, found {found}"
+            )
     for what, batches in (("train", task.train), ("dev", task.dev)):
         if batches is None and what == "dev":
             continue
@@ -110,6 +116,13 @@ def _length(batches: Iterable[Any]) -> int | None:
         return None
 
 
+def _shuffles(batches: Iterable[Any]) -> bool:
+    """False of a DataLoader that is known to keep its order."""
+    # One with a batch sampler has another sampler beside it, which nobody asks.
+    batched = getattr(batches, "batch_sampler", None)
+    return not isinstance(getattr(batches if batched is None else batched, "sampler", None), SequentialSampler)
+
+
 def check_subset(tasks: dict[str, Task], subset: float | int) -> None:
     number = isinstance(subset, (int, float)) and not isinstance(subset, bool)
     if not number or not (subset >= 1 if isinstance(subset, int) else 0.0 < subset <= 1.0):
@@ -120,12 +133,14 @@ def check_subset(tasks: dict[str, Task], subset: float | int) -> None:
     if subset == 1.0 and isinstance(subset, float):
         return
     for name, task in tasks.items():
-        if isinstance(subset, float) and _length(task.train) is None:
+        length = _length(task.train)
+        if isinstance(subset, float) and length is None:
             raise ValueError(
                 f"AlphaVIL: subset: expected a number of batches, since task {name!r}'s train has no length, "
                 f"found the fraction {subset}"
             )
-        if isinstance(getattr(task.train, "sampler", None), SequentialSampler):
+        part = isinstance(subset, float) or length is None or subset < length
+        if part and not _shuffles(task.train):
             raise ValueError(
                 f"AlphaVIL: subset: expected 1.0, since task {name!r}'s DataLoader does not shuffle and would give the "
                 f"same part in each round, found {subset}; give it shuffle=True"
