@@ -11,7 +11,7 @@ import pytest
 
 from mtlgrad.cli import _settings, main
 
-METHODS = "sum, uncertainty, logsum, aligned, aligned-ub, bayesagg"
+METHODS = "sum, uncertainty, logsum, aligned, aligned-ub, bayesagg, alphavil, diw"
 FAST = ["--seeds", "1", "--epochs", "2", "--batch-size", "1024"]
 
 

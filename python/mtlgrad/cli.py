@@ -19,8 +19,11 @@ from .ops.align import SCALES
 from .recipes.base import ADAM, Interrupted, Settings, TrainError
 from .recipes.comparison import RECIPES, Comparison, Stop
 from .recipes.optimizers import ADATASK, OPTIMIZERS, RATES
-from .recipes.weighting import ALIGNED, METHODS, SUMS
+from .recipes.rounds import ROUNDS
+from .recipes.weighting import ALIGNED, SUMS
+from .recipes.weighting import METHODS as WEIGHTINGS
 
+METHODS = (*WEIGHTINGS, *ROUNDS)
 COVARIANCES = ("full", "block", "kron", "diag")
 BAD_INPUT, STOPPED = 2, 130
 
@@ -56,6 +59,13 @@ def _positive(text: str) -> float:
         if 0.0 < (value := float(text)) < math.inf:
             return value
     raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+
+
+def _fraction(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0.0 < (value := float(text)) <= 1.0:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, found {text!r}")
 
 
 def _not_negative(text: str) -> float:
@@ -122,6 +132,13 @@ def _add_train(commands: Any) -> None:
     add("--preference", type=_not_negative, nargs="+", metavar="P", help=preference)
     scale = f"{', '.join(ALIGNED)}: the aligned gradients' length, {', '.join(SCALES)} (default: {default.scale})"
     add("--scale", type=_one_of(SCALES), help=scale)
+    add("--target", metavar="NAME", help=f"{', '.join(ROUNDS)}: the task for whose good all are trained")
+    subset = f"{', '.join(ROUNDS)}: the part of an epoch's batches that a task is trained on in a round"
+    add("--subset", type=_fraction, metavar="PART", help=f"{subset} (default: {default.subset})")
+    alpha = "alphavil: the learning rate of alpha"
+    add("--alpha-lr", type=_positive, metavar="LR", help=f"{alpha} (default: {default.alpha_lr})")
+    alpha = "alphavil: passes over the development data in each round's search for alpha"
+    add("--alpha-epochs", type=_whole(1, 10_000), metavar="N", help=f"{alpha} (default: {default.alpha_epochs})")
     add("--device", type=_device, help=f"cpu, cuda or cuda:N (default: {default.device}: the model is small)")
     add("--threads", type=_whole(1, 1024), metavar="N", help=f"threads on the CPU (default: {default.threads})")
     add("--out", type=Path, metavar="DIR", help="where the run's folder is made (default: runs)")
@@ -158,20 +175,35 @@ def _settings(given: dict[str, Any]) -> Settings:
     # A short run is not all warm-up, unless that is asked for.
     given.setdefault("warmup", max(1, min(Settings.warmup, given["epochs"] // 2)))
     settings = Settings(**given)
-    if not set(ALIGNED) & set(settings.methods):
-        for name in ("preference", "scale"):
-            if name in given:
-                found = ", ".join(settings.methods)
-                raise TrainError(f"argument --{name}: expected with {' or '.join(ALIGNED)}, found {found}; drop it")
-    merging = [method for method in settings.methods if method not in SUMS]
-    if merging and (apart := [name for name in settings.optimizers if name in ADATASK]):
+    _check_options(given, settings.methods)
+    rounds = [method for method in settings.methods if method in ROUNDS]
+    merging = [method for method in settings.methods if method not in (*SUMS, *ROUNDS)]
+    if (merging or rounds) and (apart := [name for name in settings.optimizers if name in ADATASK]):
+        why = "whose one merged gradient leaves" if merging else "which train one task at a time and leave"
         raise TrainError(
-            f"argument --optimizer: expected {ADAM} with {', '.join(merging)}, whose one merged gradient "
-            f"leaves nothing to keep apart, found {', '.join(apart)}; take methods among {', '.join(SUMS)}"
+            f"argument --optimizer: expected {ADAM} with {', '.join(merging or rounds)}, {why} nothing to keep apart, "
+            f"found {', '.join(apart)}; take methods among {', '.join(SUMS)}"
         )
+    tasks = [task.name for task in recipe.tasks]
     if settings.preference is not None:
-        _check_preference(settings.preference, [task.name for task in recipe.tasks])
+        _check_preference(settings.preference, tasks)
+    if rounds and settings.target not in tasks:
+        found = "none" if settings.target is None else repr(settings.target)
+        which = f"one of {', '.join(tasks)} with {', '.join(rounds)}"
+        raise TrainError(f"argument --target: expected {which}, found {found}")
     return settings
+
+
+def _check_options(given: dict[str, Any], methods: Sequence[str]) -> None:
+    """Options that only some methods know, given with none of those."""
+    alpha = ("alphavil",)
+    for name, those in {
+        "preference": ALIGNED, "scale": ALIGNED,
+        "target": tuple(ROUNDS), "subset": tuple(ROUNDS), "alpha_lr": alpha, "alpha_epochs": alpha,
+    }.items():  # fmt: skip
+        if name in given and not set(those) & set(methods):
+            option, found = name.replace("_", "-"), ", ".join(methods)
+            raise TrainError(f"argument --{option}: expected with {' or '.join(those)}, found {found}; drop it")
 
 
 def _check_preference(preference: Sequence[float], tasks: Sequence[str]) -> None:
@@ -268,13 +300,14 @@ def _run(comparison: Comparison, stop: Stop) -> int:
         plural = "s" if settings.seeds > 1 else ""
         what = f"{settings.data}, test split, {settings.epochs} epochs, {settings.seeds} seed{plural} (mean ± sd)"
         say(console, what + part)
-        show_table(console, report.rows(columns, tasks))
+        show_table(console, report.rows(columns, tasks, settings.target))
     if "bayesagg" in settings.methods and settings.epochs <= settings.warmup:
         say(
             console,
             f"bayesagg: all {settings.epochs} epochs were warm-up, that is, the plain sum; give it more --epochs",
         )
-    for line in report.systems(comparison.results, settings.labels, len(tasks)):
+    systems = report.systems(comparison.results, settings.labels, len(tasks))
+    for line in [*systems, *report.searches(comparison.results, settings.labels)]:
         say(console, line)
     if not finished:
         say(console, f"stopped; what was done is saved: mtlgrad train --resume {folder.path}")

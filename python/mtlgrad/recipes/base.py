@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,12 @@ class Settings:
     covariance: str = "block"
     preference: tuple[float, ...] | None = None  #: Aligned-MTL's, one number a task; ones if None
     scale: Scale = "min"  #: Aligned-MTL's
+    target: str | None = None  #: the task that alphavil and diw train the others for
+    # alphaVIL's own (diw shares the first); its optimizers and the size of its development batches are in rounds.py.
+    # Initial values, not tuned yet.
+    subset: float = 0.1  #: of an epoch's batches, which a task is trained on in a round
+    alpha_lr: float = 0.1
+    alpha_epochs: int = 5
     device: str = "cpu"
     #: A second thread gains a fifth on an idle machine; on a busy one the two wait for each other (seen: 30 times).
     threads: int = 1
@@ -104,6 +110,17 @@ def label(method: str, optimizer: str) -> str:
     return method if optimizer == ADAM else f"{method} + {optimizer}"
 
 
+class Round(TypedDict):
+    """What alphavil or diw did between two sets of task weights; lists have an entry a task."""
+
+    alphas: list[float] | None  #: diw has none
+    weights: list[float]  #: after the round
+    sat_out: list[bool]  #: whether the task's training came to NaN or infinity, and made no difference
+    kept: str | None  #: alphavil: of mtlgrad.alphavil.Round
+    before: float  #: the target's development loss
+    after: list[float]  #: likewise; diw: after each task's training, alphavil: after the round, for all tasks the same
+
+
 @dataclass
 class Result:
     """What a finished training leaves behind; plain numbers and small tensors, so that a checkpoint can hold all."""
@@ -113,12 +130,13 @@ class Result:
     metrics: list[float]  #: on the test split, per task
     losses: list[float]  #: on the test split, per task
     step_ms: list[float]  #: wall time of the timed steps
-    own_ms: list[float]  #: of each of those, what the method itself took
+    own_ms: list[float]  #: of each of those, what the method itself took; none (alphavil) where that is not known
     epoch_ms: list[float]  #: what the method did between epochs, spread over the epoch's steps
     history: list[dict[str, Any]] = field(default_factory=list)
     variance: Tensor | None = None  #: [T, D] mean gradient variance in the last epoch (bayesagg)
     condition: list[float] = field(default_factory=list)  #: of the gradients, in the timed steps (aligned, aligned-ub)
     rank: list[int] = field(default_factory=list)  #: likewise
+    rounds: list[Round] = field(default_factory=list)  #: of alphavil and diw
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

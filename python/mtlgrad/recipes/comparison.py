@@ -15,7 +15,8 @@ from .folder import CHECKPOINT, RunFolder
 from .multimnist import Digits
 from .parts import Recipe
 from .river import River
-from .training import Trainer
+from .rounds import training
+from .training import Training
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (Clothing, River, Digits)}
 
@@ -29,9 +30,9 @@ class Stop:
 class Watcher(Protocol):
     """What the trainings tell while they run; see progress.py."""
 
-    def start(self, number: int, trainer: Trainer) -> None: ...
+    def start(self, number: int, trainer: Training) -> None: ...
     def step(self, epoch: int, step: int, losses: Tensor) -> None: ...
-    def epoch_done(self, trainer: Trainer) -> None: ...
+    def epoch_done(self, trainer: Training) -> None: ...
     def done(self, number: int, result: Result) -> None: ...
 
 
@@ -91,7 +92,7 @@ class Comparison:
     def _train(self, number: int, watcher: Watcher, stop: Stop) -> None:
         job = self.jobs[number]
         try:
-            trainer = Trainer(self.recipe, job, self.settings)
+            trainer = training(self.recipe, job, self.settings)
             if self.current is not None:
                 trainer.load_state_dict(self.current)
             watcher.start(number, trainer)
@@ -123,20 +124,21 @@ class Comparison:
         self.folder.save_checkpoint(_state(self.settings, self.results, current))
 
     def write_tables(self) -> None:
-        """results.csv, history.csv and dominance.csv, the latter two with the epochs of a training stopped halfway."""
+        """results.csv; history.csv, dominance.csv and alphavil.csv, with the epochs of a training stopped halfway."""
         started = [] if self.current is None else [Result.from_dict(self.current["result"])]
         self.folder.write("results.csv", report.results_csv(self.results, self.recipe.tasks))
         self.folder.write("history.csv", report.history_csv([*self.results, *started]))
-        dominance = report.dominance_csv([*self.results, *started])
-        if dominance is not None:
-            self.folder.write("dominance.csv", dominance)
+        for name, table in (("dominance.csv", report.dominance_csv), ("alphavil.csv", report.rounds_csv)):
+            text = table([*self.results, *started])
+            if text is not None:
+                self.folder.write(name, text)
 
 
 def _state(settings: Settings, results: list[Result], current: dict[str, Any] | None) -> dict[str, Any]:
     return {"settings": settings.to_dict(), "done": [r.to_dict() for r in results], "current": current}
 
 
-def _final(trainer: Trainer) -> dict[str, Any]:
+def _final(trainer: Training) -> dict[str, Any]:
     """What is needed to use a trained net: its weights and, for bayesagg, the posterior that predicts."""
     job = {"method": trainer.job.method, "optimizer": trainer.job.optimizer, "seed": trainer.job.seed}
     return {**job, "net": trainer.net.state_dict(), "weighting": trainer.weighting.state_dict()}

@@ -13,7 +13,9 @@ from .report import of_method
 
 
 def write(results: Sequence[Result], settings: Settings, tasks: Sequence[Task], folder: RunFolder) -> None:
-    """loss_curves.png, task_weights.png; where known, dominance.png and (bayesagg) gradient_uncertainty.png."""
+    """loss_curves.png, task_weights.png; where known, dominance.png, alphavil.png (alphavil, diw) and (bayesagg)
+    gradient_uncertainty.png.
+    """
     names = [t.name for t in tasks]
     runs = {label: of_method(results, label) for label in settings.labels}
 
@@ -31,6 +33,15 @@ def write(results: Sequence[Result], settings: Settings, tasks: Sequence[Task], 
         layers = list(next(iter(known.values()))[0].history[0]["dominance"])
         shares = {label: _shares(found, layers) for label, found in known.items()}
         folder.write("dominance.png", plots.dominance(names, layers, shares))
+    rounds = {label: [r.rounds for r in found] for label, found in runs.items() if found[0].rounds}
+    if rounds:
+        weights = {label: [[r["weights"] for r in seed] for seed in seeds] for label, seeds in rounds.items()}
+        alphas = {
+            label: [[r["alphas"] for r in seed if r["alphas"] is not None] for seed in seeds]
+            for label, seeds in rounds.items()
+            if seeds[0][0]["alphas"] is not None
+        }
+        folder.write("alphavil.png", plots.alphas(names, settings.target, alphas, weights))
     # Seeds number the dimensions differently: a mean over them would say nothing, so the first seed stands alone.
     variance = next((r.variance for r in results if r.variance is not None), None)
     if variance is not None:

@@ -101,11 +101,15 @@ class Split:
     def _part(self, rows: Tensor) -> Part:
         return Part(self._inputs(rows), [y[rows].to(self.device) for y in self._targets])
 
-    def shuffled(self, epoch: int) -> Part:
-        """The training rows in the order of this seed and epoch: no state to keep, so resuming needs none."""
+    def shuffled(self, epoch: int, draw: int = 0, rows: slice = slice(None)) -> Part:
+        """The training rows, or some `rows` of them, in the order of this seed, epoch and draw.
+
+        No state to keep, so resuming needs none.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.rows.train), generator=generator)
-        return self._part(self.rows.train[order])
+        for _ in range(draw + 1):
+            order = torch.randperm(len(self.rows.train), generator=generator)
+        return self._part(self.rows.train[order[rows]])
 
     def metric(self, task: Task, output: Tensor, target: Tensor) -> float:
         """The task's metric on a whole part: output [R, O], target [R]; regression errors in the label's own unit."""

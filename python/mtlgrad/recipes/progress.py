@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
@@ -11,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from .base import Job, Result, Settings, Task
-from .training import Trainer
+from .training import Training
 
 SHOW_EVERY = 10  # steps; reading a loss waits for the device
 
@@ -48,8 +49,8 @@ class LiveProgress:
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
-    def start(self, number: int, trainer: Trainer) -> None:
-        job, self.steps = trainer.job, trainer.steps
+    def start(self, number: int, trainer: Training) -> None:
+        job, self.steps = trainer.job, trainer.ticks
         if self.bar is not None:
             self.progress.remove_task(self.bar)
         self.progress.update(self.whole, completed=number * self.settings.epochs + trainer.epoch)
@@ -59,11 +60,12 @@ class LiveProgress:
 
     def step(self, epoch: int, step: int, losses: Tensor) -> None:
         if step % SHOW_EVERY == 0 and self.bar is not None:
-            text = "  ".join(f"{name} {loss:.3f}" for name, loss in zip(self.names, losses.tolist(), strict=True))
+            numbers = ["-" if math.isnan(loss) else f"{loss:.3f}" for loss in losses.tolist()]
+            text = "  ".join(f"{name} {number}" for name, number in zip(self.names, numbers, strict=True))
             self.progress.losses = f"losses  {text}"
             self.progress.update(self.bar, completed=epoch * self.steps + step + 1)
 
-    def epoch_done(self, trainer: Trainer) -> None:
+    def epoch_done(self, trainer: Training) -> None:
         self.progress.advance(self.whole)
 
     def done(self, number: int, result: Result) -> None:
@@ -82,13 +84,13 @@ class LineProgress:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def start(self, number: int, trainer: Trainer) -> None:
+    def start(self, number: int, trainer: Training) -> None:
         pass
 
     def step(self, epoch: int, step: int, losses: Tensor) -> None:
         pass
 
-    def epoch_done(self, trainer: Trainer) -> None:
+    def epoch_done(self, trainer: Training) -> None:
         pass
 
     def done(self, number: int, result: Result) -> None:

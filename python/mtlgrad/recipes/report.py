@@ -1,4 +1,4 @@
-"""What came out: three CSV files and a table."""
+"""What came out: CSV files, a table, and lines below it."""
 
 from __future__ import annotations
 
@@ -69,6 +69,19 @@ def dominance_csv(results: Sequence[Result]) -> str | None:
     return as_csv(rows) if len(rows) > 1 else None
 
 
+def rounds_csv(results: Sequence[Result]) -> str | None:
+    """One row per method, seed, round and task; None if no training has rounds. Weights are those after the round."""
+    head = "method,seed,round,task,alpha,task_weight,sat_out,kept,dev_loss_before,dev_loss_after"
+    rows: list[list[object]] = [[*head.split(",")]]
+    for result in results:
+        for number, r in enumerate(result.rounds, 1):
+            for i, task in enumerate(result.tasks):
+                alpha = "" if r["alphas"] is None else r["alphas"][i]
+                own = [alpha, r["weights"][i], int(r["sat_out"][i]), r["kept"] or "", r["before"], r["after"][i]]
+                rows.append([method_of(result), result.job.seed, number, task, *own])
+    return as_csv(rows) if len(rows) > 1 else None
+
+
 def baseline(results: Sequence[Result], tasks: Sequence[Task]) -> list[float] | None:
     """Per task the mean over seeds of the single-task nets' metrics; None while a task has none yet."""
     found: list[list[float]] = [[r.metrics[0] for r in results if r.job.task == i] for i in range(len(tasks))]
@@ -113,8 +126,8 @@ def _times(runs: Sequence[Result]) -> tuple[float | None, float | None]:
         return None, None
     # Medians: on a busy machine single steps take ten times as long.
     between = statistics.median([x for r in runs for x in r.epoch_ms])
-    own = statistics.median([x for r in runs for x in r.own_ms]) + between
-    return statistics.median(steps) + between, own
+    own = [x for r in runs for x in r.own_ms]
+    return statistics.median(steps) + between, statistics.median(own) + between if own else None
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -125,13 +138,14 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else mean
 
 
-def rows(columns: Sequence[Summary], tasks: Sequence[Task]) -> list[list[str]]:
-    """The table's cells, the header first: a row a task, then Delta_m and the times."""
+def rows(columns: Sequence[Summary], tasks: Sequence[Task], target: str | None = None) -> list[list[str]]:
+    """The table's cells, the header first: a row a task, the target marked, then Delta_m and the times."""
     cells = [["", *(c.method for c in columns)]]
     for i, task in enumerate(tasks):
         unit = f" ({task.unit})" if task.unit else ""
         form = f".{task.digits}f"
-        label = f"{task.name}: {task.metric}{unit} {'↑' if task.higher_is_better else '↓'}"
+        name = f"{task.name} (target)" if task.name == target else task.name
+        label = f"{name}: {task.metric}{unit} {'↑' if task.higher_is_better else '↓'}"
         cells.append([label, *(spread(c.metrics[i], form) for c in columns)])
     cells.append(["Δm %, + is worse ↓", *(spread(c.delta, "+.2f") for c in columns)])
     cells.append(["ms a step", *("-" if c.step_ms is None else f"{c.step_ms:.2f}" for c in columns)])
@@ -156,4 +170,28 @@ def systems(results: Sequence[Result], methods: Sequence[str], tasks: int) -> li
                 f"{method}: condition number of the task gradients {statistics.median(conditions):.3g} (median); "
                 f"rank below {tasks}, where the min scale jumps, in {low:.1f} % of {len(ranks)} timed steps"
             )
+    return lines
+
+
+def searches(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
+    """A line for each method with rounds: what the search for alpha took, and in how many rounds it was in vain."""
+    lines = []
+    for method in methods:
+        runs = of_method(results, method)
+        rounds = [r for run in runs for r in run.rounds]
+        kept, said, of = [r["kept"] for r in rounds], [], f"of {len(rounds)} rounds"
+        if any(kept):
+            search = sum(sum(run.epoch_ms) for run in runs)
+            steps = sum(sum(run.step_ms) for run in runs)
+            said.append(f"{100 * search / (search + steps):.0f} % of the time went into the search for alpha")
+        if vain := kept.count("none"):
+            said.append(f"in {vain} {of} no alpha lowered the development loss, and nothing moved")
+        if ones := kept.count("start"):
+            hint = "lower --alpha-lr, or take more --alpha-epochs"
+            said.append(f"in {ones} {of} the search found none better than alpha = 1, which was kept; {hint}")
+        for i, task in enumerate(runs[0].tasks if rounds else []):
+            if absent := sum(r["sat_out"][i] for r in rounds):
+                said.append(f"{task} sat out {absent} {of}, where its training came to NaN or infinity; lower --lr")
+        if said:
+            lines.append(f"{method}: {'; '.join(said)}")
     return lines
