@@ -22,6 +22,7 @@ from mtlgrad import ops, reference
 # Largest error allowed, relative to the largest entry.
 SUM = 1e-5  # summed in float32
 ROUNDED = 4e-3  # to bfloat16
+ONCE = 6e-8  # summed in float64, rounded once to float32
 DOUBLE = 1e-9
 
 
@@ -196,6 +197,56 @@ def build_operation(
     return work_of(contenders, exact, tasks, columns, dtype.itemsize, operation)
 
 
+def build_displace(
+    tasks: int, columns: int, dtype: torch.dtype, device: torch.device, quick: bool, small: bool
+) -> Work:
+    """float32 parameters moved along rows of `dtype`."""
+    columns = min(columns, 5000) if small else columns
+    rows = gradients(tasks, columns, device, dtype)
+    base = gradients(1, columns, device)[0]
+    weights = torch.linspace(0.5, 1.5, tasks, device=device)
+    factors, kept = weights.tolist(), torch.empty_like(base)
+
+    def loop() -> Tensor:
+        result = base
+        for weight, row in zip(weights, rows):
+            result = result + weight * row
+        return result
+
+    def chain() -> Tensor:
+        result = torch.add(base, rows[0], alpha=factors[0], out=kept)
+        for factor, row in zip(factors[1:], rows[1:]):
+            result.add_(row, alpha=factor)
+        return result
+
+    contenders = {
+        "mtlgrad": Contender(lambda: ops.displace(base, rows, weights), ONCE),
+        "mtlgrad out=": Contender(
+            lambda: ops.displace(base, rows, weights, out=kept), ONCE, "into memory that is there"
+        ),
+        "reference": Contender(lambda: reference.displace(base, rows, weights), ONCE),
+    }
+    if not quick:
+        fused = torch.compile(reference.displace, dynamic=False)
+        contenders["compiled"] = Contender(
+            lambda: fused(base, rows, weights), ONCE, "torch.compile of the reference", optional=True
+        )
+    bound = SUM if dtype == torch.float32 else ROUNDED
+    contenders["torch"] = Contender(loop, bound, "base + w * row, row by row")
+    contenders["torch add"] = Contender(chain, SUM, "torch.add(alpha=), row by row, in place, weights on the host")
+
+    @functools.cache
+    def exact() -> Tensor:
+        return base.double() + exact_sum([[row] for row in rows], weights)
+
+    return Work(
+        contenders,
+        lambda output: relative_error(output, exact()),
+        bytes=columns * (tasks * dtype.itemsize + 2 * 4),
+        flops=2 * tasks * columns,
+    )
+
+
 def build_align(tasks: int, device: torch.device, quick: bool, small: bool) -> Work:
     gram = reference.gram(gradients(tasks, 4096, device))
     contenders = {"mtlgrad": Contender(lambda: ops.align(gram).weights, DOUBLE)}
@@ -247,6 +298,13 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
             text += f" {name}" * (dtype != torch.float32)
             size = (operation, tasks, sizes[-1], tensors, dtype)
             add(operation, text, build_operation, *size, dtype=name, memory=False)
+    for tasks, dtype in (
+        *((tasks, torch.float32) for tasks in most),
+        *((tasks, torch.bfloat16) for tasks in ((3,) if quick else (3, 8))),
+    ):
+        name = str(dtype).removeprefix("torch.")
+        text = f"T={tasks} N={sizes[-1]:.0e}" + f" {name} rows" * (dtype != torch.float32)
+        add("displace", text, build_displace, tasks, sizes[-1], dtype, dtype=name, memory=False)
     for tasks in (3,) if quick else (2, 8, 20, 64):
         add("align", f"T={tasks}", build_align, tasks, dtype="float64", memory=False)
     return found

@@ -124,6 +124,7 @@ struct CombineKernels {
   decltype(&cpu::gram) gram;
   decltype(&cpu::dots) dots;
   decltype(&cpu::combine) combine;
+  decltype(&cpu::displace) displace;
   decltype(&cpu::align_workspace) align_workspace;
   decltype(&cpu::align) align;
 };
@@ -151,17 +152,27 @@ void bind_combine(py::module_& m, const CombineKernels& kernels) {
   });
 
   m.def("dots",
-        [run = kernels.dots](int dtype, const Pointers& data, const Sizes& sizes, int64_t tasks, const Pointers& vector,
-                             Ptr out, Ptr workspace, int threads, Ptr stream, int index) {
+        [run = kernels.dots](int row_type, int vector_type, const Pointers& data, const Sizes& sizes, int64_t tasks,
+                             const Pointers& vector, Ptr out, Ptr workspace, int threads, Ptr stream, int index) {
           py::gil_scoped_release nogil;
-          run(dtype_of(dtype), rows_of(data, sizes, tasks), reinterpret_cast<const void* const*>(vector.data()),
-              as<double>(out), as<double>(workspace), {threads, as<void>(stream), index});
+          run(dtype_of(row_type), dtype_of(vector_type), rows_of(data, sizes, tasks),
+              reinterpret_cast<const void* const*>(vector.data()), as<double>(out), as<double>(workspace),
+              {threads, as<void>(stream), index});
         });
 
   m.def("combine", [run = kernels.combine](int dtype, const Pointers& data, const Sizes& sizes, int64_t tasks,
                                            Ptr weights, const Pointers& out, int threads, Ptr stream, int index) {
     py::gil_scoped_release nogil;
     run(dtype_of(dtype), rows_of(data, sizes, tasks), as<const double>(weights),
+        reinterpret_cast<void* const*>(out.data()), {threads, as<void>(stream), index});
+  });
+
+  m.def("displace", [run = kernels.displace](int row_type, int base_type, const Pointers& data, const Sizes& sizes,
+                                             int64_t tasks, const Pointers& base, Ptr weights, const Pointers& out,
+                                             int threads, Ptr stream, int index) {
+    py::gil_scoped_release nogil;
+    run(dtype_of(row_type), dtype_of(base_type), rows_of(data, sizes, tasks),
+        reinterpret_cast<const void* const*>(base.data()), as<const double>(weights),
         reinterpret_cast<void* const*>(out.data()), {threads, as<void>(stream), index});
   });
 
@@ -253,7 +264,7 @@ PYBIND11_MODULE(_C, m) {
   py::module_ on_cpu = m.def_submodule("cpu");
   bind_moments(on_cpu, {cpu::regression_moments, cpu::binary_moments, cpu::multiclass_moments, cpu::sample_residuals,
                         cpu::sampled_moments, cpu::precision_mean, cpu::weighted_mean});
-  bind_combine(on_cpu, {cpu::gram_workspace, cpu::dots_workspace, cpu::gram, cpu::dots, cpu::combine,
+  bind_combine(on_cpu, {cpu::gram_workspace, cpu::dots_workspace, cpu::gram, cpu::dots, cpu::combine, cpu::displace,
                         cpu::align_workspace, cpu::align});
   bind_adatask(on_cpu, {cpu::adatask_workspace, cpu::adatask}, std::numeric_limits<int64_t>::max());
 
@@ -268,7 +279,7 @@ PYBIND11_MODULE(_C, m) {
   bind_moments(on_cuda, {cuda::regression_moments, cuda::binary_moments, cuda::multiclass_moments,
                          cuda::sample_residuals, cuda::sampled_moments, cuda::precision_mean, cuda::weighted_mean});
   bind_combine(on_cuda, {cuda::gram_workspace, cuda::dots_workspace, cuda::gram, cuda::dots, cuda::combine,
-                         cuda::align_workspace, cuda::align});
+                         cuda::displace, cuda::align_workspace, cuda::align});
   bind_adatask(on_cuda, {cuda::adatask_workspace, cuda::adatask}, kMaxStepTasks);
 #else
   m.attr("cuda_compiled") = false;

@@ -169,12 +169,18 @@ int64_t dots_workspace(int64_t tasks, int64_t columns);
 // that depends on the sizes alone (on a device also on whether rows begin at multiples of 16 bytes).
 void gram(DType, Rows, double* out, double* workspace, Place);
 
-// out [T] += <row t, vector>, vector [P] tensors of the rows' sizes and type; float64 as above.
-void dots(DType, Rows, const void* const* vector, double* out, double* workspace, Place);
+// out [T] += <row t, vector>, vector [P] tensors of the rows' sizes; float64 as above. Types: the rows' and the
+// vector's, one for both or bfloat16 and float32.
+void dots(DType, DType, Rows, const void* const* vector, double* out, double* workspace, Place);
 
 // out[p] = sum_t weights[t] row t of tensor p, summed in float32 (float64 for float64 rows), rounded once; out [P] tensors
 // of the rows' type, each apart from all rows or exactly one of them.
 void combine(DType, Rows, const double* weights, void* const* out, Place);
+
+// out[p] = base[p] + sum_t weights[t] row t of tensor p, summed in float64 in this order, rounded once. Types: the
+// rows', and that of base and out; one for both or bfloat16 and float32. Each tensor of out is apart from all rows, and
+// apart from base or exactly base[p].
+void displace(DType, DType, Rows, const void* const* base, const double* weights, void* const* out, Place);
 
 // gram, preference [T] -> the alignment: math/align.h has the formulas. T <= kMaxAlignTasks. `workspace` holds
 // align_workspace(T) float64. Anything not finite in gram makes every output NaN, and the rank -1.
@@ -207,6 +213,7 @@ decltype(cpu::dots_workspace) dots_workspace;
 decltype(cpu::gram) gram;
 decltype(cpu::dots) dots;
 decltype(cpu::combine) combine;
+decltype(cpu::displace) displace;
 decltype(cpu::align_workspace) align_workspace;
 decltype(cpu::align) align;
 decltype(cpu::adatask_workspace) adatask_workspace;

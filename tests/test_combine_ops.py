@@ -95,6 +95,26 @@ def test_gradcheck() -> None:
     assert near(alpha.grad, ops.dots(stack.detach(), slope), 1e-12)  # type: ignore[arg-type]
 
 
+def test_other_work_sees_what_was_written_in_place() -> None:
+    """Autograd refuses a graph whose tensors a kernel wrote over, whatever the element order that they have."""
+    rows = normal(1, 3, 2, 3, 4, 5)
+    calls: list[Callable[[Tensor], Any]] = [
+        lambda out: ops.combine(rows, torch.ones(3), out=out),
+        lambda out: ops.displace(out, rows, torch.ones(3), out=out),
+        lambda out: ops.merge(rows, out=out),
+    ]
+    for call in calls:
+        for order in (torch.contiguous_format, torch.channels_last):
+            leaf = torch.ones(2, 3, 4, 5, dtype=torch.float64).to(memory_format=order).requires_grad_()
+            loss = leaf.square().sum()
+            with torch.no_grad():
+                call(leaf)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+        with torch.inference_mode():
+            call(torch.ones(2, 3, 4, 5, dtype=torch.float64))
+
+
 def test_what_is_written_in_place_has_no_derivative() -> None:
     rows = normal(1, 3, 4).requires_grad_()
     out = torch.empty(4, dtype=torch.float64)
@@ -179,6 +199,29 @@ def test_without_kernels_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -
             for a, b in zip(found, want[form], strict=True):
                 assert a.stride() == b.stride()
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# ---- rows in half the memory of the vector ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 255, 257, 1000, 70_000])
+def test_dots_of_bfloat16_and_float32(size: int, device: str) -> None:
+    for tasks in (1, 2, 3, 4, 5, 8, 9) if size <= 1000 else (3,):
+        rows, vector = normal(1, tasks, size).bfloat16().to(device), normal(2, size).float().to(device)
+        got, want = ops.dots(rows, vector).cpu(), rows.double().cpu() @ vector.double().cpu()
+        assert got.dtype == torch.float64
+        terms = rows.double().cpu().abs() @ vector.double().cpu().abs()
+        assert ((got - want).abs() <= (size + 2) ** 0.5 * 2**-51 * terms).all()
+    torch.library.opcheck(torch.ops.mtlgrad.dots.default, ([rows], [vector], tasks, True))
+
+
+def test_dots_of_mixed_types_in_one_call(device: str) -> None:
+    """Parameters of four kinds, the first and the last of one; laid out otherwise in the vector."""
+    kinds = [(torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float64,) * 2]
+    kinds.append(kinds[0])
+    rows = [[normal(t + p, 40 + p, 5).to(row).to(device) for p, (row, _) in enumerate(kinds)] for t in range(3)]
+    vector = [normal(9 + p, 5, 40 + p).to(other).to(device).mT for p, (_, other) in enumerate(kinds)]
+    assert near(ops.dots(rows, vector), reference.dots(rows, vector), 1e-13)
 
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
@@ -275,6 +318,12 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "vectors": (lambda: ops.dots(R, [R[0], R[0]]), "dots: vector: expected 1 tensors, found 2"),
     "vector's type": (lambda: ops.dots(R, R[0].double()), "dots: vector: .* found .4. torch.float64"),
+    "bfloat16's vector": (
+        lambda: ops.dots(R.bfloat16(), R[0].double()),
+        r"dots: vector: expected \[4\] torch.bfloat16 or torch.float32 on cpu, .* found \[4\] torch.float64",
+    ),
+    "float16's vector": (lambda: ops.dots(R.half(), R[0]), "dots: vector: expected .4. torch.float16 on .* found .*32"),
+    "narrow vector": (lambda: ops.dots(R, R[0].bfloat16()), "dots: vector: expected .4. torch.float32 on .* found"),
     "weights": (lambda: ops.combine(R, W[:2]), r"combine: weights: expected shape \[3\], found \[2\]"),
     "weights' device": (lambda: ops.combine(R, W.to("meta")), "combine: weights: expected device cpu .* found meta"),
     "out": (lambda: ops.combine(R, W, out=R[0].double()), "combine: out: .* found .4. torch.float64"),

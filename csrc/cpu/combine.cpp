@@ -1,5 +1,5 @@
-// Gram matrix, dot products and weighted sum of T rows. All three are bound by memory: every element is read once, in
-// the float32 (or half) it is stored in, and the arithmetic is kept small enough to hide behind that.
+// Gram matrix, dot products and weighted sums of T rows. All are bound by memory: every element is read once, in the
+// float32 (or half) it is stored in, and the arithmetic is kept small enough to hide behind that.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -43,6 +43,15 @@ void for_storage(DType dtype, const Body& body) {
     case DType::bf16: return body(static_cast<bfloat16*>(nullptr));
     case DType::f64: return body(static_cast<double*>(nullptr));
   }
+}
+
+// The same for rows and what goes with them, which is of their type, or float32 for bfloat16 rows.
+template <typename Body>
+void for_storages(const char* kernel, DType rows, DType other, const Body& body) {
+  if (rows == DType::bf16 && other == DType::f32)
+    return body(static_cast<bfloat16*>(nullptr), static_cast<float*>(nullptr));
+  if (rows != other) throw std::invalid_argument(std::string(kernel) + " (cpu): these types do not go together");
+  for_storage(rows, [&](auto* type) { body(type, type); });
 }
 
 // ---- gram -----------------------------------------------------------------------------------------------------------
@@ -196,47 +205,41 @@ void gram_share(const Rows& rows, int64_t begin, int64_t end, double* partial) {
 
 // ---- dots -----------------------------------------------------------------------------------------------------------
 
-template <typename S>
-MTLGRAD_CLONES double dot_piece(const S* x, const S* y, int64_t n) {
+template <typename S, typename V>
+MTLGRAD_CLONES double dot_piece(const S* x, const V* y, int64_t n) {
   double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(widen(x[i])) * static_cast<double>(widen(y[i]));
   return sum;
 }
 
-// ---- combine --------------------------------------------------------------------------------------------------------
+// ---- combine and displace -------------------------------------------------------------------------------------------
 
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// out = from (nothing at first) + w0 x0 + ..., in the storage type where these are the last of the rows.
-template <int kRows, typename S, typename Out>
-MTLGRAD_INLINE void add_rows(const S* const* x, const Compute<S>* w, const Compute<S>* from, Out* out, int64_t n) {
+// out = from (a pointer, or nullptr_t for nothing) + w0 x0 + ..., in the storage type where these are the last of the
+// rows.
+template <int kRows, typename Sum, typename S, typename From, typename Out>
+MTLGRAD_INLINE void add_rows(const S* const* x, const Sum* w, [[maybe_unused]] From from, Out* out, int64_t n) {
   const S *x0 = x[0], *x1 = x[kRows > 1 ? 1 : 0], *x2 = x[kRows > 2 ? 2 : 0], *x3 = x[kRows > 3 ? 3 : 0];
-  const Compute<S> w0 = w[0], w1 = w[kRows > 1 ? 1 : 0], w2 = w[kRows > 2 ? 2 : 0], w3 = w[kRows > 3 ? 3 : 0];
+  const Sum w0 = w[0], w1 = w[kRows > 1 ? 1 : 0], w2 = w[kRows > 2 ? 2 : 0], w3 = w[kRows > 3 ? 3 : 0];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    Compute<S> sum = w0 * widen(x0[i]);
-    if (from) sum += from[i];
+    Sum sum = w0 * widen(x0[i]);
+    if constexpr (!std::is_null_pointer_v<From>) sum += widen(from[i]);
     if constexpr (kRows > 1) sum += w1 * widen(x1[i]);
     if constexpr (kRows > 2) sum += w2 * widen(x2[i]);
     if constexpr (kRows > 3) sum += w3 * widen(x3[i]);
     if constexpr (std::is_same_v<Out, double>)
       out[i] = sum;
     else
-      out[i] = narrow<Out>(sum);
+      out[i] = narrow<Out>(static_cast<float>(sum));
   }
 }
 
-template <typename S, typename Out>
-MTLGRAD_CLONES void add_group(const S* const* x, const Compute<S>* w, int64_t rows, const Compute<S>* from, Out* out,
-                              int64_t n) {
-  if (from == nullptr) {
-    if (rows == 1) return add_rows<1>(x, w, static_cast<const Compute<S>*>(nullptr), out, n);
-    if (rows == 2) return add_rows<2>(x, w, static_cast<const Compute<S>*>(nullptr), out, n);
-    if (rows == 3) return add_rows<3>(x, w, static_cast<const Compute<S>*>(nullptr), out, n);
-    return add_rows<4>(x, w, static_cast<const Compute<S>*>(nullptr), out, n);
-  }
+template <typename Sum, typename S, typename From, typename Out>
+MTLGRAD_CLONES void add_group(const S* const* x, const Sum* w, int64_t rows, From from, Out* out, int64_t n) {
   if (rows == 1) return add_rows<1>(x, w, from, out, n);
   if (rows == 2) return add_rows<2>(x, w, from, out, n);
   if (rows == 3) return add_rows<3>(x, w, from, out, n);
@@ -263,27 +266,47 @@ void store(S* out, const S* values, int64_t n, bool stream) {
 
 constexpr int64_t kBlock = 1024;  // columns whose sums stay in the first-level cache between groups of four rows
 
-template <typename S>
-void combine_share(const Rows& rows, const Compute<S>* weights, void* const* out, int64_t begin, int64_t end,
-                   bool stream) {
+// The sums of a share in Sum, on top of `base` where there is one, in the type B.
+template <typename S, typename B, bool kBase, typename Sum>
+void weighted_share(const Rows& rows, [[maybe_unused]] const void* const* base, const Sum* weights, void* const* out,
+                    int64_t begin, int64_t end, bool stream) {
   std::vector<const S*> x(rows.tasks);
-  alignas(64) Compute<S> sums[kBlock];
-  alignas(64) S results[kBlock];
+  alignas(64) Sum sums[kBlock];
+  alignas(64) B results[kBlock];
   for_pieces(rows, begin, end, kBlock, [&](int64_t p, int64_t first, int64_t count, int64_t) {
     for (int64_t t = 0; t < rows.tasks; ++t) x[t] = row_of<S>(rows, p, t) + first;
-    const Compute<S>* from = nullptr;
-    for (int64_t t = 0; t < rows.tasks; t += 4, from = sums) {
+    for (int64_t t = 0; t < rows.tasks; t += 4) {
       const int64_t group = std::min<int64_t>(4, rows.tasks - t);
-      if (t + group < rows.tasks)
-        add_group(x.data() + t, weights + t, group, from, sums, count);
+      const auto add = [&](auto from) {
+        if (t + group < rows.tasks)
+          add_group(x.data() + t, weights + t, group, from, sums, count);
+        else
+          add_group(x.data() + t, weights + t, group, from, results, count);
+      };
+      if (t > 0)
+        add(static_cast<const Sum*>(sums));
+      else if constexpr (kBase)
+        add(static_cast<const B*>(base[p]) + first);
       else
-        add_group(x.data() + t, weights + t, group, from, results, count);
+        add(nullptr);
     }
-    store(static_cast<S*>(out[p]) + first, results, count, stream);
+    store(static_cast<B*>(out[p]) + first, results, count, stream);
   });
 #ifdef __SSE2__
   if (stream) _mm_sfence();  // orders this thread's stores past the caches before whatever it signals next
 #endif
+}
+
+template <typename S, typename B, bool kBase, typename Sum>
+void weighted(const Rows& rows, const void* const* base, const Sum* weights, void* const* out, const Place& place) {
+  const Shares shares(columns_of(rows), 1);
+  parallel_for(shares.slots, place.threads, [&](int64_t slot) {
+    // Last columns first: they are what gram, just before, left in the caches.
+    const int64_t begin = std::min((shares.slots - 1 - slot) * shares.size, shares.columns);
+    const int64_t end = std::min(begin + shares.size, shares.columns);
+    const bool stream = shares.columns * int64_t{sizeof(B)} > kStreamBytes;
+    weighted_share<S, B, kBase>(rows, base, weights, out, begin, end, stream);
+  });
 }
 
 }  // namespace
@@ -316,17 +339,19 @@ void gram(DType dtype, Rows rows, double* out, double* workspace, Place place) {
 
 int64_t dots_workspace(int64_t tasks, int64_t columns) { return Shares(columns, tasks).slots * tasks; }
 
-void dots(DType dtype, Rows rows, const void* const* vector, double* out, double* workspace, Place place) {
+void dots(DType row_type, DType vector_type, Rows rows, const void* const* vector, double* out, double* workspace,
+          Place place) {
   const Shares shares(columns_of(rows), rows.tasks);
-  for_storage(dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
+  for_storages("dots", row_type, vector_type, [&](auto* row, auto* other) {
+    using S = std::remove_pointer_t<decltype(row)>;
+    using V = std::remove_pointer_t<decltype(other)>;
     parallel_for(shares.slots, place.threads, [&](int64_t slot) {
       const int64_t begin = std::min(slot * shares.size, shares.columns);
       const int64_t end = std::min(begin + shares.size, shares.columns);
       double* partial = workspace + slot * rows.tasks;
       std::fill(partial, partial + rows.tasks, 0.0);
       for_pieces(rows, begin, end, kBlock, [&](int64_t p, int64_t first, int64_t count, int64_t) {
-        const S* y = static_cast<const S*>(vector[p]) + first;
+        const V* y = static_cast<const V*>(vector[p]) + first;
         for (int64_t t = 0; t < rows.tasks; ++t) partial[t] += dot_piece(row_of<S>(rows, p, t) + first, y, count);
       });
     });
@@ -336,16 +361,19 @@ void dots(DType dtype, Rows rows, const void* const* vector, double* out, double
 }
 
 void combine(DType dtype, Rows rows, const double* weights, void* const* out, Place place) {
-  const Shares shares(columns_of(rows), 1);
   for_storage(dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const std::vector<Compute<S>> rounded(weights, weights + rows.tasks);
-    parallel_for(shares.slots, place.threads, [&](int64_t slot) {
-      // Last columns first: they are what gram, just before, left in the caches.
-      const int64_t begin = std::min((shares.slots - 1 - slot) * shares.size, shares.columns);
-      const int64_t end = std::min(begin + shares.size, shares.columns);
-      combine_share<S>(rows, rounded.data(), out, begin, end, shares.columns * int64_t{sizeof(S)} > kStreamBytes);
-    });
+    weighted<S, S, false>(rows, nullptr, rounded.data(), out, place);
+  });
+}
+
+void displace(DType row_type, DType base_type, Rows rows, const void* const* base, const double* weights,
+              void* const* out, Place place) {
+  for_storages("displace", row_type, base_type, [&](auto* row, auto* other) {
+    using S = std::remove_pointer_t<decltype(row)>;
+    using B = std::remove_pointer_t<decltype(other)>;
+    weighted<S, B, true>(rows, base, weights, out, place);
   });
 }
 

@@ -1,5 +1,7 @@
 #include "combine.cuh"
 
+#include <vector>
+
 #include "kernels.h"
 #include "launch.h"
 
@@ -40,6 +42,15 @@ void for_row_dtype(DType dtype, const Body& body) {
   }
 }
 
+// The same for rows and what goes with them, which is of their type, or float32 for bfloat16 rows.
+template <typename Body>
+void for_row_dtypes(const char* kernel, DType rows, DType other, const Body& body) {
+  if (rows == DType::bf16 && other == DType::f32)
+    return body(static_cast<__nv_bfloat16*>(nullptr), static_cast<float*>(nullptr));
+  if (rows != other) throw std::invalid_argument(std::string(kernel) + " (cuda): these types do not go together");
+  for_row_dtype(rows, [&](auto* type) { body(type, type); });
+}
+
 // body(integral constant) for a number of tasks up to kGroup; kGroup for more.
 template <typename Body>
 void for_tasks(int64_t tasks, const Body& body) {
@@ -67,13 +78,20 @@ void for_dots_rows(int64_t tasks, const Body& body) {
 // Segments are short enough for 32-bit arithmetic; a tensor below kFewColumns is not worth two of them.
 constexpr int64_t kMaxSegment = 1 << 30, kFewColumns = 4 * kRowThreads;
 
-// Fills tables with the tensors that are not empty, `others` behind the rows if it is given, and calls launch(table)
-// for each that is full and for the last. What is aligned of a tensor and what is left of it are two segments.
+// What goes with the rows: a pointer for every tensor, to elements of this many bytes.
+struct Other {
+  const void* const* tensors;
+  size_t size;
+};
+using Others = std::vector<Other>;
+
+// Fills tables with the tensors that are not empty, `others` behind the rows, and calls launch(table) for each that is
+// full and for the last. What is aligned of a tensor and what is left of it are two segments.
 template <typename T, typename Table, typename Launch>
-void fill_tables(const Rows& rows, const void* const* others, int columns, const Launch& launch) {
+void fill_tables(const Rows& rows, const Others& others, int columns, const Launch& launch) {
   Table table;
   table.count = table.items = 0;
-  table.stride = static_cast<int32_t>(rows.tasks + (others != nullptr));
+  table.stride = static_cast<int32_t>(rows.tasks + static_cast<int64_t>(others.size()));
   const auto flush = [&] {
     table.segments[table.count].first = table.items;
     launch(table);
@@ -81,7 +99,8 @@ void fill_tables(const Rows& rows, const void* const* others, int columns, const
   };
   for (int64_t p = 0; p < rows.tensors; ++p) {
     const void* const* row = rows.data + p * rows.tasks;
-    uintptr_t bits = others ? reinterpret_cast<uintptr_t>(others[p]) : 0;
+    uintptr_t bits = 0;
+    for (const Other& other : others) bits |= reinterpret_cast<uintptr_t>(other.tensors[p]);
     for (int64_t t = 0; t < rows.tasks; ++t) bits |= reinterpret_cast<uintptr_t>(row[t]);
     const int64_t size = rows.sizes[p], left = size % Packet<T>::kSize;
     const int64_t aligned = bits % 16 || (left && size < kFewColumns) ? 0 : size - left;
@@ -89,8 +108,9 @@ void fill_tables(const Rows& rows, const void* const* others, int columns, const
       end = std::min(begin + kMaxSegment, begin < aligned ? aligned : size);
       if (table.count == Table::kSegments || (table.count + 1) * table.stride > Table::kPointers) flush();
       const void** pointers = table.pointers + table.count * table.stride;
-      for (int64_t t = 0; t < table.stride; ++t)
-        pointers[t] = static_cast<const T*>(t < rows.tasks ? row[t] : others[p]) + begin;
+      for (int64_t t = 0; t < rows.tasks; ++t) *pointers++ = static_cast<const T*>(row[t]) + begin;
+      for (const Other& other : others)
+        *pointers++ = static_cast<const char*>(other.tensors[p]) + begin * static_cast<int64_t>(other.size);
       table.segments[table.count++] = {static_cast<int32_t>(end - begin), table.items, begin < aligned};
       table.items += static_cast<int32_t>((end - begin + columns - 1) / columns);
     }
@@ -99,11 +119,11 @@ void fill_tables(const Rows& rows, const void* const* others, int columns, const
 }
 
 template <typename T, typename Launch>
-void for_tables(const char* kernel, const Rows& rows, const void* const* others, int columns, const Launch& launch) {
-  const int64_t stride = rows.tasks + (others != nullptr);
+void for_tables(const char* kernel, const Rows& rows, const Others& others, int columns, const Launch& launch) {
+  const auto behind = static_cast<int64_t>(others.size()), stride = rows.tasks + behind;
   if (stride > LargeTable::kPointers)
     throw std::invalid_argument(std::string(kernel) + " (cuda): at most " +
-                                std::to_string(LargeTable::kPointers - (others != nullptr)) + " tasks");
+                                std::to_string(LargeTable::kPointers - behind) + " tasks");
   // twice: a tensor may be two segments
   if (2 * rows.tensors <= SmallTable::kSegments && 2 * rows.tensors * stride <= SmallTable::kPointers)
     fill_tables<T, SmallTable>(rows, others, columns, launch);
@@ -112,6 +132,18 @@ void for_tables(const char* kernel, const Rows& rows, const void* const* others,
 }
 
 unsigned parts_for(int64_t items, int64_t limit) { return static_cast<unsigned>(std::min(items, limit)); }
+
+template <typename T, typename B, bool kBase>
+void weighted_sums(const char* kernel, const Rows& rows, const Others& others, const double* weights, Place place) {
+  if (rows.tensors == 0) return;
+  DeviceGuard guard(place.device);
+  for_tables<T>(kernel, rows, others, item_columns<T>(combine_packets<T, kBase>()), [&](const auto& table) {
+    using Table = std::decay_t<decltype(table)>;
+    KERNEL_LAUNCH((combine_kernel<T, B, kBase, Table>), parts_for(table.items, kMaxBlocks), kRowThreads, 0,
+                  static_cast<cudaStream_t>(place.stream), table, weights);
+  });
+  MTLGRAD_CUDA_CHECK(cudaGetLastError());
+}
 
 }  // namespace
 
@@ -138,7 +170,7 @@ void gram(DType dtype, Rows rows, double* out, double* workspace, Place place) {
     for_tasks(tasks, [&](auto constant) {
       constexpr int kTasks = decltype(constant)::value;
       const int packets = tasks <= kGroup ? packets_for(kTasks) : 1;
-      for_tables<T>("gram", rows, nullptr, item_columns<T>(packets), [&](const auto& table) {
+      for_tables<T>("gram", rows, {}, item_columns<T>(packets), [&](const auto& table) {
         using Table = std::decay_t<decltype(table)>;
         const unsigned parts = parts_for(table.items, limit);
         if (tasks <= kGroup)
@@ -154,19 +186,21 @@ void gram(DType dtype, Rows rows, double* out, double* workspace, Place place) {
   MTLGRAD_CUDA_CHECK(cudaGetLastError());
 }
 
-void dots(DType dtype, Rows rows, const void* const* vector, double* out, double* workspace, Place place) {
+void dots(DType row_type, DType vector_type, Rows rows, const void* const* vector, double* out, double* workspace,
+          Place place) {
   if (rows.tasks == 0 || rows.tensors == 0) return;
   DeviceGuard guard(place.device);
   const auto stream = static_cast<cudaStream_t>(place.stream);
   const auto groups = static_cast<unsigned>(groups_of(rows.tasks));
-  for_row_dtype(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  for_row_dtypes("dots", row_type, vector_type, [&](auto* row, auto* other) {
+    using T = std::remove_pointer_t<decltype(row)>;
+    using V = std::remove_pointer_t<decltype(other)>;
     for_dots_rows(rows.tasks, [&](auto constant) {
-      constexpr int kRows = decltype(constant)::value;
-      for_tables<T>("dots", rows, vector, item_columns<T>(packets_for(kRows)), [&](const auto& table) {
+      constexpr int kRows = decltype(constant)::value, kColumns = item_columns<T>(dots_packets<T, V>(kRows));
+      for_tables<T>("dots", rows, {{vector, sizeof(V)}}, kColumns, [&](const auto& table) {
         using Table = std::decay_t<decltype(table)>;
         const unsigned parts = parts_for(table.items, max_parts(groups));
-        KERNEL_LAUNCH((dots_kernel<T, kRows, Table>), dim3(groups, parts), kRowThreads, 0, stream, table, workspace);
+        KERNEL_LAUNCH((dots_kernel<T, V, kRows, Table>), dim3(groups, parts), kRowThreads, 0, stream, table, workspace);
         KERNEL_LAUNCH((dots_finish_kernel<double>), static_cast<unsigned>(rows.tasks), kFinishThreads, 0, stream,
                       workspace, static_cast<int>(parts), out);
       });
@@ -176,17 +210,19 @@ void dots(DType dtype, Rows rows, const void* const* vector, double* out, double
 }
 
 void combine(DType dtype, Rows rows, const double* weights, void* const* out, Place place) {
-  if (rows.tensors == 0) return;
-  DeviceGuard guard(place.device);
   for_row_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_tables<T>("combine", rows, out, item_columns<T>(kCombinePackets), [&](const auto& table) {
-      using Table = std::decay_t<decltype(table)>;
-      KERNEL_LAUNCH((combine_kernel<T, Table>), parts_for(table.items, kMaxBlocks), kRowThreads, 0,
-                    static_cast<cudaStream_t>(place.stream), table, weights);
-    });
+    weighted_sums<T, T, false>("combine", rows, {{out, sizeof(T)}}, weights, place);
   });
-  MTLGRAD_CUDA_CHECK(cudaGetLastError());
+}
+
+void displace(DType row_type, DType base_type, Rows rows, const void* const* base, const double* weights,
+              void* const* out, Place place) {
+  for_row_dtypes("displace", row_type, base_type, [&](auto* row, auto* other) {
+    using T = std::remove_pointer_t<decltype(row)>;
+    using B = std::remove_pointer_t<decltype(other)>;
+    weighted_sums<T, B, true>("displace", rows, {{base, sizeof(B)}, {out, sizeof(B)}}, weights, place);
+  });
 }
 
 }  // namespace mtlgrad::cuda

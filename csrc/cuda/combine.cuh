@@ -1,4 +1,4 @@
-// Device code of the `combine` stem: Gram matrix, dot products and weighted sum of rows spread over many tensors.
+// Device code of the `combine` stem: Gram matrix, dot products and weighted sums of rows spread over many tensors.
 #pragma once
 #include "reduce.cuh"
 #include "rows.cuh"
@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(kRowThreads)
   write_partials(sums, kGroup * kGroup, workspace, part, parts);
 }
 
-// The products of kRows rows, those of group blockIdx.x, with the vector behind the rows in the table; else as
+// The products of kRows rows, those of group blockIdx.x, with the vector of V behind the rows in the table; else as
 // gram_kernel.
-template <typename T, int kRows, typename Table>
+template <typename T, typename V, int kRows, typename Table>
 __global__ void __launch_bounds__(kRowThreads, kRows <= 4 ? 3 : 2)
     dots_kernel(const __grid_constant__ Table table, double* workspace) {
   const int part = blockIdx.y, parts = gridDim.y, tasks = table.stride - 1, first = blockIdx.x * kRows;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kRowThreads, kRows <= 4 ? 3 : 2)
 #pragma unroll
   for (int t = 0; t < kRows; ++t) sums[t] = 0.0;
   for (Walk<Table> at(table, part, parts); at.more(); at.next())
-    for_columns<T, kRows + 1, packets_for(kRows)>(
+    for_columns<T, kRows + 1, dots_packets<T, V>(kRows), V>(
         at, [&](int t) { return t == kRows ? tasks : min(first + t, tasks - 1); },
         [&](const double (&v)[kRows + 1]) {
 #pragma unroll
@@ -179,10 +179,20 @@ __device__ __forceinline__ void add_rows(Sum (&sums)[kPackets][Packet<T>::kSize]
   }
 }
 
-// The weighted sum of all rows, four at a time, in kPackets packets from column c on.
-template <typename T, int kPackets, typename Row>
-__device__ __forceinline__ void combine_packets(int tasks, int c, const Row& row, const double* weights, T* out) {
-  Accumulator<T> sums[kPackets][Packet<T>::kSize] = {};
+// The weighted sum of all rows, four at a time, on top of base if there is one, in kPackets packets from column c on.
+template <typename T, bool kBase, int kPackets, typename Row, typename B>
+__device__ __forceinline__ void add_all_rows(int tasks, int c, const Row& row, const double* weights, const B* base,
+                                             B* out) {
+  constexpr int kStep = item_columns<T>(1);
+  Accumulator<T, kBase> sums[kPackets][Packet<T>::kSize] = {};
+  if constexpr (kBase) {
+#pragma unroll
+    for (int u = 0; u < kPackets; ++u) {
+      const auto x = load_packets<T>(base + c + u * kStep);
+#pragma unroll
+      for (int j = 0; j < Packet<T>::kSize; ++j) sums[u][j] = element(x, j);
+    }
+  }
   int first = 0;
 #pragma unroll 1
   for (; first + 4 <= tasks; first += 4) add_rows<T, 4>(sums, first, c, row, weights);
@@ -194,45 +204,55 @@ __device__ __forceinline__ void combine_packets(int tasks, int c, const Row& row
   }
 #pragma unroll
   for (int u = 0; u < kPackets; ++u) {
-    Packet<T> x;
+    Packet<B> x;
 #pragma unroll
-    for (int j = 0; j < Packet<T>::kSize; ++j) set_element(x, j, round_to<T>(sums[u][j]));
-    *reinterpret_cast<Packet<T>*>(out + c + u * item_columns<T>(1)) = x;
+    for (int j = 0; j < Packet<T>::kSize; ++j) {
+      set_element(x, j % x.kSize, round_to<B>(sums[u][j]));
+      if (j % x.kSize == x.kSize - 1) *reinterpret_cast<Packet<B>*>(out + c + u * kStep + j / x.kSize * x.kSize) = x;
+    }
   }
 }
 
-// Weighted sum of all rows into the output behind them in the table. A thread writes the columns that it has read, and
-// after it has read them from every row: the output may be one of the rows, and so nothing here is __restrict__.
-template <typename T, typename Table>
+// Weighted sum of all rows into the output behind them in the table; for displace on top of the base that is between
+// the two. A thread writes the columns that it has read, and after it has read them from every row: the output may be
+// one of the rows, or base, and so nothing here is __restrict__.
+template <typename T, typename B, bool kBase, typename Table>
 __global__ void __launch_bounds__(kRowThreads, 3)
     combine_kernel(const __grid_constant__ Table table, const double* weights) {
-  constexpr int kStep = item_columns<T>(1), kSingles = 4;
-  const int tasks = table.stride - 1;
+  using Sum = Accumulator<T, kBase>;
+  constexpr int kPackets = combine_packets<T, kBase>(), kStep = item_columns<T>(1), kSingles = 4;
+  const int tasks = table.stride - (kBase ? 2 : 1);
   for (Walk<Table> at(table, blockIdx.x, gridDim.x); at.more(); at.next()) {
-    const Span span = span_of<T, kCombinePackets>(at);
+    const Span span = span_of<T, kPackets>(at);
     const auto row = [&](int t, int c) { return row_of<T>(at, t) + static_cast<unsigned>(span.begin + c); };
-    T* out = const_cast<T*>(row(tasks, 0));
+    const B* base = kBase ? row_of<B>(at, tasks) + static_cast<unsigned>(span.begin) : nullptr;
+    B* out = const_cast<B*>(row_of<B>(at, table.stride - 1)) + static_cast<unsigned>(span.begin);
     if (span.aligned) {
       int c = static_cast<int>(threadIdx.x) * Packet<T>::kSize;
-      if (c + (kCombinePackets - 1) * kStep < span.count)
-        combine_packets<T, kCombinePackets>(tasks, c, row, weights, out);
+      if (c + (kPackets - 1) * kStep < span.count)
+        add_all_rows<T, kBase, kPackets>(tasks, c, row, weights, base, out);
       else
 #pragma unroll 1
-        for (; c < span.count; c += kStep) combine_packets<T, 1>(tasks, c, row, weights, out);
+        for (; c < span.count; c += kStep) add_all_rows<T, kBase, 1>(tasks, c, row, weights, base, out);
     } else {
 #pragma unroll 1
       for (int c = threadIdx.x; c < span.count; c += kSingles * kRowThreads) {
-        Accumulator<T> sums[kSingles] = {};
+        Sum sums[kSingles] = {};
+        if constexpr (kBase) {
+#pragma unroll
+          for (int u = 0; u < kSingles; ++u)
+            if (c + u * kRowThreads < span.count) sums[u] = to_float(base[c + u * kRowThreads]);
+        }
 #pragma unroll 4
         for (int t = 0; t < tasks; ++t) {
-          const auto weight = static_cast<Accumulator<T>>(weights[t]);
+          const auto weight = static_cast<Sum>(weights[t]);
 #pragma unroll
           for (int u = 0; u < kSingles; ++u)
             if (c + u * kRowThreads < span.count) sums[u] += weight * to_float(*row(t, c + u * kRowThreads));
         }
 #pragma unroll
         for (int u = 0; u < kSingles; ++u)
-          if (c + u * kRowThreads < span.count) out[c + u * kRowThreads] = round_to<T>(sums[u]);
+          if (c + u * kRowThreads < span.count) out[c + u * kRowThreads] = round_to<B>(sums[u]);
       }
     }
   }

@@ -15,7 +15,6 @@ namespace mtlgrad::cuda {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp, kFinishThreads = 128;
 constexpr int kGroup = 8;  // rows whose products with one another fit a thread's registers
-constexpr int kCombinePackets = 2;
 
 // A tensor that the rows are spread over, or a piece of one. It is aligned if every pointer to it is a multiple of 16
 // bytes and its size is, too.
@@ -27,8 +26,9 @@ struct Segment {
 
 // What a launch works on, passed by value: a kernel's parameters lie in the constant cache, need no copy and no memory
 // that would have to outlive the call, and a CUDA graph keeps them. Segment p is segments[p] and the pointers[p *
-// stride + t]: one for every row and then, for dots and combine, that of the vector or of the output. All segments, one
-// behind the other, are cut into work items of one number of columns; only the last item of a segment may be shorter.
+// stride + t]: one for every row, then the vector's (dots), base's (displace) and the output's (combine, displace). All
+// segments, one behind the other, are cut into work items of one number of columns; only the last item of a segment may
+// be shorter.
 template <int kSegmentCapacity, int kPointerCapacity>
 struct Table {
   static constexpr int kSegments = kSegmentCapacity, kPointers = kPointerCapacity;
@@ -37,9 +37,9 @@ struct Table {
   const void* pointers[kPointers];
 };
 
-// What rows of T are summed in by combine.
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// What rows of T are summed in: by combine, and on top of a base by displace.
+template <typename T, bool kBase = false>
+using Accumulator = std::conditional_t<kBase || std::is_same_v<T, double>, double, float>;
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
@@ -92,9 +92,41 @@ __device__ __forceinline__ void set_element(Packet<T>& x, int j, T v) {
     x.v[j] = v;
 }
 
+// As many elements of V as a packet of T has; V is as wide as T, or wider.
+template <typename T, typename V>
+struct Packets {
+  static constexpr int kEach = Packet<V>::kSize, kCount = Packet<T>::kSize / kEach;
+  Packet<V> v[kCount];
+};
+
+template <typename T, typename V>
+__device__ __forceinline__ Packets<T, V> load_packets(const V* at) {
+  Packets<T, V> x;
+#pragma unroll
+  for (int k = 0; k < x.kCount; ++k) x.v[k] = *reinterpret_cast<const Packet<V>*>(at + k * x.kEach);
+  return x;
+}
+
+template <typename T, typename V>
+__device__ __forceinline__ auto element(const Packets<T, V>& x, int j) {
+  return element(x.v[j / x.kEach], j % x.kEach);
+}
+
 // Packets of each row that a thread asks for before it uses the first, where so many rows are read together: about 128
 // bytes in flight for each thread. Columns of a work item: as many as a block asks for at once.
 __host__ __device__ constexpr int packets_for(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+
+// The same for dots, whose vector may be as wide as two rows; and for combine and displace, where sixteen float64 sums
+// beside four rows would be too much for the registers.
+template <typename T, typename V>
+__host__ __device__ constexpr int dots_packets(int rows) {
+  return packets_for(rows + static_cast<int>(sizeof(V) / sizeof(T)) - 1);
+}
+
+template <typename T, bool kBase>
+__host__ __device__ constexpr int combine_packets() {
+  return kBase && sizeof(T) == 2 ? 1 : 2;
+}
 
 template <typename T>
 __host__ __device__ constexpr int item_columns(int packets) {
@@ -157,15 +189,20 @@ __device__ __forceinline__ const T* row_of(const Walk<Table>& at, int t) {
 }
 
 // use(v) for each column of kPackets packets from column c of the item on, a block's width apart; all loads are under
-// way before the first use. The way out between two pairs of columns is never taken, as packets are whole: it keeps the
-// compiler from converting the next pair early, for which many rows leave no registers (sm_90 would spill).
-template <typename T, int kRows, int kPackets, typename Row, typename Use>
-__device__ __forceinline__ void for_packets(int c, int count, const Row& row, const Use& use) {
-  Packet<T> x[kPackets][kRows];
+// way before the first use. The last row is read by last(c) where its type V is another. The way out between two pairs
+// of columns is never taken, as packets are whole: it keeps the compiler from converting the next pair early, for which
+// many rows leave no registers (sm_90 would spill).
+template <typename T, int kRows, int kPackets, typename V, typename Row, typename Last, typename Use>
+__device__ __forceinline__ void for_packets(int c, int count, const Row& row, const Last& last, const Use& use) {
+  constexpr int kSame = std::is_same_v<T, V> ? kRows : kRows - 1;
+  Packet<T> x[kPackets][kSame];
+  [[maybe_unused]] Packets<T, V> y[kPackets];
 #pragma unroll
-  for (int u = 0; u < kPackets; ++u)
+  for (int u = 0; u < kPackets; ++u) {
 #pragma unroll
-    for (int t = 0; t < kRows; ++t) x[u][t] = *reinterpret_cast<const Packet<T>*>(row(t, c + u * item_columns<T>(1)));
+    for (int t = 0; t < kSame; ++t) x[u][t] = *reinterpret_cast<const Packet<T>*>(row(t, c + u * item_columns<T>(1)));
+    if constexpr (kSame < kRows) y[u] = load_packets<T>(last(c + u * item_columns<T>(1)));
+  }
 #pragma unroll
   for (int u = 0; u < kPackets; ++u)
 #pragma unroll
@@ -173,41 +210,48 @@ __device__ __forceinline__ void for_packets(int c, int count, const Row& row, co
       if (kRows >= kGroup && j > 0 && j % 2 == 0 && c + j >= count) break;
       double v[kRows];
 #pragma unroll
-      for (int t = 0; t < kRows; ++t) v[t] = element(x[u][t], j);
+      for (int t = 0; t < kSame; ++t) v[t] = element(x[u][t], j);
+      if constexpr (kSame < kRows) v[kSame] = element(y[u], j);
       use(v);
     }
 }
 
-// use(v) for each column of an item that is this thread's, v[t] being the element of row index(t). Where rows are not
-// aligned they are read one by one, neighbouring threads reading neighbours: more instructions, but no more memory
-// traffic. Zeros may come in place of columns that do not exist. The loops must not be unrolled, for the registers that
-// it takes.
-template <typename T, int kRows, int kPackets, typename Table, typename Index, typename Use>
+// use(v) for each column of an item that is this thread's, v[t] being the element of row index(t), the last of type V.
+// Where rows are not aligned they are read one by one, neighbouring threads reading neighbours: more instructions, but
+// no more memory traffic. Zeros may come in place of columns that do not exist. The loops must not be unrolled, for the
+// registers that it takes.
+template <typename T, int kRows, int kPackets, typename V = T, typename Table, typename Index, typename Use>
 __device__ __forceinline__ void for_columns(const Walk<Table>& at, const Index& index, const Use& use) {
   constexpr int kStep = item_columns<T>(1), kSingles = singles_for<T>(kRows);
+  constexpr int kSame = std::is_same_v<T, V> ? kRows : kRows - 1;
   const Span span = span_of<T, kPackets>(at);
   const auto row = [&](int t, int c) { return row_of<T>(at, index(t)) + static_cast<unsigned>(span.begin + c); };
+  const auto last = [&](int c) { return row_of<V>(at, index(kRows - 1)) + static_cast<unsigned>(span.begin + c); };
   if (span.aligned) {
     int c = static_cast<int>(threadIdx.x) * Packet<T>::kSize;
     if (c + (kPackets - 1) * kStep < span.count) {
-      for_packets<T, kRows, kPackets>(c, span.count, row, use);
+      for_packets<T, kRows, kPackets, V>(c, span.count, row, last, use);
     } else if constexpr (kPackets > 1) {
 #pragma unroll 1
-      for (; c < span.count; c += kStep) for_packets<T, kRows, 1>(c, span.count, row, use);
+      for (; c < span.count; c += kStep) for_packets<T, kRows, 1, V>(c, span.count, row, last, use);
     }
   } else {
 #pragma unroll 1
     for (int c = threadIdx.x; c < span.count; c += kSingles * kRowThreads) {
-      T x[kSingles][kRows];
+      T x[kSingles][kSame];
+      [[maybe_unused]] V y[kSingles];
 #pragma unroll
-      for (int u = 0; u < kSingles; ++u)
+      for (int u = 0; u < kSingles; ++u) {
 #pragma unroll
-        for (int t = 0; t < kRows; ++t) x[u][t] = c + u * kRowThreads < span.count ? *row(t, c + u * kRowThreads) : T{};
+        for (int t = 0; t < kSame; ++t) x[u][t] = c + u * kRowThreads < span.count ? *row(t, c + u * kRowThreads) : T{};
+        if constexpr (kSame < kRows) y[u] = c + u * kRowThreads < span.count ? *last(c + u * kRowThreads) : V{};
+      }
 #pragma unroll
       for (int u = 0; u < kSingles; ++u) {
         double v[kRows];
 #pragma unroll
-        for (int t = 0; t < kRows; ++t) v[t] = to_float(x[u][t]);
+        for (int t = 0; t < kSame; ++t) v[t] = to_float(x[u][t]);
+        if constexpr (kSame < kRows) v[kSame] = to_float(y[u]);
         use(v);
       }
     }

@@ -2,6 +2,7 @@
 
 from . import metrics, ops, optim, posterior, reference
 from .aligned import AlignedMTL
+from .alphavil import AlphaVIL
 from .bayesagg import BayesAgg, Binary, Multiclass, Regression
 from .jacobian import task_backward
 from .ops._native import build_info
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlignedMTL",
+    "AlphaVIL",
     "BayesAgg",
     "Binary",
     "Multiclass",

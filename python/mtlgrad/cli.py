@@ -135,9 +135,7 @@ def _add_train(commands: Any) -> None:
     add("--target", metavar="NAME", help=f"{', '.join(ROUNDS)}: the task for whose good all are trained")
     subset = f"{', '.join(ROUNDS)}: the part of an epoch's batches that a task is trained on in a round"
     add("--subset", type=_fraction, metavar="PART", help=f"{subset} (default: {default.subset})")
-    alpha = "alphavil: the learning rate of alpha"
-    add("--alpha-lr", type=_positive, metavar="LR", help=f"{alpha} (default: {default.alpha_lr})")
-    alpha = "alphavil: passes over the development data in each round's search for alpha"
+    alpha = "alphavil: steps of LBFGS in each round's search for alpha"
     add("--alpha-epochs", type=_whole(1, 10_000), metavar="N", help=f"{alpha} (default: {default.alpha_epochs})")
     add("--device", type=_device, help=f"cpu, cuda or cuda:N (default: {default.device}: the model is small)")
     add("--threads", type=_whole(1, 1024), metavar="N", help=f"threads on the CPU (default: {default.threads})")
@@ -199,7 +197,7 @@ def _check_options(given: dict[str, Any], methods: Sequence[str]) -> None:
     alpha = ("alphavil",)
     for name, those in {
         "preference": ALIGNED, "scale": ALIGNED,
-        "target": tuple(ROUNDS), "subset": tuple(ROUNDS), "alpha_lr": alpha, "alpha_epochs": alpha,
+        "target": tuple(ROUNDS), "subset": tuple(ROUNDS), "alpha_epochs": alpha,
     }.items():  # fmt: skip
         if name in given and not set(those) & set(methods):
             option, found = name.replace("_", "-"), ", ".join(methods)

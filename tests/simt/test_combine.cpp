@@ -105,10 +105,11 @@ void run(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shif
       }
   }
   if (tensors <= 40) {
-    const auto along = results(tasks, (device ? cuda::dots_workspace : cpu::dots_workspace)(tasks, columns),
-                               [&](double* out, double* workspace) {
-                                 (device ? cuda::dots : cpu::dots)(dtype_of<T>, rows, y.pointers(), out, workspace, {});
-                               });
+    const auto along =
+        results(tasks, (device ? cuda::dots_workspace : cpu::dots_workspace)(tasks, columns),
+                [&](double* out, double* workspace) {
+                  (device ? cuda::dots : cpu::dots)(dtype_of<T>, dtype_of<T>, rows, y.pointers(), out, workspace, {});
+                });
     for (int64_t t = 0; t < tasks; ++t) {
       long double want = t, terms = want;
       for (int64_t p = 0; p < tensors; ++p)
@@ -150,6 +151,71 @@ void run(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shif
   emu::options.order = emu::Order::forward;
 }
 
+// displace, into tensors of its own and then over base; and dots with a vector of base's type where that is another one.
+template <typename T, typename B>
+void displaced(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shift, double special = 0.0) {
+  const auto tensors = static_cast<int64_t>(sizes.size());
+  Tensors<T> x(tasks, sizes, shift);
+  Tensors<B> base(1, sizes, shift), sum(1, sizes, shift);
+  if (special != 0.0) x.data.at((tensors - 1) * tasks + tasks - 1)[sizes.back() / 2] = T(static_cast<float>(special));
+  const Rows rows{x.pointers(), sizes.data(), tasks, tensors};
+  std::unique_ptr<double[]> weights(new double[tasks]);
+  for (int64_t t = 0; t < tasks; ++t) weights[t] = 0.3 * static_cast<double>(t) - 0.7;
+  if (special != 0.0) weights[tasks - 1] = 0.0;  // which hides nothing
+  if constexpr (!std::is_same_v<T, B>) {
+    const int64_t columns = std::accumulate(sizes.begin(), sizes.end(), int64_t(0));
+    const int64_t size = (device ? cuda::dots_workspace : cpu::dots_workspace)(tasks, columns);
+    std::unique_ptr<double[]> out(new double[tasks]), workspace(new double[size]);
+    std::fill_n(out.get(), tasks, 1.0), std::fill_n(workspace.get(), size, std::nan(""));
+    (device ? cuda::dots : cpu::dots)(dtype_of<T>, dtype_of<B>, rows, base.pointers(), out.get(), workspace.get(), {});
+    for (int64_t t = 0; t < tasks; ++t) {
+      long double want = 1.0, terms = want;
+      for (int64_t p = 0; p < tensors; ++p)
+        for (int64_t i = 0; i < sizes[p]; ++i) {
+          const long double term = static_cast<long double>(value(x.data[p * tasks + t][i])) * value(base.data[p][i]);
+          want += term, terms += std::fabs(term);
+        }
+      expect("mixed dots", t, out[t], static_cast<double>(want), static_cast<double>(1e-14L * terms));
+    }
+  }
+  std::vector<std::vector<double>> wants, limits;
+  for (int64_t p = 0; p < tensors; ++p) {
+    wants.emplace_back(sizes[p]), limits.emplace_back(sizes[p]);
+    for (int64_t i = 0; i < sizes[p]; ++i) {
+      double want = value(base.data[p][i]), terms = std::fabs(want);
+      for (int64_t t = 0; t < tasks; ++t) {
+        const double term = weights[t] * value(x.data[p * tasks + t][i]);
+        want += term, terms += std::fabs(term);
+      }
+      wants[p][i] = want;
+      limits[p][i] = epsilon_of<B> * std::fabs(want) + 1e-15 * terms + 1e-7 * (sizeof(B) == 2);
+    }
+    std::fill_n(sum.data[p], sizes[p], B(static_cast<float>(std::nan(""))));
+  }
+  for (const bool in_place : {false, true}) {
+    emu::options.order = in_place ? emu::Order::backward : emu::Order::forward;
+    std::vector<void*> outputs;
+    for (int64_t p = 0; p < tensors; ++p) outputs.push_back(in_place ? base.data[p] : sum.data[p]);
+    (device ? cuda::displace : cpu::displace)(dtype_of<T>, dtype_of<B>, rows, base.pointers(), weights.get(),
+                                              outputs.data(), {});
+    for (int64_t p = 0; p < tensors; ++p)
+      for (int64_t i = 0; i < sizes[p]; ++i)
+        expect("displace", i, value(static_cast<B*>(outputs[p])[i]), wants[p][i], limits[p][i]);
+  }
+  emu::options.order = emu::Order::forward;
+}
+
+template <typename T, typename B = T>
+void all_displaced(bool device) {
+  const bool mixed = !std::is_same_v<T, B>;
+  for (const int64_t tasks : {1, 2, 3, 4, 5, 8, 9})
+    for (const int shift : {0, 1, -1})
+      if (mixed || tasks < 4 || shift == 0)
+        displaced<T, B>(device, tasks, {0, 1, 31, 32, 33, 255, 257, 1000, 0}, shift);
+  for (const int64_t tasks : {1, 3, 8}) displaced<T, B>(device, tasks, {4096, 8197, 20001}, 0);
+  for (const double special : {HUGE_VAL, std::nan("")}) displaced<T, B>(device, 3, {40, 1030}, 0, special);
+}
+
 template <typename T>
 void all(bool device) {
   for (const int64_t tasks : {1, 2, 3, 4, 5, 6, 7, 8, 9})
@@ -173,6 +239,8 @@ static void full_tables(bool device) {
   run<float>(device, 100, sizes, -1);
   run<float>(device, 64, {3, 300}, 0);
   run<float>(device, 20, {33, 1000}, -1);
+  sizes.assign(200, 5), sizes[20] = 3002;
+  displaced<__nv_bfloat16, float>(device, 20, sizes, 0);
 }
 
 // More work items than blocks, so that a block goes from one tensor to the next.
@@ -191,6 +259,12 @@ int main() {
       all<__half>(device);
       all<__nv_bfloat16>(device);
       all<double>(device);
+      displaced<float, float>(device, 3, {}, 0);
+      all_displaced<float>(device);
+      all_displaced<__half>(device);
+      all_displaced<__nv_bfloat16>(device);
+      all_displaced<__nv_bfloat16, float>(device);
+      all_displaced<double>(device);
       full_tables(device);
     }
     long_walks();

@@ -57,7 +57,7 @@ def dots(rows: Rows | Stacked, vector: Row) -> Tensor:
 
     Args:
         rows: T rows.
-        vector: shaped and typed like a row: a tensor, or a sequence of tensors.
+        vector: shaped and typed like a row, or float32 where the rows are bfloat16: a tensor, or a sequence of tensors.
 
     Returns:
         [T] float64.

@@ -80,6 +80,14 @@ def row_of(tensors: list[Tensor], tasks: int, stacked: bool, task: int) -> list[
     return [tensor[task] for tensor in tensors] if stacked else tensors[task * count : (task + 1) * count]
 
 
+def of_parameters(tensors: list[Tensor], tasks: int, stacked: bool, places: Sequence[int]) -> list[Tensor]:
+    """The rows of these parameters alone."""
+    if stacked:
+        return [tensors[p] for p in places]
+    count = len(tensors) // tasks
+    return [tensors[t * count + p] for t in range(tasks) for p in places]
+
+
 def row_like(tensors: list[Tensor], tasks: int, stacked: bool) -> list[Tensor]:
     """Tensors with the shapes of one row, for their shapes alone."""
     return [tensor[0] for tensor in tensors] if stacked else tensors[: len(tensors) // tasks]
@@ -135,15 +143,17 @@ def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
-def empty_like_row(part: Tensor) -> Tensor:
+def empty_like_row(part: Tensor, device: torch.device | None = None) -> Tensor:
     """Memory for a result, in the element order that `groups` takes for rows like `part`."""
-    return torch.empty_like(part, memory_format=torch.preserve_format if dense(part) else torch.contiguous_format)
+    order = torch.preserve_format if dense(part) else torch.contiguous_format
+    return torch.empty_like(part, device=device, memory_format=order)
 
 
 class Group(NamedTuple):
     """The parameters of one dtype, as a kernel takes them."""
 
     code: int
+    other_code: int  #: of the dtype of what goes with the rows
     pointers: list[int]  #: of parameter p's row t at p * tasks + t
     sizes: list[int]
     orders: list[Tensor]  #: per parameter a tensor of a row's shape and element order
@@ -151,17 +161,18 @@ class Group(NamedTuple):
     kept: list[Tensor]  #: what the pointers need alive
 
 
-def groups(tensors: list[Tensor], tasks: int, stacked: bool) -> list[Group]:
-    """Pointer tables per dtype. Rows that are not dense, or not all in one element order, are copied."""
+def groups(tensors: list[Tensor], tasks: int, stacked: bool, others: Sequence[Tensor] = ()) -> list[Group]:
+    """Pointer tables per dtype, and per dtype of `others`, which go with the rows: one tensor per parameter, if any.
+    Rows that are not dense, or not all in one element order, are copied."""
     count = len(tensors) if stacked else len(tensors) // tasks
-    places: dict[torch.dtype, list[int]] = {}
-    for p in range(count):
-        places.setdefault(tensors[p].dtype, []).append(p)
+    places: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for p, other in enumerate(others or tensors[:count]):
+        places.setdefault((tensors[p].dtype, other.dtype), []).append(p)
     make = _stacked_group if stacked else _listed_group
-    return [make(tensors, tasks, count, chosen) for chosen in places.values()]
+    return [make(tensors, tasks, count, chosen, DTYPE_CODES[other]) for (_, other), chosen in places.items()]
 
 
-def _stacked_group(tensors: list[Tensor], tasks: int, count: int, places: list[int]) -> Group:
+def _stacked_group(tensors: list[Tensor], tasks: int, count: int, places: list[int], other_code: int) -> Group:
     kept = [tensors[p] for p in places]
     orders = [tensor[0] for tensor in kept]
     for i, order in enumerate(orders):
@@ -172,17 +183,19 @@ def _stacked_group(tensors: list[Tensor], tasks: int, count: int, places: list[i
     for tensor in kept:
         start, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
         pointers += [start + t * step for t in range(tasks)]
-    return Group(DTYPE_CODES[kept[0].dtype], pointers, [order.numel() for order in orders], orders, places, kept)
+    code, sizes = DTYPE_CODES[kept[0].dtype], [order.numel() for order in orders]
+    return Group(code, other_code, pointers, sizes, orders, places, kept)
 
 
-def _listed_group(tensors: list[Tensor], tasks: int, count: int, places: list[int]) -> Group:
+def _listed_group(tensors: list[Tensor], tasks: int, count: int, places: list[int], other_code: int) -> Group:
     orders = [tensors[p] for p in places]
     kept = [tensors[t * count + p] for p in places for t in range(tasks)]
     if not all(map(Tensor.is_contiguous, kept)):
         orders = [order if dense(order) else order.contiguous() for order in orders]
         kept = [in_order_of(tensor, orders[i // tasks]) for i, tensor in enumerate(kept)]
     pointers = list(map(Tensor.data_ptr, kept))
-    return Group(DTYPE_CODES[orders[0].dtype], pointers, [order.numel() for order in orders], orders, places, kept)
+    code, sizes = DTYPE_CODES[orders[0].dtype], [order.numel() for order in orders]
+    return Group(code, other_code, pointers, sizes, orders, places, kept)
 
 
 def columns(group: Group) -> int:

@@ -187,7 +187,7 @@ def searches(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
         if vain := kept.count("none"):
             said.append(f"in {vain} {of} no alpha lowered the development loss, and nothing moved")
         if ones := kept.count("start"):
-            hint = "lower --alpha-lr, or take more --alpha-epochs"
+            hint = "take more --alpha-epochs"
             said.append(f"in {ones} {of} the search found none better than alpha = 1, which was kept; {hint}")
         for i, task in enumerate(runs[0].tasks if rounds else []):
             if absent := sum(r["sat_out"][i] for r in rounds):

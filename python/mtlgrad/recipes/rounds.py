@@ -27,10 +27,10 @@ from .weighting import Weighting
 RATE = 1e-3
 #: Steps on alphaVIL's deltas and on diw's trials: of parameters, a fresh one for each task and round.
 make_optimizer = partial(torch.optim.Adam, fused=True)
-#: Steps on alpha.
-make_alpha_optimizer = torch.optim.SGD
-#: Rows of alphaVIL's development batches, roughly: they are of equal size.
-DEVELOPMENT_ROWS = 512
+#: Steps on alpha: a few numbers and a loss without noise, for which a line search with curvature is made.
+make_alpha_optimizer = partial(torch.optim.LBFGS, lr=1.0, max_iter=10, line_search_fn="strong_wolfe")
+#: Rows of alphaVIL's development batches, at most: so that LBFGS sees one loss, all of them where memory allows it.
+DEVELOPMENT_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class AlphaVILTraining(Training):
         rows = len(self.split.validation)
         self.development = [
             (inputs, targets[self.target])
-            for inputs, targets in self.split.validation.batches(-(-rows // max(1, round(rows / DEVELOPMENT_ROWS))))
+            for inputs, targets in self.split.validation.batches(-(-rows // -(-rows // DEVELOPMENT_ROWS)))
         ]
         # A search looks at them before it, at its start, and twice an epoch, to step and to judge.
         self.looks = (2 + 2 * settings.alpha_epochs) * len(self.development)
@@ -78,7 +78,7 @@ class AlphaVILTraining(Training):
             tasks,
             self.target,
             make_optimizer=self._optimizer,
-            alpha_optimizer=partial(make_alpha_optimizer, lr=settings.alpha_lr),
+            alpha_optimizer=make_alpha_optimizer,
             alpha_epochs=settings.alpha_epochs,
             subset=self.steps,  # all that `_batches` has for a round
         )

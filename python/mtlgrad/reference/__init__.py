@@ -2,7 +2,7 @@
 
 from .adatask import adatask_adagrad, adatask_adam, adatask_rmsprop
 from .align import align
-from .combine import combine, dots, gram
+from .combine import combine, displace, dots, gram
 from .moments import binary_moments, multiclass_moments, precision_mean, regression_moments, sampled_moments
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "align",
     "binary_moments",
     "combine",
+    "displace",
     "dots",
     "gram",
     "multiclass_moments",

@@ -1,4 +1,4 @@
-"""Gram matrix, weighted sum and dot products of task gradients, in plain PyTorch.
+"""Gram matrix, weighted sums and dot products of task gradients, in plain PyTorch.
 
 A *row* is one task's gradient: a tensor, or a sequence of tensors, one per parameter. T rows of the same shapes are
 given as a sequence, or as one tensor [T, ...]. They are never concatenated.
@@ -60,3 +60,18 @@ def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
     if all(isinstance(row, Tensor) for row in rows):
         return weighted([row for row in rows if isinstance(row, Tensor)])
     return [weighted(parts) for parts in zip(*rows, strict=True)]
+
+
+def displace(base: Row, rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
+    """base + sum_t weights_t row_t, shaped and typed like base. See :func:`mtlgrad.ops.displace`."""
+
+    def displaced(part: Tensor, terms: Sequence[Tensor]) -> Tensor:
+        total = part.double()
+        for weight, term in zip(weights.double(), terms, strict=True):
+            total = total + weight * term.double()
+        return total.to(part.dtype)
+
+    if isinstance(base, Tensor):
+        return displaced(base, [row if isinstance(row, Tensor) else row[0] for row in rows])
+    listed = [[row] if isinstance(row, Tensor) else row for row in rows]
+    return [displaced(part, terms) for part, *terms in zip(base, *listed, strict=True)]
