@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import random_state
 from .buffers import Buffers, finite
 from .checks import check_clip, check_epochs, check_maker, check_min_weight, check_model, check_state
-from .deltas import Deltas, Heads, Storage, groups_of
+from .deltas import Copies, Deltas, Heads, Storage, groups_of
 from .records import Kind, Round, Stage
 from .search import MakeOptimizer, Search, made, training_mode
 from .tasks import Task, check_gradient, check_subset, checked_loss, named, sample, target_of
@@ -23,7 +23,66 @@ ALPHA_OPTIMIZER: MakeOptimizer = partial(torch.optim.SGD, lr=0.1)
 
 
 class AlphaVIL:
-    """DOC"""
+    """Trains a model for the good of one task, the target, by weighing what the training of each task does to it.
+
+    A round, :meth:`epoch`: from the same parameters theta each task t trains on w_t L_t over a sampled part of its
+    batches, which leads to theta + delta_t. Then alpha, 1 for all at first, descends the target's development loss at
+    theta + sum_t alpha_t delta_t. Then theta <- theta + sum_t alpha_t delta_t and w_t <- w_t + (alpha_t - 1).
+
+    Args:
+        model: any module.
+        tasks: names and :class:`mtlgrad.alphavil.Task`; or a list, whose tasks are called "0", "1", ...
+        target: the name or number of the task to help; it needs ``dev``.
+        make_optimizer: parameters -> the ``torch.optim.Optimizer`` for one task's training. Called for each task and
+            round, so that no state outlives a training; read :attr:`rounds` in it for a schedule. Adam's steps do not
+            depend on the size of w_t, those of SGD do.
+        alpha_optimizer: [alpha] -> the optimizer for alpha, a tensor [T] float64; called for each round. LBFGS, given
+            all development data as one batch, makes the search a line search in T directions.
+        alpha_epochs: passes over the development data, a step of alpha for each batch.
+        subset: the part of a task's batches that it trains on in a round: a fraction (1.0: all), or a number. Of a list
+            it is drawn anew in each round; of another iterable it is the beginning, so let a loader shuffle.
+        clip_alpha: (low, high) for alpha after each step.
+        min_weight: the least that a task weight falls to. Under 0 a task would train to raise its loss without bound,
+            and a weight of 0 never comes back: its delta is zero and says nothing. -inf is the paper's rule as it is.
+        include_heads: "own": alpha_t also weighs what task t made of its own head. "none": it weighs the shared
+            parameters alone, heads move by their whole delta. "all": heads are not told from shared parameters; every
+            task's optimizer is given all of them.
+        delta_storage: where the deltas are: "parameters", as and where the parameters are; "bfloat16", in half of
+            float32's memory, rounded once; "host", in pinned memory of the host, brought to the device 64 MiB at a
+            time (or a parameter's T deltas, where they are larger); "host-bfloat16", both.
+
+    Attributes: ``task_weights`` [T] float64, which may be set; ``alphas`` [T] of the last round; ``last``, its
+    :class:`mtlgrad.alphavil.Round`; ``rounds``, how many are done; ``names``.
+
+    What is the paper's (arXiv 2405.07769, its public text, as in DESIGN 4.5): that tasks are trained apart from the
+    same parameters on w_t L_t over sampled data, the alphas that start at 1 and descend the target's development loss,
+    the two updates at the end. No code was published, and the paper's optimizers, learning rates and numbers of steps
+    could not be verified: all defaults are ours. So are these rules:
+
+    - The best alpha seen is kept, judged by the whole development loss after each pass. alpha = 1 is among them, and so
+      are the parameters before the round: where all alphas are worse (``Round.kept == "none"``), parameters, buffers
+      and weights stay. So no round raises the development loss; T = 1 is a line search. A warning says so, and also
+      where the search finds none better than alpha = 1.
+    - Development losses are taken in evaluation mode, trainings in training mode: a model that is in it keeps what is
+      frozen (a BatchNorm in evaluation mode), another is put in it as a whole. Every module's mode is put back.
+    - A buffer (BatchNorm's statistics) becomes the mean over the tasks whose training changed it, one that holds no
+      floats the largest of them; the search already uses these. All trainings start from the same buffers.
+    - A task whose training comes to NaN or infinity sits the round out, with a warning, and keeps its weight.
+
+    Memory beside the model, its activations and T small tensors, with S bytes of shared parameters, H_t of head t, H of
+    all heads (bfloat16 storage halves the deltas; host storage moves them to the host):
+
+    ============================  ======================================================================================
+    deltas, from round to round   T S + H; ``include_heads="all"``: T (S + H)
+    while task t trains           + S + H (a copy of theta), its gradients S + H_t, its optimizer's state
+    during the search             + S + H (the displaced parameters, whose place their gradients take in the backward
+                                  pass), up to twice that where a network keeps its parameters longer
+    when the parameters move      + S + H
+    ============================  ======================================================================================
+
+    Errors: ``TypeError`` and ``ValueError`` in one line. A stage that raises (Ctrl-C, too) leaves model, weights and
+    random state as they were before it.
+    """
 
     def __init__(
         self,
@@ -135,8 +194,7 @@ class AlphaVIL:
             if sound:
                 self._buffers.take(changed)
         finally:
-            self._deltas.put_back(theta)
-            self._buffers.put_back(buffers)
+            self._put_back(theta, buffers)
             self.model.zero_grad(set_to_none=True)
         if not sound:
             now.sat_out.append(t)
@@ -146,6 +204,16 @@ class AlphaVIL:
             )
         now.losses.append(loss)
         return loss
+
+    def _put_back(self, theta: Copies, buffers: dict[str, Tensor]) -> None:
+        """The model as it was; from the start if Ctrl-C comes in between."""
+        try:
+            self._deltas.put_back(theta)
+            self._buffers.put_back(buffers)
+        except BaseException:
+            self._deltas.put_back(theta)
+            self._buffers.put_back(buffers)
+            raise
 
     def _descend(self, t: int) -> float:
         name, weight = self.names[t], float(self.task_weights[t])
@@ -201,8 +269,7 @@ class AlphaVIL:
                 self._deltas.move(now.alphas.to(self._deltas.device), now.sat_out)
                 self._buffers.move()
             except BaseException:
-                self._deltas.put_back(theta)
-                self._buffers.put_back(buffers)
+                self._put_back(theta, buffers)
                 raise
             # What is below the least weight already, since somebody has set it so, may stay there.
             least = self.task_weights.clamp(max=self.min_weight)
@@ -223,7 +290,9 @@ class AlphaVIL:
     def state_dict(self) -> dict[str, Any]:
         """All but the model, whose own ``state_dict()`` belongs beside it; ``torch.load(weights_only=True)`` reads it.
 
-        In the middle of a round it holds the deltas there are, by reference: save it before going on.
+        In the middle of a round it holds the deltas there are, by reference: save it before going on. The random state
+        in it is that of torch, numpy, Python and of the generators that loaders were given; workers that outlive a pass
+        (``persistent_workers``) and generators inside losses and data sets are beyond its reach.
         """
         middle = self._round is not None
         return {

@@ -87,6 +87,8 @@ class _Displace(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         weights, *tensors = ctx.saved_tensors
         flat, places = ctx.form._replace(tensors=tensors), [p for p, g in enumerate(gradients) if g is not None]
+        # Embeddings may give sparse ones.
+        gradients = tuple(g if g is None or g.layout == torch.strided else g.to_dense() for g in gradients)
         given = [g for g in gradients if g is not None]
         for_weights = None
         if ctx.needs_input_grad[2] and places:
