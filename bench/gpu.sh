@@ -37,9 +37,9 @@ export CMAKE_ARGS="-DMTLGRAD_REQUIRE_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=${capabi
 
 part build 150 3 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index .
 part info 30 20 "$python" -c 'import mtlgrad; [print(*item) for item in mtlgrad.build_info().items()]'
-chosen=${GPU_TESTS:-cuda or moments or bayesagg or combine or align or jacobian or adatask or optim}
+chosen=${GPU_TESTS:-cuda or moments or bayesagg or combine or displace or align or jacobian or adatask or optim or alphavil}
 part tests 120 5 "$python" -m pytest -q -k "$chosen" tests
-for stem in ${GPU_STEMS:-combine adatask step moments}; do
+for stem in ${GPU_STEMS:-combine adatask step alphavil moments}; do
   part "bench_$stem" 150 400 "$python" -m "bench.bench_$stem" --device cuda --results "$out" --rounds 30 --seconds 3
 done
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)

@@ -273,3 +273,9 @@ print(memory.measure(Case("o", "s", lambda small: work), "x"))
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
     assert 39 < float(done.stdout) < 46  # 40 MB and a little
+
+
+def test_quick_run_of_the_alphavil_benchmark(tmp_path: Path) -> None:
+    rows = quick_rows("alphavil", tmp_path)
+    expected = {"forward, backward", "mtlgrad alpha step", "torch alpha step"}
+    assert contenders(rows, "alpha step resnet-18") == expected

@@ -45,6 +45,16 @@ def check_min_weight(weight: Any) -> None:
         )
 
 
+def checked_weights(weights: Any, tasks: int) -> Tensor:
+    try:
+        found = torch.as_tensor(weights).detach().to("cpu", torch.float64, copy=True)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.shape != (tasks,) or not found.isfinite().all():
+        raise ValueError(f"AlphaVIL: task_weights: expected {tasks} finite numbers, one a task, found {weights!r}")
+    return found
+
+
 KEYS = (
     *("tasks", "target", "rounds", "task_weights", "last", "round", "stage"),
     *("deltas", "buffers", "search", "random"),

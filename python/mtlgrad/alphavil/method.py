@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import random_state
 from .buffers import Buffers, finite
-from .checks import check_clip, check_epochs, check_maker, check_min_weight, check_model, check_state
+from .checks import check_clip, check_epochs, check_maker, check_min_weight, check_model, check_state, checked_weights
 from .deltas import Copies, Deltas, Heads, Storage, groups_of
 from .records import Kind, Round, Stage
 from .search import MakeOptimizer, Search, made, training_mode
@@ -117,7 +117,7 @@ class AlphaVIL:
         self._search = Search(model, self._tasks[name], name, self._buffers, alpha_optimizer, clip_alpha)
         sources = [source for task in self._tasks.values() for source in (task.train, task.dev)]
         self._generators = random_state.generators_of(sources)
-        self.task_weights = torch.ones(len(self.names), dtype=torch.float64)
+        self._task_weights = torch.ones(len(self.names), dtype=torch.float64)
         self.rounds = 0
         self.last: Round | None = None
         self._round: Round | None = None
@@ -127,6 +127,15 @@ class AlphaVIL:
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         groups = groups_of(self.model, self._tasks, self.target, self.include_heads)
         self._deltas = Deltas(groups, self.delta_storage)
+
+    @property
+    def task_weights(self) -> Tensor:
+        """[T] float64; may be set, to anything that torch.as_tensor takes."""
+        return self._task_weights
+
+    @task_weights.setter
+    def task_weights(self, weights: Any) -> None:
+        self._task_weights = checked_weights(weights, len(self.names))
 
     @property
     def alphas(self) -> Tensor:
@@ -272,8 +281,8 @@ class AlphaVIL:
                 self._put_back(theta, buffers)
                 raise
             # What is below the least weight already, since somebody has set it so, may stay there.
-            least = self.task_weights.clamp(max=self.min_weight)
-            self.task_weights.copy_(torch.maximum(self.task_weights + (now.alphas - 1.0), least))
+            least = self._task_weights.clamp(max=self.min_weight)
+            self._task_weights = torch.maximum(self._task_weights + (now.alphas - 1.0), least)
             if now.kept == "start" and now.searched:
                 said.append(
                     f"{target}: expected the search to lower its development loss, found none lower than at alpha = 1, "
@@ -316,7 +325,7 @@ class AlphaVIL:
         self._buffers.load_state_dict(state["buffers"])
         self._search.load_state_dict(state["search"], self._deltas.device)
         self.rounds, self._stage = state["rounds"], state["stage"]
-        self.task_weights = state["task_weights"].to("cpu", torch.float64, copy=True)
+        self.task_weights = state["task_weights"]
         self.last, self._round = (
             None if state[key] is None else Round.from_state(state[key]) for key in ("last", "round")
         )

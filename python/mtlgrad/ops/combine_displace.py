@@ -88,7 +88,7 @@ class _Displace(torch.autograd.Function):
         weights, *tensors = ctx.saved_tensors
         flat, places = ctx.form._replace(tensors=tensors), [p for p, g in enumerate(gradients) if g is not None]
         # Embeddings may give sparse ones.
-        gradients = tuple(g if g is None or g.layout == torch.strided else g.to_dense() for g in gradients)
+        gradients = tuple(g.to_dense() if g is not None and g.is_sparse else g for g in gradients)
         given = [g for g in gradients if g is not None]
         for_weights = None
         if ctx.needs_input_grad[2] and places:
