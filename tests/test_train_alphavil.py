@@ -54,8 +54,9 @@ def run(tmp_path, small, monkeypatch):
 
 @pytest.fixture
 def wide(monkeypatch):
-    """Several development batches, although there is little data."""
+    """Several development batches, although there is little data, and a search that stands their noise."""
     monkeypatch.setattr(rounds, "DEVELOPMENT_ROWS", 50)
+    monkeypatch.setattr(rounds, "make_alpha_optimizer", partial(torch.optim.SGD, lr=0.1))
 
 
 #: 990 training rows: ten batches an epoch, in four rounds of two or three.

@@ -81,6 +81,8 @@ class AlphaVILTraining(Training):
             alpha_optimizer=make_alpha_optimizer,
             alpha_epochs=settings.alpha_epochs,
             subset=self.steps,  # all that `_batches` has for a round
+            # The other tasks' heads keep up with what their own trainings make of them, and can go on being judged.
+            include_heads="none",
         )
 
     def method(self) -> type[Weighting]:
