@@ -35,7 +35,7 @@ def test_a_planted_noise_task_ends_with_the_least_weight(seed: int) -> None:
     model = nn.ModuleDict({"trunk": nn.Sequential(nn.Linear(20, 32), nn.Tanh())})
     for name in ("target", "helper", "noise"):
         model[name] = nn.Linear(32, 1)
-        # Heads that start alike: with random ones, a helper's first steps may lead away from what the target's head reads.
+        # Heads start alike: with random ones, a helper's first steps may lead away from what the target's head reads.
         model[name].load_state_dict(model["target"].state_dict())
 
     def loss(name: str) -> Any:

@@ -20,17 +20,18 @@ from torch import nn
 import mtlgrad
 from mtlgrad.alphavil import Task
 
-tasks, storage, heads, momentum = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
+tasks, storage, include, momentum = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
 
 def vil(width):
     shared = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(16)])
-    model = nn.ModuleDict({"shared": shared, **{f"h{t}": nn.Linear(width, 2 * width, bias=False) for t in range(tasks)}})
+    heads = {f"h{t}": nn.Linear(width, 2 * width, bias=False) for t in range(tasks)}
+    model = nn.ModuleDict({"shared": shared, **heads})
     batch = [torch.randn(2, width)]
     own = [Task(batch, lambda m, x, t=t: m[f"h{t}"](m["shared"](x)).square().mean(), batch, model[f"h{t}"])
            for t in range(tasks)]
     make = lambda ps: torch.optim.SGD(ps, 1e-3, momentum=momentum)
     made = mtlgrad.AlphaVIL(model, own, 0, make_optimizer=make, alpha_epochs=1, delta_storage=storage,
-                            include_heads=heads)
+                            include_heads=include)
     return made
 
 def resident(field):

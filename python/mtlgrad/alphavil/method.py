@@ -42,8 +42,8 @@ class AlphaVIL:
         subset: the part of a task's batches that it trains on in a round: a fraction (1.0: all), or a number. Of a list
             it is drawn anew in each round; of another iterable it is the beginning, so let a loader shuffle.
         clip_alpha: (low, high) for alpha after each step.
-        min_weight: the least that a task weight falls to. Under 0 a task would train to raise its loss without bound,
-            and a weight of 0 never comes back: its delta is zero and says nothing. -inf is the paper's rule as it is.
+        min_weight: a task whose weight has become negative trains on min_weight L_t instead: else it would train to
+            raise its loss, which has no bound. -inf is the paper's rule as it is.
         include_heads: "own": alpha_t also weighs what task t made of its own head. "none": it weighs the shared
             parameters alone, heads move by their whole delta. "all": heads are not told from shared parameters; every
             task's optimizer is given all of them.
@@ -226,6 +226,7 @@ class AlphaVIL:
 
     def _descend(self, t: int) -> float:
         name, weight = self.names[t], float(self.task_weights[t])
+        weight = weight if weight >= 0.0 else max(weight, self.min_weight)
         task, optimizer = self._tasks[name], made("make_optimizer", self.make_optimizer, self._deltas.trained_by(t))
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("AlphaVIL: make_optimizer: expected one whose step needs no closure, found LBFGS; take SGD")
@@ -280,9 +281,7 @@ class AlphaVIL:
             except BaseException:
                 self._put_back(theta, buffers)
                 raise
-            # What is below the least weight already, since somebody has set it so, may stay there.
-            least = self._task_weights.clamp(max=self.min_weight)
-            self._task_weights = torch.maximum(self._task_weights + (now.alphas - 1.0), least)
+            self._task_weights = self._task_weights + (now.alphas - 1.0)
             if now.kept == "start" and now.searched:
                 said.append(
                     f"{target}: expected the search to lower its development loss, found none lower than at alpha = 1, "
