@@ -217,6 +217,20 @@ def test_a_weight_of_zero(inner: str) -> None:
     assert math.isfinite(found.losses[1])
 
 
+@pytest.mark.parametrize("least", [0.01, 0.0, 1.0, -0.25, -math.inf])
+def test_weights_below_zero(least: float) -> None:
+    """They stay what they are; trainings take the least weight instead. One above zero is taken as it is."""
+    case = Case(dtype=torch.float64)
+    vil, literal = case.vil(min_weight=least), Literal(case, min_weight=least)
+    literal.weights = {"size": 1.0, "kind": -0.5, "marks": 0.001}
+    vil.task_weights = list(literal.weights.values())  # type: ignore[assignment]
+    for _ in range(2):
+        found = epoch(vil)
+        literal.round(case.trained_on())
+        literal.compare(vil, found, 1e-12)
+    assert vil.task_weights[1] < 0.0
+
+
 # ---- development losses that are no numbers -------------------------------------------------------------------------
 
 

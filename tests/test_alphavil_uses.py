@@ -275,9 +275,11 @@ def test_weights_set_by_the_user() -> None:
     assert vil.task_weights.tolist() == [2.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    "weights", [[1.0, 0.5, 0.25], torch.ones(2), torch.ones(4), torch.ones(1), torch.tensor(1.0), None]
-)
+WEIGHTS: list[Any] = [[1.0, 0.5, 0.25], torch.ones(2), torch.ones(4), torch.ones(60), torch.ones(1), torch.tensor(1.0)]
+WEIGHTS += [torch.ones(3, 1), [1.0, math.nan, 1.0], [1.0, math.inf, 1.0], "111", None]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda v: str(v)[:12])
 def test_weights_that_do_not_fit(weights: Any) -> None:
     """Taken for what they are, or refused in words before anything is trained."""
     case = Case()
@@ -290,7 +292,7 @@ def test_weights_that_do_not_fit(weights: Any) -> None:
         assert not case.diary
         assert same(values(case.model), before)
     else:
-        assert isinstance(weights, list)
+        assert weights is WEIGHTS[0]
         assert vil.task_weights.shape == (3,)
 
 

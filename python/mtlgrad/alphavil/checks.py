@@ -47,7 +47,7 @@ def check_min_weight(weight: Any) -> None:
 
 def checked_weights(weights: Any, tasks: int) -> Tensor:
     try:
-        found = torch.as_tensor(weights).detach().to("cpu", torch.float64, copy=True)
+        found = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.shape != (tasks,) or not found.isfinite().all():
