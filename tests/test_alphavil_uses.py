@@ -273,6 +273,10 @@ def test_weights_set_by_the_user() -> None:
     vil.task_weights.mul_(2.0)
     epoch(vil)
     assert vil.task_weights.tolist() == [2.0, 0.0, 0.0]
+    mine = torch.ones(3, dtype=torch.float64)
+    vil.task_weights = mine
+    mine.zero_()
+    assert vil.task_weights.tolist() == [1.0, 1.0, 1.0]
 
 
 WEIGHTS: list[Any] = [[1.0, 0.5, 0.25], torch.ones(2), torch.ones(4), torch.ones(60), torch.ones(1), torch.tensor(1.0)]

@@ -51,7 +51,10 @@ def checked_weights(weights: Any, tasks: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.shape != (tasks,) or not found.isfinite().all():
-        raise ValueError(f"AlphaVIL: task_weights: expected {tasks} finite numbers, one a task, found {weights!r}")
+        shown = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) and weights.dim() != 1 else f"{weights!r}"
+        if len(shown) > 80:
+            shown = f"{len(weights)} of them"
+        raise ValueError(f"AlphaVIL: task_weights: expected {tasks} finite numbers, one a task, found {shown}")
     return found
 
 
