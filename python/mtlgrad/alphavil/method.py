@@ -76,7 +76,8 @@ class AlphaVIL:
     deltas, from round to round   T S + H; ``include_heads="all"``: T (S + H)
     while task t trains           + S + H (a copy of theta), its gradients S + H_t, its optimizer's state
     during the search             + S + H (the displaced parameters, whose place their gradients take in the backward
-                                  pass), up to twice that where a network keeps its parameters longer
+                                  pass; the first of these comes before any is let go), up to twice that where a
+                                  network keeps its parameters longer
     when the parameters move      + S + H
     ============================  ======================================================================================
 
