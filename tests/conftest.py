@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from ranks import Pool
 from simt.build import build
 
 from mtlgrad.ops import _kernels
@@ -49,3 +50,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Pool]:
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Pool]:
+    pool = Pool(4)
+    yield pool
+    pool.close()

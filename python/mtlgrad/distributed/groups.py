@@ -1,0 +1,103 @@
+"""Which ranks train together, and the process groups that this package communicates on.
+
+Collectives run on a group of this package's own with the same members: those of a backward pass may then fall between
+DDP's buckets, which are not in step with them from rank to rank.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Ranks(NamedTuple):
+    """Who trains together. Constants alone, so that it may appear where torch.compile traces."""
+
+    name: str  #: of the group of this package's own, for :func:`group_of`
+    size: int
+    rank: int  #: this process's, in the group
+
+
+_given: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_own: dict[str, tuple[Any, Any]] = {}  # by the name of the user's group: that group (weakly), and ours
+_by_name: dict[str, Any] = {}
+
+
+def name_of(op: str, process_group: ProcessGroup | None) -> str | None:
+    """What modules keep of a ``process_group`` argument: modules are copied and pickled, groups cannot be."""
+    if process_group is None:
+        return None
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        found = type(process_group).__name__
+        if process_group == getattr(dist, "GroupMember", Any).NON_GROUP_MEMBER:
+            found = "that of ranks outside it (torch.distributed.new_group returns it to them)"
+        raise TypeError(f"{op}: process_group: expected a torch.distributed process group, found {found}")
+    _given[process_group.group_name] = process_group
+    return str(process_group.group_name)
+
+
+@torch.compiler.assume_constant_result
+def ranks_of(name: str | None) -> Ranks | None:
+    """The ranks of the group with this name (:func:`name_of`), None: of all; None where there is but one rank, or
+    torch.distributed was not initialised.
+
+    All members must call it the first time (for it makes the group), as they do when they take the same steps.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = dist.group.WORLD if name is None else _given.get(name)
+    if group is None:
+        raise RuntimeError(
+            f"process_group: expected a group that still exists, found {name!r}, which was destroyed or belongs to "
+            "another process; make the module with one of this process"
+        )
+    if group.size() == 1:
+        return None
+    known = _own.get(group.group_name)
+    if known is None or known[0]() is not group:
+        own = _twin(group)
+        known = _own[group.group_name] = (weakref.ref(group), own)
+        _by_name[own.group_name] = own
+    return Ranks(str(known[1].group_name), group.size(), group.rank())
+
+
+def _twin(group: Any) -> Any:
+    # Without the barrier of all ranks that new_group otherwise needs: members are the only ones to come here.
+    return dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=_timeout(group),
+        backend=dist.distributed_c10d.get_backend_config(group),
+        use_local_synchronization=True,
+        group_desc="mtlgrad",
+    )
+
+
+def _timeout(group: Any) -> Any:
+    """new_group would take the default, and a rank that dies be noticed half an hour later."""
+    for device in ("cpu", "cuda"):
+        try:
+            return group._get_backend(torch.device(device)).options._timeout
+        except (RuntimeError, AttributeError):
+            continue
+    return None
+
+
+def group_named(name: str) -> Any:
+    return _by_name[name]
+
+
+def group_of(ranks: Ranks) -> Any:
+    return _by_name[ranks.name]
+
+
+def control_device(ranks: Ranks, like: torch.device) -> torch.device:
+    """Where numbers that the host reads at once travel: on the host, where the group can, so that no device waits."""
+    config = dist.distributed_c10d.get_backend_config(group_of(ranks))
+    return torch.device("cpu") if "cpu:" in config else like
+

@@ -1,0 +1,109 @@
+"""global_means, average_jacobians, and the groups that collectives run on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Pool
+
+import mtlgrad
+from mtlgrad.distributed import average_jacobians, global_means
+from mtlgrad.distributed.collectives import Averaging, gather_numbers, gather_rows
+from mtlgrad.distributed.groups import name_of, ranks_of
+
+
+def means(counts: list[list[int]]) -> list[float]:
+    own = counts[dist.get_rank()]
+    values = [(torch.arange(n, dtype=torch.float64) + 10 * dist.get_rank()).requires_grad_() for n in own]
+    losses = global_means(values)
+    torch.stack(losses).sum().backward()
+    for value, column in zip(values, zip(*counts)):
+        torch.testing.assert_close(
+            value.grad, torch.full_like(value, dist.get_world_size() / max(sum(column), 1)), rtol=1e-15, atol=0
+        )
+    return [float(loss.detach()) for loss in losses]
+
+
+@pytest.mark.parametrize("counts", [[[4, 2, 0], [4, 3, 0]], [[5, 0, 1], [1, 2, 1]]])
+def test_global_means(two_ranks: Pool, counts: list[list[int]]) -> None:
+    found = two_ranks(means, counts)
+    for t in range(3):
+        values = [i + 10.0 * r for r in range(2) for i in range(counts[r][t])]
+        expected = sum(values) / len(values) if values else 0.0
+        assert sum(loss[t] for loss in found) / 2 == pytest.approx(expected, rel=1e-14)
+
+
+def test_global_means_of_one_process() -> None:
+    found = global_means({"a": torch.tensor([1.0, 3.0]), "b": torch.empty(0)})
+    assert {name: float(value) for name, value in found.items()} == {"a": 2.0, "b": 0.0}
+    with pytest.raises(TypeError, match="values: expected tensors, found NoneType for task 1"):
+        global_means([torch.ones(2), None])  # type: ignore[list-item]
+
+
+def rows() -> None:
+    ranks = ranks_of(None)
+    assert ranks is not None
+    assert ranks.size == dist.get_world_size()
+    assert ranks.rank == dist.get_rank()
+    count = 3 * ranks.rank
+    counts = [row[0] for row in gather_numbers([count], ranks, torch.device("cpu"))]
+    assert counts == [3 * r for r in range(ranks.size)]
+    every = gather_rows(torch.full((count, 2), float(ranks.rank)), counts, ranks)
+    assert every[:, 0].tolist() == [float(r) for r in range(ranks.size) for _ in range(3 * r)]
+    # more than a bucket, several dtypes, not contiguous, empty, scalar
+    tensors = [torch.full(s, float(ranks.rank)) for s in ((9_000_000,), (7, 3), (0,), (), (5,))]
+    tensors += [torch.full((4, 6), float(ranks.rank)).t(), torch.full((3,), float(ranks.rank), dtype=torch.float64)]
+    averaging = Averaging(ranks)
+    averaging.add(tensors)
+    averaging.wait()
+    for tensor in tensors:
+        assert torch.equal(tensor, torch.full_like(tensor, (ranks.size - 1) / 2))
+
+
+def test_collectives(two_ranks: Pool, four_ranks: Pool) -> None:
+    two_ranks(rows)
+    four_ranks(rows)
+
+
+def groups() -> None:
+    first, second = ranks_of(None), ranks_of(None)
+    assert first == second
+    assert first is not None
+    assert first.name != dist.group.WORLD.group_name
+    alone, _ = dist.new_subgroups(group_size=1)
+    assert ranks_of(name_of("test", alone)) is None
+    pair, _ = dist.new_subgroups(group_size=2)
+    found = ranks_of(name_of("test", pair))
+    assert found is not None
+    assert (found.size, found.rank) == (2, dist.get_rank() % 2)
+    from mtlgrad.distributed.groups import group_of
+
+    backend = torch.device("cpu")
+    world = dist.group.WORLD._get_backend(backend).options._timeout
+    assert group_of(first)._get_backend(backend).options._timeout == world
+    with pytest.raises(TypeError, match="process_group: expected a torch.distributed process group, found str"):
+        mtlgrad.AlignedMTL(2, process_group="world")  # type: ignore[arg-type]
+
+
+def test_groups(four_ranks: Pool) -> None:
+    four_ranks(groups)
+
+
+def jacobians() -> float:
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.jac = torch.full((2, 3), float(dist.get_rank()))  # type: ignore[attr-defined]
+    aligned = mtlgrad.AlignedMTL(2)
+    optimizer = mtlgrad.optim.AdaTaskAdam([p], num_tasks=2)
+    for use in (lambda: aligned.merge([p]), optimizer.step):
+        with pytest.raises(RuntimeError, match="expected .jac that is the mean over the 2 ranks, found this rank's"):
+            use()
+    average_jacobians([p, torch.nn.Parameter(torch.zeros(1))])
+    average_jacobians([p])  # once is enough
+    optimizer.step()
+    aligned.merge([p], retain_jac=True)
+    return float(p.jac[1, 2])
+
+
+def test_jacobians_of_one_rank_are_refused(two_ranks: Pool) -> None:
+    assert two_ranks(jacobians) == [0.5, 0.5]
