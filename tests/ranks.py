@@ -6,6 +6,7 @@ every rank of a gloo group and return the ranks' results. Functions are those of
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import multiprocessing
@@ -15,12 +16,13 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 TIMEOUT = 120.0  # seconds for a call, on a busy machine
@@ -111,6 +113,27 @@ class Pool:
             process.kill()
             process.join()
         self._workers.clear()
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes that this rank gives to collectives called from Python, by collective (DDP's own are called from C++)."""
+    found: dict[str, int] = {}
+
+    def wrap(name: str, position: int) -> Callable[..., Any]:
+        original = getattr(torch.distributed, name)
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            given = arguments[position]
+            found[name] = found.get(name, 0) + given.numel() * given.element_size()
+            return original(*arguments, **settings)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, position in (("all_reduce", 0), ("all_gather", 1), ("broadcast", 0)):
+            patch.setattr(torch.distributed, name, wrap(name, position))
+        yield found
 
 
 def free_port() -> int:

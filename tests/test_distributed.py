@@ -82,7 +82,7 @@ def groups() -> None:
     backend = torch.device("cpu")
     world = dist.group.WORLD._get_backend(backend).options._timeout
     assert group_of(first)._get_backend(backend).options._timeout == world
-    with pytest.raises(TypeError, match="process_group: expected a torch.distributed process group, found str"):
+    with pytest.raises(TypeError, match=r"process_group: expected a torch.distributed process group, found str"):
         mtlgrad.AlignedMTL(2, process_group="world")  # type: ignore[arg-type]
 
 
@@ -96,7 +96,7 @@ def jacobians() -> float:
     aligned = mtlgrad.AlignedMTL(2)
     optimizer = mtlgrad.optim.AdaTaskAdam([p], num_tasks=2)
     for use in (lambda: aligned.merge([p]), optimizer.step):
-        with pytest.raises(RuntimeError, match="expected .jac that is the mean over the 2 ranks, found this rank's"):
+        with pytest.raises(RuntimeError, match=r"expected \.jac that is the mean over the 2 ranks, found this rank's"):
             use()
     average_jacobians([p, torch.nn.Parameter(torch.zeros(1))])
     average_jacobians([p])  # once is enough

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .distributed.collectives import Averaging, sum_
+from .distributed.groups import Ranks, name_of, ranks_of
+from .distributed.jacobians import check_averaged
+from .distributed.shards import by_groups, is_sharded, like_sharded, local, sum_over
 from .jacobian import Losses, named_losses, parameter_list
 from .ops.align import SCALES, AlignResult, Scale, empty_result
-from .ops.rows import Rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AlignedMTL(nn.Module):
@@ -39,6 +45,10 @@ class AlignedMTL(nn.Module):
         rtol: eigenvalues of the Gram matrix below rtol times the largest are taken for zero (default T x 1.2e-7).
         check_finite: raises ``ValueError`` naming the task whose gradient has NaN or infinity; this reads from the
             device. Without it the merged gradient is NaN.
+        process_group: the ranks that train together; all, if not given and torch.distributed is initialised. The
+            alignment is then that of the gradients of all ranks' examples, as one process would make it: the layer and
+            ``weigh(losses, features)`` sum the ranks' Gram matrices, T x T numbers; ``merge`` needs nothing for
+            ``.jac`` that :func:`mtlgrad.task_backward` left, which is the mean already.
 
     After each use, float64 (the rank int64), on the gradients' device, unread by the host (None before the first use,
     NaN between the layer's first forward and its backward; in a forward without gradients there is no use):
@@ -60,6 +70,7 @@ class AlignedMTL(nn.Module):
         *,
         rtol: float | None = None,
         check_finite: bool = False,
+        process_group: ProcessGroup | None = None,
     ):
         super().__init__()
         if num_tasks < 1:
@@ -72,6 +83,7 @@ class AlignedMTL(nn.Module):
         self.scale_heads = scale_heads
         self.rtol = rtol
         self.check_finite = check_finite
+        self._group = name_of("AlignedMTL", process_group)
         # Not buffers, which .half() would round. Operators write in place, as torch.compile and CUDA graphs need.
         # Here, and not at the first use: what a traced forward creates, its backward could not write to.
         self._used = False
@@ -106,8 +118,10 @@ class AlignedMTL(nn.Module):
         In the backward the T gradients that arrive meet here, and their aligned sum goes on into the backbone. A view
         that no loss uses has a zero gradient. In evaluation, or without gradients, the views are all there is.
 
+        Under data parallelism every rank must take part in the backward, even one whose losses are all zero.
+
         Args:
-            features: [B, ...], any floating dtype.
+            features: [B, ...], any floating dtype; of several ranks each its own part of the batch.
         """
         if self.scale_heads:
             raise RuntimeError(
@@ -121,7 +135,7 @@ class AlignedMTL(nn.Module):
         if not (torch.is_grad_enabled() and features.requires_grad):
             return tuple(features.view_as(features) for _ in range(self.num_tasks))
         self._use(features.device)
-        return _Views.apply(features, self)
+        return _Views.apply(features, self, ranks_of(self._group))
 
     def _apply(self, fn: Any, recurse: bool = True) -> AlignedMTL:
         super()._apply(fn, recurse)
@@ -146,9 +160,19 @@ class AlignedMTL(nn.Module):
             self._prepare(device)
         self._used = True
 
-    def _merge(self, rows: Rows | ops.Stacked) -> Any:
-        options: dict[str, Any] = {"check_finite": self.check_finite, "result": self._result}
-        return ops.merge(rows, self._preference, self.scale, self.rtol, **options)[0]
+    def _merge(self, rows: list[Tensor] | ops.Stacked, ranks: Ranks | None = None) -> Any:
+        """The aligned sum of the rows; with ranks, which have other columns of G each, this rank's columns of it."""
+        if ranks is None:
+            options: dict[str, Any] = {"check_finite": self.check_finite, "result": self._result}
+            return ops.merge(rows, self._preference, self.scale, self.rtol, **options)[0]
+        self._align(ops.gram(rows), ranks)
+        return ops.combine(rows, self._result.weights)
+
+    def _align(self, gram: Tensor, ranks: Ranks | None) -> None:
+        if ranks is not None:
+            # Gradients are averaged over the ranks later on, so every rank's are W times its part of the batch's.
+            gram = sum_(gram, ranks) / ranks.size**2
+        ops.align(gram, self._preference, self.scale, self.rtol, check_finite=self.check_finite, out=self._result)
 
     @torch.no_grad()
     def merge(
@@ -163,7 +187,9 @@ class AlignedMTL(nn.Module):
         All the parameters are aligned as one system. Those without ``.jac`` are left alone.
 
         Args:
-            parameters: leaves with ``.jac`` [T, *shape], of :func:`mtlgrad.task_backward` or TorchJD.
+            parameters: leaves with ``.jac`` [T, *shape], of :func:`mtlgrad.task_backward` or TorchJD (under data
+                parallelism: after :func:`mtlgrad.distributed.average_jacobians`). Of parameters that ``fully_shard``
+                shards every rank merges its own shards, with one all-reduce of T x T numbers.
             retain_jac: keeps ``.jac``.
             heads: with ``scale_heads``, for each task its head's parameters; their ``.grad`` is multiplied by the
                 task's weight.
@@ -184,17 +210,32 @@ class AlignedMTL(nn.Module):
                     f"AlignedMTL.merge: parameters: expected .jac of shape {[self.num_tasks, *p.shape]}, "
                     f"found {list(p.jac.shape)}"
                 )
+        check_averaged("AlignedMTL.merge", [p.jac for p in wanted], ranks_of(self._group))
         listed = [] if heads is None else self._listed(heads, wanted)
-        rows = ops.Stacked([p.jac for p in wanted])
         self._use(wanted[0].device)
-        for p, gradient in zip(wanted, self._merge(rows), strict=True):
-            p.grad = gradient.to(p.dtype) if p.grad is None else p.grad.add_(gradient)
+        for p, gradient in zip(wanted, self._merge_shards(wanted), strict=True):
+            gradient = gradient.to(p.dtype)
+            if p.grad is None:
+                p.grad = like_sharded(gradient, p) if is_sharded(p) else gradient
+            else:
+                local(p.grad).add_(gradient)
             if not retain_jac:
                 del p.jac
         for head, weight in zip(listed, self._result.weights):
             for p in head:
                 if p.grad is not None:
-                    p.grad.mul_(weight.to(p.grad.dtype))
+                    local(p.grad).mul_(weight.to(p.grad.dtype))
+
+    def _merge_shards(self, parameters: list[Any]) -> Any:
+        rows = [local(p.jac) for p in parameters]
+        groups = by_groups(parameters)
+        if not any(groups):
+            return self._merge(ops.Stacked(rows))
+        gram = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64, device=rows[0].device)
+        for shared, places in groups.items():
+            gram += sum_over(ops.gram(ops.Stacked([rows[i] for i in places])), shared)
+        self._align(gram, None)
+        return ops.combine(ops.Stacked(rows), self._result.weights)
 
     def _listed(self, heads: Sequence[Iterable[Tensor]], shared: Sequence[Tensor]) -> list[list[Tensor]]:
         listed = [list(head) for head in heads]
@@ -215,6 +256,8 @@ class AlignedMTL(nn.Module):
         Args:
             losses: one scalar a task, in a sequence or a dict; None for an absent task: a zero gradient.
             shared: the shared parameters; or the features, for the upper-bound form: T passes through the heads alone.
+                Under data parallelism what is an ``nn.Parameter`` counts as the same on all ranks (T gradients of it
+                are averaged), anything else as features, of which every rank has its own.
 
         Returns:
             [T], in the losses' dtype, without gradient. The graph is kept; ``.grad`` and ``.jac`` are not touched. T
@@ -227,15 +270,31 @@ class AlignedMTL(nn.Module):
         wanted = [tensor for tensor in dict.fromkeys(listed) if tensor.requires_grad]
         if not wanted:
             raise ValueError("AlignedMTL.weigh: shared: expected a tensor that requires a gradient, found none")
+        if any(map(is_sharded, wanted)):
+            raise ValueError(
+                "AlignedMTL.weigh: shared: expected features, or parameters that are not sharded (fully_shard), found "
+                "shards, whose gradients exist in whole backward passes alone; use task_backward and merge"
+            )
+        ranks = ranks_of(self._group)
+        own = [isinstance(tensor, nn.Parameter) for tensor in wanted]
+        if ranks is not None and any(own) and not all(own):
+            raise ValueError("AlignedMTL.weigh: shared: expected parameters, or features, found both")
         rows = [
             [torch.zeros_like(tensor) for tensor in wanted]
             if loss is None or not loss.requires_grad
             else torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
             for loss in values
         ]
+        if ranks is not None and all(own):
+            # Clones: gradients may share memory, as those of a sum do.
+            rows = [[gradient.clone() for gradient in row] for row in rows]
+            averaging = Averaging(ranks)
+            averaging.add([gradient for row in rows for gradient in row])
+            averaging.wait()
+            ranks = None
         self._use(wanted[0].device)
-        gram = ops.gram(rows, check_finite=self.check_finite)
-        weights = ops.align(gram, self._preference, self.scale, self.rtol, out=self._result).weights
+        self._align(ops.gram(rows, check_finite=self.check_finite and ranks is None), ranks)
+        weights = self._result.weights
         dtypes = [loss.dtype for loss in values if loss is not None]
         return weights.to(dtypes[0] if dtypes else torch.get_default_dtype(), copy=True)
 
@@ -253,19 +312,19 @@ def _checked_preference(preference: Tensor | Sequence[float] | None, tasks: int)
 
 class _Views(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, module: AlignedMTL) -> tuple[Tensor, ...]:
-        ctx.module = module
+    def forward(ctx: Any, features: Tensor, module: AlignedMTL, ranks: Ranks | None) -> tuple[Tensor, ...]:
+        ctx.module, ctx.ranks = module, ranks
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtype, ctx.device = features.shape, features.dtype, features.device
         return tuple(features.view_as(features) for _ in range(module.num_tasks))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        if all(gradient is None for gradient in gradients):
-            return None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if ctx.ranks is None and all(gradient is None for gradient in gradients):
+            return None, None, None
         rows = [
             torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device) if gradient is None else gradient
             for gradient in gradients
         ]
-        return ctx.module._merge(rows), None
+        return ctx.module._merge(rows, ctx.ranks), None, None

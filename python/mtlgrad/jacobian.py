@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from .distributed.collectives import Averaging, average_present, check_same
+from .distributed.groups import Ranks, name_of, ranks_of
+from .distributed.jacobians import check_averaged, mark_averaged
+from .distributed.shards import is_sharded, like_sharded, local
 from .ops.rows import dense
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
@@ -63,6 +70,7 @@ def task_backward(
     *,
     features: Tensor | Sequence[Tensor] | None = None,
     retain_graph: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> None:
     """Back-propagates every task's loss: shared parameters get ``.jac``, all others (the heads) ``.grad`` as usual.
 
@@ -78,61 +86,118 @@ def task_backward(
             reach the shared parameters through them alone. Every head is then passed back once, to the features, and
             the backbone T times; without it the whole graph is, T times.
         retain_graph: keeps the graph for another backward.
+        process_group: the ranks that train together; all, if not given and torch.distributed is initialised. What this
+            call adds to ``.jac`` and to the heads' ``.grad`` is then the mean over them, as
+            ``DistributedDataParallel`` would make it: wrap forward and this call in its ``no_sync()``. A task's rows
+            travel while the next task's pass runs. A task without labels on one rank needs a loss of zero there that
+            reaches its head, as :func:`mtlgrad.distributed.global_means` makes it.
 
     Raises:
         ValueError: a loss is not a scalar; a parameter's ``.jac`` is not of shape [T, *shape]; with ``features``, a
-            loss reaches a shared parameter past them, or one of them is computed from another.
+            loss reaches a shared parameter past them, or one of them is computed from another, or the shared
+            parameters are shards (FSDP2).
+        RuntimeError: the ranks do not have losses for the same tasks.
 
-    Passes through the shared part are ordinary backwards: hooks on parameters and features run once per task,
-    non-reentrant activation checkpointing works, and ``DistributedDataParallel`` needs ``no_sync()``. With ``features``
-    the heads' gradients are accumulated here, without the hooks that follow an accumulation. T copies of the shared
-    parameters' gradients are held.
+    Passes through the shared part are ordinary backwards: hooks on parameters and features run once per task, and
+    non-reentrant activation checkpointing works. With ``features`` the heads' gradients are accumulated here, without
+    the hooks that follow an accumulation. T copies of the shared parameters' gradients are held. Parameters that
+    ``fully_shard`` shards get a ``.jac`` that is sharded like them; FSDP2 averages it.
     """
     op = "task_backward"
     names, values = named_losses(op, losses)
     parameters = parameter_list(op, "shared", shared)
     _check_jacobians(op, parameters, len(values))
+    sharded = any(map(is_sharded, parameters))
+    if sharded and features is not None:
+        raise ValueError(
+            f"{op}: features: expected none, since the shared parameters are shards (fully_shard), found some; FSDP2 "
+            "averages gradients in whole backward passes alone; leave features out"
+        )
+    ranks = ranks_of(name_of(op, process_group))
+    check_averaged(op, [p.jac for p in parameters if hasattr(p, "jac")], ranks)
     trunk = None if features is None else _trunk(op, features)
-    heads: list[tuple[Tensor, Tensor]] = []
+    heads: dict[Tensor, Tensor] = {}
     if trunk is None:
         starts: list[_Start | None] = [None if loss is None or _constant(loss) else ([loss], [None]) for loss in values]
     else:
         starts = _through_heads(names, values, parameters, trunk, retain_graph, heads)
-    last = max((t for t, start in enumerate(starts) if start is not None), default=-1)
-    reached: list[set[int]] = [set() for _ in parameters]
-    jacobians: list[Tensor | None] = [None] * len(parameters)
     others = dict.fromkeys(_leaves([tensor for start in starts if start is not None for tensor in start[0]], set()))
     for p in parameters:
         others.pop(p, None)
-    with _added(list(others)), _set_aside(parameters):
-        for t, start in enumerate(starts):
-            if start is None:
-                continue
-            torch.autograd.backward(*start, retain_graph=retain_graph or t != last)
-            for i, p in enumerate(parameters):
-                if p.grad is None:
-                    continue
-                gradient = p.grad if p.grad.layout == torch.strided else p.grad.to_dense()
-                if jacobians[i] is None:
-                    jacobians[i] = _empty_rows(gradient, p, len(values))
-                jacobians[i][t].copy_(gradient)  # type: ignore[index]
-                reached[i].add(t)
-                p.grad = None
-    for p, gradient in heads:
-        # Copied: it may be the gradient of another tensor too, as in a sum.
-        p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
-    for p, jacobian, tasks in zip(parameters, jacobians, reached, strict=True):
-        if jacobian is None:
-            if not hasattr(p, "jac"):
-                p.jac = _empty_rows(p, p, len(values)).zero_()  # type: ignore[attr-defined]
-            continue
-        for t in range(len(values)):
-            if t not in tasks:
-                jacobian[t].zero_()
+    if ranks is not None:
+        _check_tasks(op, names, starts, [*others, *heads], ranks, parameters[0].device)
+    with _added(list(others), ranks), _set_aside(parameters):
+        jacobians = _passes(parameters, starts, retain_graph, None if sharded else ranks)
+    given: list[Tensor | None] = list(heads.values())
+    if ranks is not None:
+        given = average_present(given, list(heads), ranks)
+    for p, gradient in zip(heads, given, strict=True):
+        if gradient is not None:
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+    for p, jacobian in zip(parameters, jacobians, strict=True):
         if hasattr(p, "jac"):
-            p.jac += jacobian
+            local(p.jac).add_(jacobian)
         else:
-            p.jac = jacobian  # type: ignore[attr-defined]
+            p.jac = like_sharded(jacobian, p, len(values)) if is_sharded(p) else jacobian  # type: ignore[attr-defined]
+    if ranks is not None:
+        mark_averaged([p.jac for p in parameters])  # type: ignore[attr-defined]
+
+
+def _passes(
+    parameters: list[Tensor], starts: Sequence[_Start | None], retain_graph: bool, ranks: Ranks | None
+) -> list[Tensor]:
+    """One pass a task; what arrives at each parameter, [T, *shape], the mean over the ranks if there are any."""
+    last = max((t for t, start in enumerate(starts) if start is not None), default=-1)
+    jacobians: list[Tensor | None] = [None] * len(parameters)
+    averaging = None if ranks is None else Averaging(ranks)
+    rest: list[tuple[int, int]] = []  # rows that no gradient came for
+    for t, start in enumerate(starts):
+        if start is not None:
+            torch.autograd.backward(*start, retain_graph=retain_graph or t != last)
+        for i, p in enumerate(parameters):
+            if p.grad is None:
+                rest.append((i, t))
+                continue
+            gradient = local(p.grad) if p.grad.layout == torch.strided else p.grad.to_dense()
+            if jacobians[i] is None:
+                jacobians[i] = _empty_rows(gradient, local(p), len(starts))
+            jacobians[i][t].copy_(gradient)  # type: ignore[index]
+            p.grad = None
+        if averaging is not None and start is not None:
+            found = _rows_of(jacobians, parameters, rest, len(starts))
+            averaging.add([jacobian[t] for jacobian in found])
+    found = _rows_of(jacobians, parameters, rest, len(starts))
+    if averaging is not None:
+        averaging.wait()
+    return found
+
+
+def _rows_of(
+    jacobians: list[Tensor | None], parameters: list[Tensor], rest: list[tuple[int, int]], tasks: int
+) -> list[Tensor]:
+    """All of them, with zeros in the rows of `rest`."""
+    for i, t in rest:
+        jacobian = jacobians[i]
+        if jacobian is None:
+            jacobians[i] = _empty_rows(local(parameters[i]), local(parameters[i]), tasks).zero_()
+        else:
+            jacobian[t].zero_()
+    rest.clear()
+    return cast("list[Tensor]", jacobians)
+
+
+def _check_tasks(
+    op: str, names: list[str], starts: Sequence[_Start | None], heads: list[Tensor], ranks: Ranks, device: torch.device
+) -> None:
+    """Ranks that reach other heads would wait for each other."""
+    present = [name for name, start in zip(names, starts, strict=True) if start is not None]
+    size = sum(p.numel() for p in heads)
+    found = f"{', '.join(present) or 'none'} ({len(heads)} tensors of heads, {size} elements)"
+    hint = (
+        "where a task has no labels give a loss of zero that is computed from its head "
+        "(mtlgrad.distributed.global_means makes it)"
+    )
+    check_same(op, "tasks with a loss", found, hint, ranks, device)
 
 
 def _empty_rows(gradient: Tensor, p: Tensor, tasks: int) -> Tensor:
@@ -163,12 +228,15 @@ def _set_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _added(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """What becomes ``.grad`` inside is added to what there was, or dropped if the inside raises."""
+def _added(tensors: Sequence[Tensor], ranks: Ranks | None) -> Iterator[None]:
+    """What becomes ``.grad`` inside (its mean over the ranks) is added to what there was, or dropped if the inside
+    raises."""
     fresh: list[Tensor | None] = []
     with _set_aside(tensors):
         yield
         fresh = [t.grad for t in tensors]
+        if ranks is not None:
+            fresh = average_present(fresh, tensors, ranks)
     for t, gradient in zip(tensors, fresh, strict=True):
         if t.grad is None:
             t.grad = gradient
@@ -229,9 +297,9 @@ def _through_heads(
     shared: list[Tensor],
     trunk: list[Tensor],
     retain_graph: bool,
-    found: list[tuple[Tensor, Tensor]],
+    found: dict[Tensor, Tensor],
 ) -> list[_Start | None]:
-    """One pass per head: its leaves' gradients go to `found`, what arrives at the features is where T passes start."""
+    """One pass per head: its leaves' gradients are added to `found`; T passes start from what came to the features."""
     op = "task_backward"
     edges = {(feature.grad_fn, feature.output_nr) for feature in trunk}
     own = set(shared)
@@ -254,7 +322,10 @@ def _through_heads(
             )
         reached = [(f, g) for f, g in zip(trunk, gradients) if g is not None]
         starts.append(([f for f, _ in reached], [g for _, g in reached]) if reached else None)
-        found += [(p, g) for p, g in zip(heads, gradients[len(trunk) :]) if g is not None]
+        for p, gradient in zip(heads, gradients[len(trunk) :]):
+            if gradient is not None:
+                # Copied: it may be the gradient of another tensor too, as in a sum.
+                found[p] = found[p].add_(gradient) if p in found else gradient.clone()
     return starts
 
 

@@ -108,23 +108,28 @@ class Averaging:
         self._pending.clear()
 
 
-def average_gradients(parameters: Sequence[Tensor], ranks: Ranks) -> None:
-    """``.grad`` becomes its mean over the ranks; where only some ranks have one, the others' count as zero.
+def average_present(values: Sequence[Tensor | None], like: Sequence[Tensor], ranks: Ranks) -> list[Tensor | None]:
+    """Means over the ranks, in place; where only some ranks have a value, the others' counts as zero.
 
-    The same parameters, in the same order, on all ranks. Bytes: those of the gradients, and 8 a parameter.
+    Values go with the tensors `like`, the same on all ranks. Bytes: those of the values, and 8 each.
     """
-    if not parameters:
-        return
-    first = parameters[0]
-    # On how many ranks each parameter has a gradient.
-    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
-    seen = has.to(control_device(ranks, first.device))
-    dist.all_reduce(seen, group=group_of(ranks))
-    wanted = seen.tolist()
-    chosen = [p for p, count in zip(parameters, wanted) if count]
-    for p in chosen:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+    if not like:
+        return []
+    has = torch.tensor([value is not None for value in values], dtype=torch.int64)
+    where = control_device(ranks, like[0].device)
+    counts = sum_(has.to(where), ranks).tolist()
+    found = [
+        torch.zeros_like(tensor) if value is None and count else value
+        for value, tensor, count in zip(values, like, counts, strict=True)
+    ]
     averaging = Averaging(ranks)
-    averaging.add([p.grad for p in chosen if p.grad is not None])
+    averaging.add([value for value in found if value is not None])
     averaging.wait()
+    return found
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[Tensor], ranks: Ranks) -> None:
+    """``.grad`` becomes its mean over the ranks: :func:`average_present`."""
+    for p, gradient in zip(parameters, average_present([p.grad for p in parameters], parameters, ranks), strict=True):
+        p.grad = gradient

@@ -35,7 +35,7 @@ def name_of(op: str, process_group: ProcessGroup | None) -> str | None:
         return None
     if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
         found = type(process_group).__name__
-        if process_group == getattr(dist, "GroupMember", Any).NON_GROUP_MEMBER:
+        if isinstance(process_group, int):
             found = "that of ranks outside it (torch.distributed.new_group returns it to them)"
         raise TypeError(f"{op}: process_group: expected a torch.distributed process group, found {found}")
     _given[process_group.group_name] = process_group
@@ -49,6 +49,25 @@ def ranks_of(name: str | None) -> Ranks | None:
 
     All members must call it the first time (for it makes the group), as they do when they take the same steps.
     """
+    group = _group_of_user(name)
+    if group is None:
+        return None
+    known = _own.get(group.group_name)
+    if known is None or known[0]() is not group:
+        own = _twin(group)
+        known = _own[group.group_name] = (weakref.ref(group), own)
+        _by_name[own.group_name] = own
+    return Ranks(str(known[1].group_name), group.size(), group.rank())
+
+
+def size_of(name: str | None) -> int:
+    """How many :func:`ranks_of` are; makes no group, so that a rank may ask alone."""
+    group = _group_of_user(name)
+    return 1 if group is None else int(group.size())
+
+
+def _group_of_user(name: str | None) -> Any:
+    """None: there is but one rank."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     group = dist.group.WORLD if name is None else _given.get(name)
@@ -57,14 +76,7 @@ def ranks_of(name: str | None) -> Ranks | None:
             f"process_group: expected a group that still exists, found {name!r}, which was destroyed or belongs to "
             "another process; make the module with one of this process"
         )
-    if group.size() == 1:
-        return None
-    known = _own.get(group.group_name)
-    if known is None or known[0]() is not group:
-        own = _twin(group)
-        known = _own[group.group_name] = (weakref.ref(group), own)
-        _by_name[own.group_name] = own
-    return Ranks(str(known[1].group_name), group.size(), group.rank())
+    return None if group.size() == 1 else group
 
 
 def _twin(group: Any) -> Any:
@@ -80,12 +92,9 @@ def _twin(group: Any) -> Any:
 
 def _timeout(group: Any) -> Any:
     """new_group would take the default, and a rank that dies be noticed half an hour later."""
-    for device in ("cpu", "cuda"):
-        try:
-            return group._get_backend(torch.device(device)).options._timeout
-        except (RuntimeError, AttributeError):
-            continue
-    return None
+    config = dist.distributed_c10d.get_backend_config(group)  # say, "cpu:gloo,cuda:nccl"
+    device = torch.device(config.split(":")[0])
+    return getattr(group._get_backend(device).options, "_timeout", None)
 
 
 def group_named(name: str) -> Any:
@@ -100,4 +109,3 @@ def control_device(ranks: Ranks, like: torch.device) -> torch.device:
     """Where numbers that the host reads at once travel: on the host, where the group can, so that no device waits."""
     config = dist.distributed_c10d.get_backend_config(group_of(ranks))
     return torch.device("cpu") if "cpu:" in config else like
-

@@ -28,7 +28,8 @@ def average_jacobians(parameters: Iterable[Tensor], *, process_group: ProcessGro
     ranks = ranks_of(name_of("average_jacobians", process_group))
     if ranks is None:
         return
-    jacobians = [p.jac for p in parameters if getattr(p, "jac", None) is not None and not is_averaged(p.jac)]
+    found = [getattr(p, "jac", None) for p in parameters]
+    jacobians = [jacobian for jacobian in found if jacobian is not None and not is_averaged(jacobian)]
     averaging = Averaging(ranks)
     averaging.add(jacobians)
     averaging.wait()
@@ -45,11 +46,12 @@ def is_averaged(jacobian: Tensor) -> bool:
     return is_sharded(jacobian) or getattr(jacobian, "_averaged", False)
 
 
-def check_averaged(op: str, jacobians: Sequence[Tensor], ranks: Ranks | None) -> None:
+def check_averaged(op: str, jacobians: Sequence[Tensor], ranks: Ranks | int | None) -> None:
     """Each rank would take a step of its own, and the parameters drift apart, unseen."""
-    if ranks is not None and not all(map(is_averaged, jacobians)):
+    size = ranks.size if isinstance(ranks, Ranks) else ranks or 1
+    if size > 1 and not all(map(is_averaged, jacobians)):
         raise RuntimeError(
-            f"{op}: expected .jac that is the mean over the {ranks.size} ranks, found this rank's own; call "
+            f"{op}: expected .jac that is the mean over the {size} ranks, found this rank's own; call "
             "mtlgrad.distributed.average_jacobians(parameters) first (task_backward does so itself), or give "
             "process_group= the ranks that train together"
         )

@@ -10,8 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-
-
 def is_sharded(tensor: object) -> bool:
     """Whether it is a DTensor, as the parameters of a module under ``fully_shard`` are. Costs an import of
     torch.distributed.tensor only where there is one."""
@@ -20,7 +18,7 @@ def is_sharded(tensor: object) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor itself."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like_sharded(values: Tensor, like: Tensor, rows: int | None = None) -> Tensor:
@@ -49,7 +47,9 @@ def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
     for placement in tensor.placements:
         if not isinstance(placement, (Shard, Replicate)):
             raise ValueError(f"expected DTensors that are sharded or replicated, found {placement}")
-    return tuple(mesh.get_group(d) for d, p in enumerate(tensor.placements) if isinstance(p, Shard) and mesh.size(d) > 1)
+    return tuple(
+        mesh.get_group(d) for d, p in enumerate(tensor.placements) if isinstance(p, Shard) and mesh.size(d) > 1
+    )
 
 
 def by_groups(tensors: Iterable[Tensor]) -> dict[tuple[Any, ...], list[int]]:
