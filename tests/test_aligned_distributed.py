@@ -212,6 +212,6 @@ def test_communication(two_ranks: Pool) -> None:
         "weigh": {"all_reduce": 4 * tasks * shared},
         "merge": {"all_reduce": 4 * tasks * shared + 4 * other + 8 * len(heads), "all_gather": 8},
     }
-    assert WIDTH == net.heads[0].in_features
+    assert net.heads[0].in_features == WIDTH
     for form, size in expected.items():
         assert two_ranks(communication, form) == [size, size], form

@@ -279,11 +279,21 @@ class AlignedMTL(nn.Module):
         own = [isinstance(tensor, nn.Parameter) for tensor in wanted]
         if ranks is not None and any(own) and not all(own):
             raise ValueError("AlignedMTL.weigh: shared: expected parameters, or features, found both")
-        rows = [
-            [torch.zeros_like(tensor) for tensor in wanted]
+        found = [
+            [None] * len(wanted)
             if loss is None or not loss.requires_grad
-            else torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
+            else torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
             for loss in values
+        ]
+        some = any(loss is not None and loss.requires_grad for loss in values)
+        if some and all(gradient is None for row in found for gradient in row):
+            raise ValueError(
+                "AlignedMTL.weigh: shared: expected tensors that the losses were computed from, found none; features "
+                "and losses out of one torch.compile do not count as such: compile backbone and heads apart"
+            )
+        rows = [
+            [torch.zeros_like(tensor) if gradient is None else gradient for tensor, gradient in zip(wanted, row)]
+            for row in found
         ]
         if ranks is not None and all(own):
             # Clones: gradients may share memory, as those of a sum do.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .distributed.collectives import Averaging, average_present, check_same
@@ -120,14 +121,16 @@ def task_backward(
     if trunk is None:
         starts: list[_Start | None] = [None if loss is None or _constant(loss) else ([loss], [None]) for loss in values]
     else:
+        if ranks is not None:
+            _check_no_fsdp(op, values, trunk)
         starts = _through_heads(names, values, parameters, trunk, retain_graph, heads)
-    others = dict.fromkeys(_leaves([tensor for start in starts if start is not None for tensor in start[0]], set()))
-    for p in parameters:
-        others.pop(p, None)
+    leaves = _leaves([tensor for start in starts if start is not None for tensor in start[0]], set())
+    own = set(parameters)
+    others = [leaf for leaf in leaves if leaf not in own]
     if ranks is not None:
         _check_tasks(op, names, starts, [*others, *heads], ranks, parameters[0].device)
-    with _added(list(others), ranks), _set_aside(parameters):
-        jacobians = _passes(parameters, starts, retain_graph, None if sharded else ranks)
+    with _added(others, ranks), _set_aside(parameters):
+        jacobians = _passes(op, parameters, own.intersection(leaves), starts, retain_graph, None if sharded else ranks)
     given: list[Tensor | None] = list(heads.values())
     if ranks is not None:
         given = average_present(given, list(heads), ranks)
@@ -144,7 +147,12 @@ def task_backward(
 
 
 def _passes(
-    parameters: list[Tensor], starts: Sequence[_Start | None], retain_graph: bool, ranks: Ranks | None
+    op: str,
+    parameters: list[Tensor],
+    reached: set[Tensor],
+    starts: Sequence[_Start | None],
+    retain_graph: bool,
+    ranks: Ranks | None,
 ) -> list[Tensor]:
     """One pass a task; what arrives at each parameter, [T, *shape], the mean over the ranks if there are any."""
     last = max((t for t, start in enumerate(starts) if start is not None), default=-1)
@@ -163,13 +171,36 @@ def _passes(
                 jacobians[i] = _empty_rows(gradient, local(p), len(starts))
             jacobians[i][t].copy_(gradient)  # type: ignore[index]
             p.grad = None
+            reached.discard(p)
         if averaging is not None and start is not None:
             found = _rows_of(jacobians, parameters, rest, len(starts))
             averaging.add([jacobian[t] for jacobian in found])
     found = _rows_of(jacobians, parameters, rest, len(starts))
     if averaging is not None:
         averaging.wait()
+    _check_kept(op, reached)
     return found
+
+
+def _check_kept(op: str, lost: set[Tensor]) -> None:
+    """From the moment a module is computed FSDP2 has other parameters in the place of its shards, and takes their
+    gradients away: they would seem to be zero."""
+    if lost and dist.is_available() and dist.is_initialized():
+        raise ValueError(
+            f"{op}: shared: expected parameters that keep their gradients, found {len(lost)} that fully_shard put in "
+            "the place of its shards for a while; make the list before the model is called: "
+            "shared = list(backbone.parameters())"
+        )
+
+
+def _check_no_fsdp(op: str, losses: list[Tensor | None], trunk: list[Tensor]) -> None:
+    edges = {(feature.grad_fn, feature.output_nr) for feature in trunk}
+    nodes = [loss.grad_fn for loss in losses if loss is not None and loss.grad_fn is not None]
+    if any(node.name().startswith("RegisterPostBackwardFunction") for node, _ in _walk(nodes, edges)):
+        raise ValueError(
+            f"{op}: features: expected none, since a head is sharded (fully_shard), found some; FSDP2 averages "
+            "gradients in whole backward passes alone; leave features out"
+        )
 
 
 def _rows_of(

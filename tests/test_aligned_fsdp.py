@@ -1,0 +1,171 @@
+"""FSDP2: task_backward and merge on shards, and the layer between sharded modules, equal one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import WIDTH, Batch, Net, assert_near, batches, cut, losses, whole
+from ranks import Pool, counted
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import mtlgrad
+
+
+def sharded(net: Net, *, heads: bool = True, replicas: int = 1) -> Net:
+    size = dist.get_world_size()
+    if replicas > 1:
+        mesh = init_device_mesh("cpu", (replicas, size // replicas), mesh_dim_names=("replica", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+    fully_shard(net.backbone[0], mesh=mesh)
+    fully_shard(net.backbone, mesh=mesh)
+    if heads:
+        for head in net.heads:
+            fully_shard(head, mesh=mesh)
+    return net
+
+
+def full(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def gradients(form: str, parts: list[Batch], heads: bool, replicas: int) -> dict[str, Tensor]:
+    alone = not dist.is_initialized()
+    batch = whole(parts) if alone else parts[dist.get_rank()]
+    net = Net() if alone else sharded(Net(), heads=heads, replicas=replicas)
+    shared = list(net.backbone.parameters())  # before the model is called, which swaps them for a while
+    aligned = mtlgrad.AlignedMTL(3, [1.0, 2.0, 0.5], scale_heads=form == "scaled")
+    z = net.backbone(batch.x)
+    if form == "layer":
+        torch.stack(losses(net, list(aligned(z)), batch)).sum().backward()
+    else:
+        for _ in range(2 if form == "twice" else 1):
+            if form == "twice":
+                z = net.backbone(batch.x)
+            mtlgrad.task_backward(losses(net, [z, z, z], batch), shared)
+        for p in shared:
+            assert p.jac.shape == (3, *p.shape)  # type: ignore[attr-defined]
+        listed = [head.parameters() for head in net.heads] if form == "scaled" else None
+        aligned.merge(shared, heads=listed)
+    if not alone and not heads:
+        from mtlgrad.distributed.collectives import average_gradients
+        from mtlgrad.distributed.groups import ranks_of
+
+        ranks = ranks_of(None)
+        assert ranks is not None
+        if form == "layer":
+            average_gradients(list(net.heads.parameters()), ranks)
+    found = {
+        name: torch.cat([full(p.grad).flatten() for p in module.parameters()])
+        for name, module in {"backbone": net.backbone, "heads": net.heads}.items()
+    }
+    assert aligned.weights is not None
+    assert aligned.singular_values is not None
+    return {**found, "weights": aligned.weights, "singular values": aligned.singular_values}
+
+
+@pytest.mark.parametrize("form", ["layer", "merge", "twice", "scaled"])
+@pytest.mark.parametrize(("size", "heads", "replicas"), [(2, True, 1), (2, False, 1), (4, True, 1), (4, True, 2)])
+def test_equal_to_one_process(
+    form: str, size: int, heads: bool, replicas: int, two_ranks: Pool, four_ranks: Pool
+) -> None:
+    counts = [7, 4] if size == 2 else [1, 4, 4, 2]
+    parts = cut(batches(1, 14, seed=3)[0], counts, {1: 2})
+    expected = gradients(form, parts, heads, replicas)
+    for found in (two_ranks if size == 2 else four_ranks)(gradients, form, parts, heads, replicas):
+        for name, value in expected.items():
+            assert_near(found[name], value)
+
+
+def shards() -> list[int]:
+    """`.jac` lies where the parameter does; a head of one row leaves a rank without any."""
+    net = sharded(Net())
+    everything = list(net.parameters())
+    z = net.backbone(torch.randn(3, 6))
+    values = [head(z).mean() for head in net.heads]
+    mtlgrad.task_backward(values, everything)
+    for p in everything:
+        jac = p.jac  # type: ignore[attr-defined]
+        assert isinstance(jac, DTensor)
+        assert jac.placements == (Shard(1),)
+        assert jac.to_local().shape == (3, *p.to_local().shape)  # type: ignore[attr-defined]
+        assert not jac.requires_grad
+    aligned = mtlgrad.AlignedMTL(3)
+    aligned.merge(everything)
+    for p in everything:
+        assert p.grad is not None
+        assert p.grad.placements == p.placements  # type: ignore[attr-defined]
+    return [net.heads[0].weight.to_local().numel()]
+
+
+def test_shards(two_ranks: Pool) -> None:
+    assert two_ranks(shards) == [[12], [0]]
+
+
+def refused() -> None:
+    net = sharded(Net())
+    shared = list(net.backbone.parameters())
+    z = net.backbone(torch.randn(3, 6))
+    values = [head(z).mean() for head in net.heads]
+    with pytest.raises(ValueError, match=r"task_backward: features: expected none, since the shared .* are shards"):
+        mtlgrad.task_backward(values, shared, features=z)
+    with pytest.raises(ValueError, match=r"AlignedMTL.weigh: shared: expected features, or parameters that are not sh"):
+        mtlgrad.AlignedMTL(3).weigh(values, shared)
+    plain = nn.Linear(6, WIDTH)
+    z = plain(torch.randn(3, 6))
+    with pytest.raises(ValueError, match=r"features: expected none, since a head is sharded"):
+        mtlgrad.task_backward([head(z).mean() for head in net.heads], plain.parameters(), features=z)
+    net = sharded(Net())
+    z = net.backbone(torch.randn(3, 6))
+    with pytest.raises(
+        ValueError, match=r"shared: expected parameters that keep their gradients, found \d+ that fully"
+    ):
+        mtlgrad.task_backward([head(z).mean() for head in net.heads], net.backbone.parameters())
+    net = sharded(Net())
+    z = net.backbone(torch.randn(3, 6))
+    values = [head(z).mean() for head in net.heads]
+    # the features themselves are no shards
+    weights = mtlgrad.AlignedMTL(3).weigh(values, z)
+    (weights * torch.stack(values)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_refused(two_ranks: Pool) -> None:
+    two_ranks(refused)
+
+
+def replicated() -> tuple[Tensor, dict[str, int]]:
+    """Of mixed placements each is summed over its own ranks alone; a replicated one counts once."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    jacobians = [torch.randn(2, 5, 3), torch.randn(2, 4), torch.randn(2, 2)]
+    parameters = [nn.Parameter(torch.zeros(5, 3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2))]
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = [
+        nn.Parameter(distribute_tensor(p.detach(), mesh, [place]))
+        for p, place in zip(parameters, [Shard(0), Replicate()])
+    ]
+    placed.append(parameters[2])
+    for p, jacobian, place in zip(placed, jacobians, [Shard(1), Replicate(), None]):
+        p.jac = jacobian if place is None else distribute_tensor(jacobian, mesh, [place])  # type: ignore[attr-defined]
+    mtlgrad.distributed.average_jacobians(placed[2:])
+    aligned = mtlgrad.AlignedMTL(2, scale="rmse")
+    with counted() as found:
+        aligned.merge(placed)
+    return torch.cat([full(p.grad).flatten() for p in placed]), found
+
+
+def test_mixed_placements(two_ranks: Pool) -> None:
+    torch.manual_seed(0)
+    rows = torch.cat([torch.randn(2, 5, 3).flatten(1), torch.randn(2, 4), torch.randn(2, 2)], 1)
+    expected = mtlgrad.ops.merge(rows, scale="rmse")[0]
+    for found, size in two_ranks(replicated):
+        assert isinstance(expected, Tensor)
+        assert_near(found, expected)
+        assert size == {"all_reduce": 8 * 2 * 2}
