@@ -35,6 +35,9 @@ class RankError(Exception):
 def _worker(rank: int, size: int, store: str, connection: Connection) -> None:
     # pytest's own filters do not reach a new process.
     warnings.simplefilter("error")
+    # torch.compile looks at everything, and makes objects that nobody should.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
     torch.set_num_threads(1)
