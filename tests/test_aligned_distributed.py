@@ -215,3 +215,19 @@ def test_communication(two_ranks: Pool) -> None:
     assert net.heads[0].in_features == WIDTH
     for form, size in expected.items():
         assert two_ranks(communication, form) == [size, size], form
+
+
+def sparse_head() -> Tensor:
+    torch.manual_seed(0)
+    table, backbone = nn.Embedding(5, 3, sparse=True), nn.Linear(3, 3)
+    rank = dist.get_rank() if dist.is_initialized() else None
+    rows = torch.tensor([0, 1, 1, 4]) if rank is None else torch.tensor([[0, 1], [1, 4]])[rank]
+    z = backbone(torch.ones(len(rows), 3))
+    mtlgrad.task_backward([(z * table(rows)).mean(), z.square().mean()], backbone.parameters())
+    assert table.weight.grad is not None
+    return table.weight.grad.to_dense()
+
+
+def test_sparse_gradients_of_heads(two_ranks: Pool) -> None:
+    for found in two_ranks(sparse_head):
+        assert_near(found, sparse_head())

@@ -17,6 +17,7 @@ from .distributed.jacobians import check_averaged
 from .distributed.shards import by_groups, is_sharded, like_sharded, local, sum_over
 from .jacobian import Losses, named_losses, parameter_list
 from .ops.align import SCALES, AlignResult, Scale, empty_result
+from .ops.checks import check_ordinary_autograd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -134,6 +135,7 @@ class AlignedMTL(nn.Module):
             raise TypeError(f"AlignedMTL: features: expected a floating dtype, found {features.dtype}")
         if not (torch.is_grad_enabled() and features.requires_grad):
             return tuple(features.view_as(features) for _ in range(self.num_tasks))
+        check_ordinary_autograd("AlignedMTL")
         self._use(features.device)
         return _Views.apply(features, self, ranks_of(self._group))
 
@@ -263,6 +265,7 @@ class AlignedMTL(nn.Module):
             [T], in the losses' dtype, without gradient. The graph is kept; ``.grad`` and ``.jac`` are not touched. T
             copies of the gradient at ``shared`` are held on the way.
         """
+        check_ordinary_autograd("AlignedMTL.weigh")
         _, values = named_losses("AlignedMTL.weigh", losses)
         if len(values) != self.num_tasks:
             raise ValueError(f"AlignedMTL.weigh: losses: expected {self.num_tasks}, found {len(values)}")
@@ -288,8 +291,9 @@ class AlignedMTL(nn.Module):
         some = any(loss is not None and loss.requires_grad for loss in values)
         if some and all(gradient is None for row in found for gradient in row):
             raise ValueError(
-                "AlignedMTL.weigh: shared: expected tensors that the losses were computed from, found none; features "
-                "and losses out of one torch.compile do not count as such: compile backbone and heads apart"
+                "AlignedMTL.weigh: shared: expected tensors that the losses were computed from, found none; where "
+                "features and losses come out of one torch.compile, compile backbone and heads apart; give "
+                "torch.utils.checkpoint use_reentrant=False"
             )
         rows = [
             [torch.zeros_like(tensor) if gradient is None else gradient for tensor, gradient in zip(wanted, row)]

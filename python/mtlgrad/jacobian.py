@@ -17,6 +17,7 @@ from .distributed.collectives import Averaging, average_present, check_same
 from .distributed.groups import Ranks, name_of, ranks_of
 from .distributed.jacobians import check_averaged, mark_averaged
 from .distributed.shards import is_sharded, like_sharded, local
+from .ops.checks import check_ordinary_autograd
 from .ops.rows import dense
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def task_backward(
     ``fully_shard`` shards get a ``.jac`` that is sharded like them; FSDP2 averages it.
     """
     op = "task_backward"
+    check_ordinary_autograd(op)
     names, values = named_losses(op, losses)
     parameters = parameter_list(op, "shared", shared)
     _check_jacobians(op, parameters, len(values))

@@ -115,6 +115,8 @@ def average_present(values: Sequence[Tensor | None], like: Sequence[Tensor], ran
     """
     if not like:
         return []
+    # What is sparse here may be dense, or missing, elsewhere.
+    values = [value if value is None or value.layout == torch.strided else value.to_dense() for value in values]
     has = torch.tensor([value is not None for value in values], dtype=torch.int64)
     where = control_device(ranks, like[0].device)
     counts = sum_(has.to(where), ranks).tolist()

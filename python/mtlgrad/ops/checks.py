@@ -112,3 +112,12 @@ def _lost(square: float, parts: Sequence[Tensor]) -> bool:
         if part.numel()
     ]
     return any(size > 0.0 for size, _ in largest) and all(size < limit for size, limit in largest)
+
+
+def check_ordinary_autograd(op: str) -> None:
+    """Inside a transform of torch.func a backward's side effects (``.grad``, the tasks' weights) have no place."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{op}: expected ordinary autograd, found a torch.func transform (grad, vjp, jacrev, vmap); use "
+            "loss.backward() or torch.autograd.grad, with torch.func.functional_call where parameters are to be given"
+        )
