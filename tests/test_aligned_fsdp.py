@@ -169,3 +169,21 @@ def test_mixed_placements(two_ranks: Pool) -> None:
         assert isinstance(expected, Tensor)
         assert_near(found, expected)
         assert size == {"all_reduce": 8 * 2 * 2}
+
+
+def without_sync(kind: str) -> None:
+    net = sharded(Net())
+    shared = list(net.backbone.parameters())
+    for module in {"all": [net.backbone, *net.heads], "part": [net.backbone[0]], "kept": [net.backbone]}[kind]:
+        module.set_requires_gradient_sync(False)
+    if kind == "kept":
+        net.backbone.set_reshard_after_backward(False)
+    z = net.backbone(torch.randn(3, 6))
+    values = [head(z).mean() for head in net.heads]
+    with pytest.raises(RuntimeError, match=r"task_backward: shared: expected shards whose gradients are synchronised"):
+        mtlgrad.task_backward(values, shared)
+
+
+@pytest.mark.parametrize("kind", ["all", "part", "kept"])
+def test_gradient_sync_switched_off_is_refused(two_ranks: Pool, kind: str) -> None:
+    two_ranks(without_sync, kind)

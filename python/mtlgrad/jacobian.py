@@ -132,7 +132,7 @@ def task_backward(
     if ranks is not None:
         _check_tasks(op, names, starts, [*others, *heads], ranks, parameters[0].device)
     with _added(others, ranks), _set_aside(parameters):
-        jacobians = _passes(op, parameters, own.intersection(leaves), starts, retain_graph, None if sharded else ranks)
+        jacobians = _passes(op, parameters, leaves, starts, retain_graph, None if sharded else ranks)
     given: list[Tensor | None] = list(heads.values())
     if ranks is not None:
         given = average_present(given, list(heads), ranks)
@@ -151,7 +151,7 @@ def task_backward(
 def _passes(
     op: str,
     parameters: list[Tensor],
-    reached: set[Tensor],
+    leaves: list[Tensor],
     starts: Sequence[_Start | None],
     retain_graph: bool,
     ranks: Ranks | None,
@@ -160,10 +160,15 @@ def _passes(
     last = max((t for t, start in enumerate(starts) if start is not None), default=-1)
     jacobians: list[Tensor | None] = [None] * len(parameters)
     averaging = None if ranks is None else Averaging(ranks)
+    lost = set(parameters).intersection(leaves)
+    sharded = silent = any(map(is_sharded, parameters))
     rest: list[tuple[int, int]] = []  # rows that no gradient came for
     for t, start in enumerate(starts):
         if start is not None:
             torch.autograd.backward(*start, retain_graph=retain_graph or t != last)
+            if sharded:
+                silent &= all(p.grad is None for p in parameters)
+                _check_synchronised(op, silent and t == last, leaves)
         for i, p in enumerate(parameters):
             if p.grad is None:
                 rest.append((i, t))
@@ -173,14 +178,14 @@ def _passes(
                 jacobians[i] = _empty_rows(gradient, local(p), len(starts))
             jacobians[i][t].copy_(gradient)  # type: ignore[index]
             p.grad = None
-            reached.discard(p)
+            lost.discard(p)
         if averaging is not None and start is not None:
             found = _rows_of(jacobians, parameters, rest, len(starts))
             averaging.add([jacobian[t] for jacobian in found])
     found = _rows_of(jacobians, parameters, rest, len(starts))
     if averaging is not None:
         averaging.wait()
-    _check_kept(op, reached)
+    _check_kept(op, lost)
     return found
 
 
@@ -192,6 +197,16 @@ def _check_kept(op: str, lost: set[Tensor]) -> None:
             f"{op}: shared: expected parameters that keep their gradients, found {len(lost)} that fully_shard put in "
             "the place of its shards for a while; make the list before the model is called: "
             "shared = list(backbone.parameters())"
+        )
+
+
+def _check_synchronised(op: str, silent: bool, leaves: list[Tensor]) -> None:
+    """Without synchronisation FSDP2 leaves gradients with what it put in the place of the shards, whose memory is
+    mostly freed by now; the shards' own would seem to be zero."""
+    if silent or any(t.grad is not None and t.numel() and not t.untyped_storage().size() for t in leaves):
+        raise RuntimeError(
+            f"{op}: shared: expected shards whose gradients are synchronised in every pass, found some without; leave "
+            "set_requires_gradient_sync(False) and accelerator.no_sync out: micro-batches add up in .jac as they are"
         )
 
 
