@@ -187,3 +187,26 @@ def without_sync(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["all", "part", "kept"])
 def test_gradient_sync_switched_off_is_refused(two_ranks: Pool, kind: str) -> None:
     two_ranks(without_sync, kind)
+
+
+def ignored(parts: list[Batch]) -> tuple[Tensor, Tensor]:
+    """Of a backbone that is sharded in part, what is not is averaged here."""
+    alone = not dist.is_initialized()
+    batch = whole(parts) if alone else parts[dist.get_rank()]
+    net = Net()
+    if not alone:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(net.backbone, mesh=mesh, ignored_params={net.backbone[3].weight, net.backbone[1].bias})
+    shared = list(net.backbone.parameters())
+    z = net.backbone(batch.x)
+    mtlgrad.task_backward(losses(net, [z, z, z], batch), shared)
+    jacobian = torch.cat([full(p.jac).flatten(1) for p in shared], 1)  # type: ignore[attr-defined]
+    mtlgrad.AlignedMTL(3).merge(shared)
+    return jacobian, torch.cat([full(p.grad).flatten() for p in shared])
+
+
+def test_parameters_that_are_not_sharded(two_ranks: Pool) -> None:
+    parts = cut(batches(1, 14, seed=3)[0], [7, 4])
+    for found in two_ranks(ignored, parts):
+        for value, expected in zip(found, ignored(parts), strict=True):
+            assert_near(value, expected)

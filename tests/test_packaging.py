@@ -27,7 +27,8 @@ def test_import_touches_no_cuda_and_is_light() -> None:
         "import sys, torch\n"
         "import mtlgrad\n"
         "assert not torch.cuda.is_initialized()\n"
-        "print(sorted({'matplotlib', 'rich', 'torch._dynamo'} & set(sys.modules)))"
+        "heavy = {'accelerate', 'lightning', 'matplotlib', 'rich', 'tensorboard', 'torch._dynamo'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"

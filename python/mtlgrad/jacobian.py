@@ -132,7 +132,7 @@ def task_backward(
     if ranks is not None:
         _check_tasks(op, names, starts, [*others, *heads], ranks, parameters[0].device)
     with _added(others, ranks), _set_aside(parameters):
-        jacobians = _passes(op, parameters, leaves, starts, retain_graph, None if sharded else ranks)
+        jacobians = _passes(op, parameters, leaves, starts, retain_graph, ranks)
     given: list[Tensor | None] = list(heads.values())
     if ranks is not None:
         given = average_present(given, list(heads), ranks)
@@ -181,7 +181,7 @@ def _passes(
             lost.discard(p)
         if averaging is not None and start is not None:
             found = _rows_of(jacobians, parameters, rest, len(starts))
-            averaging.add([jacobian[t] for jacobian in found])
+            averaging.add([jacobian[t] for p, jacobian in zip(parameters, found) if not is_sharded(p)])
     found = _rows_of(jacobians, parameters, rest, len(starts))
     if averaging is not None:
         averaging.wait()

@@ -7,11 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..distributed.shards import is_sharded
 
 
 def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"AlphaVIL: model: expected a torch.nn.Module, found {type(model).__name__}")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise TypeError(
+            "AlphaVIL: model: expected the plain module, since AlphaVIL averages gradients over the ranks itself and a "
+            "search makes none for DistributedDataParallel to wait for, found one that is or has a "
+            "DistributedDataParallel; give its .module"
+        )
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if is_sharded(value):
+            raise TypeError(
+                "AlphaVIL: model: expected parameters that are whole on each rank, since fully_shard puts its own in "
+                f"the place of those that a search tries, found the DTensor {name}; leave fully_shard out, and save "
+                'memory by delta_storage="host-bfloat16"'
+            )
 
 
 def check_epochs(alpha_epochs: Any) -> None:

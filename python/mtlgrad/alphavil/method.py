@@ -6,18 +6,23 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed.groups import Ranks, name_of, ranks_of
 from . import random_state
 from .buffers import Buffers, finite
 from .checks import check_clip, check_epochs, check_maker, check_min_weight, check_model, check_state, checked_weights
 from .deltas import Copies, Deltas, Heads, Storage, groups_of
+from .ranks import check_counts, check_models, check_stage, mean_gradients, merged_buffers, settled
 from .records import Kind, Round, Stage
 from .search import MakeOptimizer, Search, made, training_mode
-from .tasks import Task, check_gradient, check_subset, checked_loss, named, sample, target_of
+from .tasks import Task, check_gradient, check_subset, checked_loss, count_of, named, sample, target_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ALPHA_OPTIMIZER: MakeOptimizer = partial(torch.optim.SGD, lr=0.1)
 
@@ -50,6 +55,8 @@ class AlphaVIL:
         delta_storage: where the deltas are: "parameters", as and where the parameters are; "bfloat16", in half of
             float32's memory, rounded once; "host", in pinned memory of the host, brought to the device 64 MiB at a
             time (or a parameter's T deltas, where they are larger); "host-bfloat16", both.
+        process_group: the ranks that train together, each with its part of the data; all, if not given (and
+            torch.distributed is initialised). In a group of one rank it trains alone. See below.
 
     Attributes: ``task_weights`` [T] float64, which may be set; ``alphas`` [T] of the last round; ``last``, its
     :class:`mtlgrad.alphavil.Round`; ``rounds``, how many are done; ``names``.
@@ -81,8 +88,24 @@ class AlphaVIL:
     when the parameters move      + S + H
     ============================  ======================================================================================
 
-    Errors: ``TypeError`` and ``ValueError`` in one line. A stage that raises (Ctrl-C, too) leaves model, weights and
-    random state as they were before it.
+    On several ranks (torch.distributed) each has the same plain model (no DistributedDataParallel around it, no
+    fully_shard) and its own batches. A step of a task's training takes the mean of the ranks' gradients, one of alpha
+    the mean of d loss / d alpha; losses in :class:`Round` and :class:`Stage` are means, too, and all ranks decide
+    alike. So they do what one process would on the ranks' batches put together, if these are of one size on all ranks
+    or losses go through :func:`mtlgrad.distributed.global_means`.
+
+    - Each rank must give as many batches to a task's training and to a pass over the development data: compared before
+      where there is a ``len()``. Streams have none; one that ends early leaves the other ranks waiting until the
+      process group's timeout, as any error does that one rank alone meets (NaN is none).
+    - Buffers: what a task's training changed on any rank becomes the mean over the ranks, the largest where they hold
+      no floats. With ``torch.nn.SyncBatchNorm`` that is one process's statistics; BatchNorm takes each rank's own.
+    - Random numbers are each rank's own: seed the ranks alike for the same order of batches, else for other dropout.
+    - Parameters and buffers are compared by their norms before the first round and after :meth:`load_state_dict`. Each
+      rank saves a state of its own, since random state is in it.
+    - Memory: while a task trains, its gradients S + H_t once more, as they travel.
+
+    Errors: ``TypeError`` and ``ValueError`` in one line; ``RuntimeError`` where ranks are not in step. A stage that
+    raises (Ctrl-C, too) leaves model, weights and random state as they were before it.
     """
 
     def __init__(
@@ -99,6 +122,7 @@ class AlphaVIL:
         include_heads: Heads = "own",
         min_weight: float = 0.01,
         delta_storage: Storage = "parameters",
+        process_group: ProcessGroup | None = None,
     ):
         check_model(model)
         self.model, self._tasks = model, named(tasks)
@@ -110,6 +134,8 @@ class AlphaVIL:
         check_epochs(alpha_epochs)
         check_maker("make_optimizer", make_optimizer)
         check_maker("alpha_optimizer", alpha_optimizer)
+        self._group = name_of("AlphaVIL", process_group)
+        self._ranks: Ranks | None = None
         self.make_optimizer, self.alpha_epochs, self.subset = make_optimizer, alpha_epochs, subset
         self.min_weight, self.include_heads, self.delta_storage = float(min_weight), include_heads, delta_storage
         self._find_parameters()
@@ -128,6 +154,7 @@ class AlphaVIL:
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         groups = groups_of(self.model, self._tasks, self.target, self.include_heads)
         self._deltas = Deltas(groups, self.delta_storage)
+        self._known_alike = False
 
     @property
     def task_weights(self) -> Tensor:
@@ -167,6 +194,7 @@ class AlphaVIL:
         if self._round is None:
             # Layers may have been frozen or set free since the last round.
             if list(map(id, self._trainable)) != [id(p) for p in self.model.parameters() if p.requires_grad]:
+                check_model(self.model)
                 self._find_parameters()
             self._round, self._stage = Round(torch.ones_like(self.task_weights)), 0
             self._buffers.clear()
@@ -179,6 +207,7 @@ class AlphaVIL:
         count, name = len(self.names), self.names[self.target]
         kind: Kind
         try:
+            self._check_ranks()
             if self._stage < count:
                 kind, name, loss = "train", self.names[self._stage], self._train(now, self._stage, said)
             elif self._stage == count:
@@ -193,14 +222,30 @@ class AlphaVIL:
         self._stage += 1
         return Stage(kind, name, self._stage, count + 2 + self.alpha_epochs, loss), said
 
+    def _check_ranks(self) -> None:
+        self._ranks = ranks_of(self._group)
+        if self._ranks is None:
+            return
+        known = "known to be alike" if self._known_alike else "to be compared"
+        found = (
+            f"stage {self._stage + 1} of round {self.rounds + 1}, tasks {self.names}, target {self.target}, "
+            f"{self.alpha_epochs} alpha_epochs, weights {self.task_weights.tolist()}, "
+            f"{len(self._trainable)} parameters to train, {known}"
+        )
+        check_stage(found, self._ranks, self._deltas.device)
+        if not self._known_alike:
+            check_models(self.model, self._deltas.groups, self._ranks)
+            self._known_alike = True
+
     def _train(self, now: Round, t: int, said: list[str]) -> float:
         """delta_t: from the round's parameters, w_t L_t over a part of the task's batches."""
         theta, buffers = self._deltas.copy_parameters(), self._buffers.copy()
         try:
             with training_mode(self.model):
                 loss = self._descend(t)
-            changed = self._buffers.changed(buffers)
+            changed = merged_buffers(self.model, self._buffers.changed(buffers), self._ranks)
             sound = self._deltas.take(t, theta) and finite(changed, buffers)
+            loss, sound = settled(loss, sound, self._ranks, self._deltas.device)
             if sound:
                 self._buffers.take(changed)
         finally:
@@ -228,15 +273,19 @@ class AlphaVIL:
     def _descend(self, t: int) -> float:
         name, weight = self.names[t], float(self.task_weights[t])
         weight = weight if weight >= 0.0 else max(weight, self.min_weight)
-        task, optimizer = self._tasks[name], made("make_optimizer", self.make_optimizer, self._deltas.trained_by(t))
+        task, trained = self._tasks[name], self._deltas.trained_by(t)
+        optimizer = made("make_optimizer", self.make_optimizer, trained)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("AlphaVIL: make_optimizer: expected one whose step needs no closure, found LBFGS; take SGD")
+        if self._ranks is not None:
+            check_counts(name, "train", count_of(task.train, self.subset), self._ranks, self._deltas.device)
         losses: list[Tensor] = []
         for batch in sample(name, task.train, self.subset):
             self.model.zero_grad(set_to_none=True)
             loss = checked_loss(name, task.loss(self.model, batch))
             check_gradient(name, loss)
             (weight * loss).backward()
+            mean_gradients(name, trained, self._ranks)
             optimizer.step()
             losses.append(loss.detach().double())
         return float(torch.stack(losses).mean())
@@ -244,13 +293,13 @@ class AlphaVIL:
     def _evaluate(self, now: Round) -> float:
         """The development loss before the round, and at alpha = 1, where the search starts."""
         self._search.begin(len(self.names), now.sat_out, self._deltas.device)
-        before = self._search.loss(None)
+        before = self._search.loss(None, self._ranks)
         if not math.isfinite(before):
             raise ValueError(
                 f"AlphaVIL: tasks: {self.names[self.target]!r}, the target: dev: expected a finite loss at the model's "
                 f"parameters, found {before}; go back to a checkpoint, or look at the development data"
             )
-        start = self._search.loss(self._deltas)
+        start = self._search.loss(self._deltas, self._ranks)
         now.before, now.start, now.after, now.kept = before, start, start, "start"
         return start
 
@@ -262,7 +311,8 @@ class AlphaVIL:
     def _alpha_epoch(self, now: Round) -> float:
         state = self._search.state_dict()
         try:
-            loss = self._search.loss(self._deltas) if self._search.epoch(self._deltas) else math.nan
+            sound = self._search.epoch(self._deltas, self._ranks)
+            loss = self._search.loss(self._deltas, self._ranks) if sound else math.nan
         except BaseException:
             self._search.load_state_dict(state, self._deltas.device)
             raise
@@ -324,7 +374,7 @@ class AlphaVIL:
         self._deltas.load_state_dict(state["deltas"])
         self._buffers.load_state_dict(state["buffers"])
         self._search.load_state_dict(state["search"], self._deltas.device)
-        self.rounds, self._stage = state["rounds"], state["stage"]
+        self.rounds, self._stage, self._known_alike = state["rounds"], state["stage"], False
         self.task_weights = state["task_weights"]
         self.last, self._round = (
             None if state[key] is None else Round.from_state(state[key]) for key in ("last", "round")

@@ -28,6 +28,9 @@ class Task:
             over batches: let them be of one size.
         head: the parameters (or a module with them) that this task trains and no other. What is in no task's head is
             shared.
+
+    On several ranks each has a task of its own with its part of the data, but the same names and heads: see
+    ``process_group`` of :class:`mtlgrad.AlphaVIL`.
     """
 
     train: Iterable[Any]
@@ -147,15 +150,22 @@ def check_subset(tasks: dict[str, Task], subset: float | int) -> None:
             )
 
 
+def count_of(batches: Iterable[Any], subset: float | int) -> int | None:
+    """How many batches :func:`sample` gives; None where that is not known before."""
+    total = _length(batches)
+    if total is None:
+        return None
+    # 0.07 of 100 is 7
+    return min(subset, total) if isinstance(subset, int) else math.ceil(subset * total - 1e-9)
+
+
 def sample(name: str, batches: Iterable[Any], subset: float | int) -> Iterator[Any]:
     """A round's part of the batches.
 
     Of a sequence they are drawn without replacement, in random order, from torch's global generator; of anything else
     they are the first of a new pass, for which a shuffling loader is a random draw as well.
     """
-    total, count = _length(batches), subset if isinstance(subset, int) else None
-    if isinstance(subset, float) and total is not None:
-        count = math.ceil(subset * total - 1e-9)  # 0.07 of 100 is 7
+    count = subset if isinstance(subset, int) else count_of(batches, subset)
     empty = True
     if isinstance(batches, Sequence):
         for i in torch.randperm(len(batches))[:count].tolist():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .. import ops
 from ..reference.adatask import Rate
 from .base import TaskOptimizer
 from .options import TaskOptions
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
@@ -26,8 +29,8 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
         params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize: as in
             torch.optim.Adagrad; ``weight_decay`` is added to each task's gradient, every task's sum begins with
             ``initial_accumulator_value``.
-        num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite: as in
-            :class:`mtlgrad.optim.AdaTaskAdam`, which also says which parameters take which rule.
+        num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite,
+            process_group: as in :class:`mtlgrad.optim.AdaTaskAdam`, which also says which parameters take which rule.
 
     State per parameter with ``.jac``: ``sum_0`` ... ``sum_{T-1}``, each like the parameter; ``step`` [T] and
     ``update_square`` [T]. Unlike torch.optim.Adagrad's it is made at a parameter's first step.
@@ -52,13 +55,14 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
         stochastic_rounding: bool = True,
         dominance_decay: float | None = 0.99,
         check_finite: bool = False,
+        process_group: ProcessGroup | None = None,
         **flags: Any,
     ):
         options = TaskOptions(
             num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
         )
         rule = (lr, lr_decay, weight_decay, initial_accumulator_value, eps)
-        super().__init__(params, *rule, task_options=options, **flags)
+        super().__init__(params, *rule, task_options=options, process_group=process_group, **flags)
         # Which parameters come with .jac is not known yet; torch.optim.Adagrad has made one sum for each.
         self.state.clear()
 

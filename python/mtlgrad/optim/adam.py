@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .. import ops
 from ..reference.adatask import Rate
 from .base import TaskOptimizer
 from .options import TaskOptions
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _Adam(TaskOptimizer):
@@ -70,8 +73,16 @@ class AdaTaskAdam(_Adam, torch.optim.Adam):
         dominance_decay: of the averages behind :meth:`dominance`, which cost no pass over memory; None: none.
         check_finite: ``ValueError`` for NaN or infinity in a gradient, naming the task, before anything is changed;
             reads T gradients once more, and waits for the device.
+        process_group: the ranks that train together; all, if not given and torch.distributed is initialised.
+            ``step`` refuses ``.jac`` that is not their mean (:func:`mtlgrad.task_backward` leaves it so; for others'
+            there is :func:`mtlgrad.distributed.average_jacobians`): parameters would drift apart, unseen.
 
-    Everything but ``num_tasks`` may differ from group to group.
+    Everything but ``num_tasks`` and ``process_group`` may differ from group to group.
+
+    Parameters that ``fully_shard`` shards: every rank updates its shards, and moments are sharded like the parameter.
+    Where that is asked for, one all-reduce of T float64 a parameter (``dominance_decay``) and of T a group each
+    (``missing="still"``, ``check_finite``) makes the sums those of all shards. Random bits follow from the place in
+    the shard and its number: a run that goes on with another number of ranks has others.
 
     State per parameter with ``.jac``: ``exp_avg_0`` ... ``exp_avg_{T-1}``, ``exp_avg_sq_0`` ... (amsgrad:
     ``max_exp_avg_sq_0`` ...), each like the parameter; ``step`` [T] and ``update_square`` [T].
@@ -99,12 +110,14 @@ class AdaTaskAdam(_Adam, torch.optim.Adam):
         stochastic_rounding: bool = True,
         dominance_decay: float | None = 0.99,
         check_finite: bool = False,
+        process_group: ProcessGroup | None = None,
         **flags: Any,
     ):
         options = TaskOptions(
             num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
         )
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, task_options=options, **flags)
+        rule = (lr, betas, eps, weight_decay, amsgrad)
+        super().__init__(params, *rule, task_options=options, process_group=process_group, **flags)
 
 
 class AdaTaskAdamW(_Adam, torch.optim.AdamW):
@@ -132,9 +145,11 @@ class AdaTaskAdamW(_Adam, torch.optim.AdamW):
         stochastic_rounding: bool = True,
         dominance_decay: float | None = 0.99,
         check_finite: bool = False,
+        process_group: ProcessGroup | None = None,
         **flags: Any,
     ):
         options = TaskOptions(
             num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
         )
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, task_options=options, **flags)
+        rule = (lr, betas, eps, weight_decay, amsgrad)
+        super().__init__(params, *rule, task_options=options, process_group=process_group, **flags)

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from ..distributed.groups import name_of, size_of
+from ..distributed.jacobians import check_averaged
+from ..distributed.shards import is_sharded, local
+from ..jacobian import parameter_list
 from .amp import reach_jacobians
 from .checks import check_gradients, check_jacobian, present_tasks
 from .dominance import Layers, layer_shares
 from .options import TaskOptions, check_group, moments_name
+from .plan import Own, Plan, as_gradients, gradients_of, standing_still
+from .sharded import Totals, key_of_shard, only_row
 
-
-class Own(NamedTuple):
-    """A parameter that this package's kernels update, and its gradients [T, *shape]."""
-
-    parameter: Tensor
-    jacobian: Tensor
-    key: int  #: its number among all parameters, for random bits
-
-
-class Plan(NamedTuple):
-    """What a step does with the parameters of a group."""
-
-    tasks: list[Own]  #: with moments per task
-    single: list[Own]  #: T = 1: with one set of moments, of another dtype than the parameter's
-    ordinary: list[tuple[Tensor, Tensor]]  #: left to torch.optim, with their gradients
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class TaskOptimizer(torch.optim.Optimizer):
@@ -42,8 +34,18 @@ class TaskOptimizer(torch.optim.Optimizer):
     ordinary: ClassVar[type[torch.optim.Optimizer]]
     takes_sparse: ClassVar[bool] = False  #: whether that reads sparse gradients
 
-    def __init__(self, params: Any, *arguments: Any, task_options: TaskOptions, **settings: Any):
+    _group: str | None = None  #: the name of process_group; groups cannot be pickled
+
+    def __init__(
+        self,
+        params: Any,
+        *arguments: Any,
+        task_options: TaskOptions,
+        process_group: ProcessGroup | None,
+        **settings: Any,
+    ):
         self._task_options = task_options._asdict()
+        self._group = name_of(type(self).__name__, process_group)
         reach_jacobians()
         super().__init__(params, *arguments, **settings)
 
@@ -52,6 +54,10 @@ class TaskOptimizer(torch.optim.Optimizer):
     def _names(self, group: dict[str, Any]) -> list[str]:
         """The moments that a task has with a group's settings, by the names of torch.optim's state."""
         raise NotImplementedError
+
+    def _common(self, group: dict[str, Any]) -> list[str]:
+        """The moments that all tasks have together."""
+        return []
 
     def _operate(
         self,
@@ -62,7 +68,8 @@ class TaskOptimizer(torch.optim.Optimizer):
         steps: list[Tensor],
         options: dict[str, Any],
     ) -> None:
-        """Calls the operation of `mtlgrad.ops`; moments as `_names` has them, per parameter T tensors."""
+        """Calls the operation of `mtlgrad.ops`; moments as `_names` has them, per parameter T tensors, and as `_common`
+        has them, one."""
         raise NotImplementedError
 
     def _start(self, group: dict[str, Any]) -> float:
@@ -75,6 +82,9 @@ class TaskOptimizer(torch.optim.Optimizer):
         for name in (*self._names(group), "momentum_buffer"):
             if isinstance(state.get(name), Tensor) and state[name].dtype != p.dtype:  # moments_dtype was changed
                 state[name] = state[name].to(p.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_group": self._group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -108,6 +118,9 @@ class TaskOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: evaluates the model again and leaves ``.jac`` and ``.grad``; what it returns is returned.
+
+        Under data parallelism all ranks take the same step, and all must take it. ``RuntimeError`` if a ``.jac`` is
+        this rank's own, and not yet the mean. Of parameters that ``fully_shard`` shards every rank updates its shards.
         """
         result = None
         if closure is not None:
@@ -118,20 +131,71 @@ class TaskOptimizer(torch.optim.Optimizer):
             plans.append(self._plan(number, group, key))
             key += len(group["params"])
         pairs = list(zip(self.param_groups, plans, strict=True))
+        self._check_averaged()
         check_gradients(type(self).__name__, pairs)
         present = present_tasks(pairs)
         for group, plan in pairs:
             for p, _ in plan.ordinary:
                 self._before_ordinary(group, p)
-        with _gradients(plans):
-            # torch.optim's step without the wrapper that runs hooks: they run around this one.
-            inspect.unwrap(self.ordinary.step)(self)
+        with gradients_of(plans):
+            self._ordinary_step()
+        totals = Totals()
         for group, plan in pairs:
             for device in dict.fromkeys(own.parameter.device for own in (*plan.tasks, *plan.single)):
                 here = [own for own in plan.tasks if own.parameter.device == device]
-                self._update(group, here, group["num_tasks"], "_{}", present.get(device))
-                self._update(group, [own for own in plan.single if own.parameter.device == device], 1, "", None)
+                self._update(group, here, group["num_tasks"], "_{}", present.get(device), totals)
+                self._update(group, [own for own in plan.single if own.parameter.device == device], 1, "", None, totals)
+        totals.add_up()
         return result
+
+    @torch.no_grad()
+    def init_state(self, shared: Iterable[Tensor]) -> None:
+        """Makes all state that first steps would make, and changes nothing else: training goes on from there as it
+        would have without.
+
+        For ``torch.distributed.checkpoint``, which loads into the state that an optimizer has. ``get_state_dict`` and
+        its like make a new optimizer's by a step with zero ``.grad`` everywhere, and would give the shared parameters
+        moments as those of heads; call this before them. Parameters that require no gradient, or have state, are left
+        out.
+
+        Args:
+            shared: the parameters that are to have ``.jac``, e.g. ``backbone.parameters()``.
+
+        Raises:
+            ValueError: one of them is not a parameter of this optimizer.
+        """
+        where = f"{type(self).__name__}.init_state"
+        per_task = set(parameter_list(where, "shared", shared))
+        every = {p: group for group in self.param_groups for p in group["params"]}
+        if others := per_task.difference(every):
+            raise ValueError(
+                f"{where}: shared: expected parameters of this optimizer, found {len(others)} others; take them from "
+                "the module after fully_shard, which makes new ones"
+            )
+        new = {p: group for p, group in every.items() if p.requires_grad and not self.state.get(p)}
+        gradients: dict[Tensor, Tensor | None] = dict.fromkeys(every)
+        for p, group in new.items():
+            if p in per_task and self._per_task(group):
+                self._state(group, [p], group["num_tasks"], "_{}")
+            elif self._moment_dtype(group, p) != p.dtype:
+                self._state(group, [p], 1, "")
+            else:
+                self._before_ordinary(group, p)
+                gradients[p] = torch.zeros_like(p)
+        with as_gradients(gradients), standing_still(self.param_groups):
+            self._ordinary_step()
+        for p, gradient in gradients.items():
+            if gradient is not None and "step" in self.state[p]:
+                self.state[p]["step"].zero_()
+
+    def _ordinary_step(self) -> None:
+        # Without torch.optim's wrapper that runs hooks: they run around this class's own step.
+        inspect.unwrap(self.ordinary.step)(self)
+
+    def _check_averaged(self) -> None:
+        if size_of(self._group) > 1:
+            found = [getattr(p, "jac", None) for group in self.param_groups for p in group["params"]]
+            check_averaged(f"{type(self).__name__}.step", [j for j in found if j is not None], size_of(self._group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but that moments have the dtype of ``moments_dtype`` and not the parameter's."""
@@ -192,7 +256,8 @@ class TaskOptimizer(torch.optim.Optimizer):
             \text{share}_t = \frac{AU_t}{\sum_s AU_s}
 
         with :math:`u_t` the task's part of the update of the layer's parameters and :math:`\beta` ``dominance_decay``:
-        the average of squared updates of arXiv 2211.15055, section 3, summed over a layer's elements.
+        the average of squared updates of arXiv 2211.15055, section 3, summed over a layer's elements (of shards: those
+        of all ranks).
 
         Args:
             layers: for each layer its parameters, in a sequence or a dict; the parameter groups if not given.
@@ -215,8 +280,7 @@ class TaskOptimizer(torch.optim.Optimizer):
 
     def _plan(self, number: int, group: dict[str, Any], key: int) -> Plan:
         plan = Plan([], [], [])
-        tasks, weights = group["num_tasks"], group["task_weights"]
-        first_moment = self._names(group)[0]
+        tasks, first_moment = group["num_tasks"], self._names(group)[0]
         for i, p in enumerate(group["params"]):
             jacobian = getattr(p, "jac", None)
             if jacobian is None and p.grad is None:
@@ -224,30 +288,34 @@ class TaskOptimizer(torch.optim.Optimizer):
             where = f"{type(self).__name__}.step: parameter {i} of group {number}"
             if jacobian is not None:
                 check_jacobian(where, p, jacobian, tasks)
-            # One task alone is the ordinary optimizer, unless its update is weighted.
-            per_task = jacobian is not None and (tasks > 1 or weights not in (None, [1.0]))
+            per_task = jacobian is not None and self._per_task(group)
             self._check_side(where, p, first_moment, per_task)
             if jacobian is not None and per_task:
                 plan.tasks.append(Own(p, jacobian, key + i))
                 continue
-            gradient = cast("Tensor", p.grad if jacobian is None else jacobian[0])
+            gradient = cast("Tensor", p.grad if jacobian is None else only_row(p, jacobian))
             own_dtype = self._moment_dtype(group, p) == p.dtype
             if gradient.layout != torch.strided and not (own_dtype and self.takes_sparse):
                 raise ValueError(f"{where}: expected a dense .grad, found {gradient.layout}; use sparse=False")
             if own_dtype:
                 plan.ordinary.append((p, gradient))
             else:
-                plan.single.append(Own(p, gradient.unsqueeze(0), key + i))
+                plan.single.append(Own(p, gradient if is_sharded(p) else gradient.unsqueeze(0), key + i))
         return plan
+
+    def _per_task(self, group: dict[str, Any]) -> bool:
+        # One task alone is the ordinary optimizer, unless its update is weighted.
+        return bool(group["num_tasks"] > 1 or group["task_weights"] not in (None, [1.0]))
 
     def _check_side(self, where: str, p: Tensor, moment: str, per_task: bool) -> None:
         """A parameter cannot change sides: its moments would begin anew, unseen."""
         state = self.state.get(p)
         if state and (f"{moment}_0" in state) != per_task:
             kept, found = (".grad", ".jac") if per_task else (".jac", ".grad without .jac")
+            early = " (torch.distributed.checkpoint made them? then call init_state(shared) before it)" * per_task
             raise ValueError(
                 f"{where}: expected {kept}, which its moments are made of, found {found}; to start them anew, delete "
-                "optimizer.state[parameter]"
+                f"optimizer.state[parameter]{early}"
             )
 
     def _moment_dtype(self, group: dict[str, Any], p: Tensor) -> torch.dtype:
@@ -278,42 +346,47 @@ class TaskOptimizer(torch.optim.Optimizer):
             found.append(state[name])
         return found
 
-    def _update(self, group: dict[str, Any], owns: list[Own], tasks: int, suffix: str, present: Tensor | None) -> None:
-        if not owns:
-            return
-        per_task = bool(suffix)
-        parameters = [own.parameter for own in owns]
+    def _state(
+        self, group: dict[str, Any], parameters: list[Tensor], tasks: int, suffix: str
+    ) -> tuple[dict[str, list[list[Tensor]]], list[Tensor], list[Tensor]]:
+        """Moments, step counts and AU (none if not per task, or not asked for); made where there are none yet."""
         moments = {
             name: self._moments(group, parameters, [name + suffix.format(t) for t in range(tasks)])
             for name in self._names(group)
         }
-        steps = self._counts(parameters, "step", [tasks] if per_task else [], torch.float32)
+        moments |= {name: self._moments(group, parameters, [name]) for name in self._common(group)}
+        steps = self._counts(parameters, "step", [tasks] if suffix else [], torch.float32)
+        if not suffix or group["dominance_decay"] is None:
+            return moments, steps, []
+        return moments, steps, self._counts(parameters, "update_square", [tasks], torch.float64)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        owns: list[Own],
+        tasks: int,
+        suffix: str,
+        present: Tensor | None,
+        totals: Totals,
+    ) -> None:
+        if not owns:
+            return
+        parameters, jacobians, keys = map(list, zip(*owns, strict=True))
+        moments, steps, squares = self._state(group, parameters, tasks, suffix)
+        if any(map(is_sharded, parameters)):
+            moments = {name: [list(map(local, row)) for row in rows] for name, rows in moments.items()}
+            squares = [totals.part(p, square) for p, square in zip(parameters, squares)]
+            keys = [key_of_shard(key, p) for key, p in zip(keys, parameters)]
+            jacobians = [local(j) if suffix else local(j).unsqueeze(0) if is_sharded(j) else j for j in jacobians]
+            parameters = list(map(local, parameters))
         options = {name: group[name] for name in ("lr", "eps", "weight_decay", "maximize")}
-        if per_task:
+        if suffix:
             options["task_weights"] = group["task_weights"]
             options["present"] = present if group["missing"] == "still" else None
-            if group["dominance_decay"] is not None:
-                options["square_decay"] = group["dominance_decay"]
-                options["squares"] = self._counts(parameters, "update_square", [tasks], torch.float64)
+            if squares:
+                options["square_decay"], options["squares"] = group["dominance_decay"], squares
         else:
             steps = [step.view(1) for step in steps]
         if group["stochastic_rounding"] and any(self._moment_dtype(group, p) == torch.bfloat16 for p in parameters):
-            options["keys"] = [own.key for own in owns]
-        self._operate(group, parameters, [own.jacobian for own in owns], moments, steps, options)
-
-
-@contextmanager
-def _gradients(plans: Sequence[Plan]) -> Iterator[None]:
-    """What torch.optim is to see as ``.grad``: that of its own parameters, and none of the others."""
-    wanted: dict[Tensor, Tensor | None] = {}
-    for plan in plans:
-        wanted |= {own.parameter: None for own in (*plan.tasks, *plan.single)}
-        wanted |= dict(plan.ordinary)
-    kept = [p.grad for p in wanted]
-    for p, gradient in wanted.items():
-        p.grad = gradient
-    try:
-        yield
-    finally:
-        for p, gradient in zip(wanted, kept, strict=True):
-            p.grad = gradient
+            options["keys"] = keys
+        self._operate(group, parameters, jacobians, moments, steps, options)

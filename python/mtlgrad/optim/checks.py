@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..distributed.shards import local, shard_groups, sum_over
+from .sharded import check_layout
 
 if TYPE_CHECKING:
-    from .base import Plan
+    from .plan import Plan
 
 Pairs = Sequence[tuple[dict[str, Any], "Plan"]]  # the groups and what a step does with them
+Place = tuple[torch.device, tuple[Any, ...]]  # where tensors lie, and which ranks have the rest of them
 
 
 def check_jacobian(where: str, p: Tensor, jacobian: Tensor, tasks: int) -> None:
@@ -34,47 +37,85 @@ def check_jacobian(where: str, p: Tensor, jacobian: Tensor, tasks: int) -> None:
         )
     if jacobian.layout != torch.strided:
         raise ValueError(f"{where}: expected a dense .jac, found {jacobian.layout}; use .to_dense()")
+    check_layout(where, p, jacobian)
 
 
-def _sizes(plan: Plan, device: torch.device) -> Tensor:
-    """[T] float64, zero if all of a task's gradients on a device are, infinite or NaN if one is."""
-    rows = [own.jacobian for own in plan.tasks if own.parameter.device == device]
+def _place(p: Tensor) -> Place:
+    return p.device, shard_groups(p)
+
+
+def _marks(rows: list[Tensor]) -> Tensor:
+    """[T] float64: zero if all of a task's gradients are, NaN if one is not finite, else one. Marks may be added."""
     if all(row.dtype != torch.float64 for row in rows):
-        return ops.gram(ops.Stacked(rows)).diagonal()
-    # Squares of float64 may overflow or underflow.
-    largest = [row.reshape(len(row), -1).abs().amax(1).double() for row in rows if row.numel()]
-    return torch.stack([torch.zeros(len(rows[0]), dtype=torch.float64, device=device), *largest]).amax(0)
+        sizes = ops.gram(ops.Stacked(rows)).diagonal()
+    else:
+        # Squares of float64 may overflow or underflow.
+        largest = [row.reshape(len(row), -1).abs().amax(1).double() for row in rows if row.numel()]
+        zero = torch.zeros(len(rows[0]), dtype=torch.float64, device=rows[0].device)
+        sizes = torch.stack([zero, *largest]).amax(0)
+    return sizes.ne(0.0).double().where(sizes.isfinite(), torch.nan)
 
 
-def _devices(plan: Plan) -> list[torch.device]:
-    return list(dict.fromkeys(own.parameter.device for own in plan.tasks))
+def _task_marks(plans: Sequence[Plan]) -> list[dict[torch.device, Tensor]]:
+    """For each plan and device marks [T], of all ranks' shards: one all-reduce of T float64 a plan."""
+    parts: dict[Place, list[tuple[int, Tensor]]] = {}
+    for i, plan in enumerate(plans):
+        rows: dict[Place, list[Tensor]] = {}
+        for own in plan.tasks:
+            rows.setdefault(_place(own.parameter), []).append(local(own.jacobian))
+        for place, some in rows.items():
+            parts.setdefault(place, []).append((i, _marks(some)))
+    found: list[dict[torch.device, Tensor]] = [{} for _ in plans]
+    for (device, groups), marks in parts.items():
+        summed = sum_over(torch.stack([mark for _, mark in marks]), groups)
+        for (i, _), row in zip(marks, summed, strict=True):
+            found[i][device] = found[i][device] + row if device in found[i] else row
+    return found
+
+
+def _bad(gradients: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Which of the parameters' gradients are not finite, anywhere."""
+    parts: dict[Place, list[tuple[int, Tensor]]] = {}
+    for i, (p, gradient) in enumerate(gradients):
+        bad = local(gradient).to_dense().isfinite().logical_not().any().double()
+        parts.setdefault(_place(p), []).append((i, bad))
+    found = [False] * len(gradients)
+    for (_, groups), flags in parts.items():
+        summed = sum_over(torch.stack([flag for _, flag in flags]), groups).tolist()
+        for (i, _), count in zip(flags, summed, strict=True):
+            found[i] = count > 0.0
+    return found
 
 
 def check_gradients(name: str, pairs: Pairs) -> None:
-    """ValueError that names the task, or the parameter, for NaN and infinity. Reads from the devices."""
-    for number, (group, plan) in enumerate(pairs):
-        if not group["check_finite"]:
-            continue
-        for device in _devices(plan):
-            finite = _sizes(plan, device).isfinite().tolist()
+    """ValueError that names the task, or the parameter, for NaN and infinity, on all ranks that hold shards alike.
+    Reads from the devices."""
+    checked = [number for number, (group, _) in enumerate(pairs) if group["check_finite"]]
+    marks = _task_marks([pairs[number][1] for number in checked])
+    for number, sizes in zip(checked, marks, strict=True):
+        group, plan = pairs[number]
+        for mark in sizes.values():
+            finite = mark.isfinite().tolist()
             if not all(finite):
                 raise ValueError(
                     f"{name}.step: group {number}: expected finite gradients, found NaN or infinity in .jac of task "
                     f"{finite.index(False)}; look at its loss, or skip the step (torch.amp.GradScaler does)"
                 )
-        places = {p: i for i, p in enumerate(group["params"])}
-        for p, gradient in [*plan.ordinary, *((own.parameter, own.jacobian) for own in plan.single)]:
-            if not bool(gradient.to_dense().isfinite().all()):
-                raise ValueError(
-                    f"{name}.step: parameter {places[p]} of group {number}: expected a finite .grad, found NaN or "
-                    "infinity"
-                )
+        gradients = [*plan.ordinary, *((own.parameter, own.jacobian) for own in plan.single)]
+        bad = _bad(gradients)
+        if any(bad):
+            places = {p: i for i, p in enumerate(group["params"])}
+            raise ValueError(
+                f"{name}.step: parameter {places[gradients[bad.index(True)][0]]} of group {number}: expected a finite "
+                ".grad, found NaN or infinity"
+            )
 
 
 def present_tasks(pairs: Pairs) -> dict[torch.device, Tensor]:
     """[T] bool on each device: the tasks whose gradients are not zero throughout; nothing if no group asks for it."""
     if not any(group["missing"] == "still" and plan.tasks for group, plan in pairs):
         return {}
-    places = [(plan, device) for _, plan in pairs for device in _devices(plan)]
-    found = [_sizes(plan, device) != 0.0 for plan, device in places]
-    return {device: torch.stack([f.to(device) for f in found]).any(0) for _, device in places}
+    found = [
+        (device, mark != 0.0) for sizes in _task_marks([plan for _, plan in pairs]) for device, mark in sizes.items()
+    ]
+    return {device: torch.stack([present.to(device) for _, present in found]).any(0) for device, _ in found}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..distributed.shards import by_groups, local, sum_over
 from ..jacobian import parameter_list
 
 
@@ -17,7 +18,8 @@ def clip_task_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, error
 
     .. math:: \min\bigl(1, \frac{\text{max\_norm}}{\|g_t\|_2 + 10^{-6}}\bigr)
 
-    as ``torch.nn.utils.clip_grad_norm_`` does with ``.grad``, which is left alone here.
+    as ``torch.nn.utils.clip_grad_norm_`` does with ``.grad``, which is left alone here. Norms of parameters that
+    ``fully_shard`` shards are those of all ranks' shards: one all-reduce of T float64.
 
     Args:
         parameters: those without ``.jac`` are left out.
@@ -31,12 +33,17 @@ def clip_task_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, error
     if not max_norm >= 0.0:
         raise ValueError(f"clip_task_grad_norm_: max_norm: expected a number from 0, found {max_norm}")
     listed = parameter_list("clip_task_grad_norm_", "parameters", parameters)
-    rows: list[Tensor] = [jacobian for p in listed if (jacobian := getattr(p, "jac", None)) is not None]
-    if not rows:
+    wanted = [p for p in listed if getattr(p, "jac", None) is not None]
+    if not wanted:
         raise ValueError(
             "clip_task_grad_norm_: parameters: expected at least one with .jac, found none; call task_backward first"
         )
-    norms = ops.gram(ops.Stacked(rows)).diagonal().sqrt()
+    rows: list[Tensor] = [local(p.jac) for p in wanted]  # type: ignore[attr-defined]
+    squares = [
+        sum_over(ops.gram(ops.Stacked([rows[i] for i in places])).diagonal().contiguous(), groups)
+        for groups, places in by_groups(wanted).items()
+    ]
+    norms = torch.stack(squares).sum(0).sqrt()
     if error_if_nonfinite and not all(finite := norms.isfinite().tolist()):
         raise RuntimeError(
             f"clip_task_grad_norm_: expected finite gradients, found a norm of {float(norms[finite.index(False)])} in "

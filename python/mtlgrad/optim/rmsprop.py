@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .. import ops
 from ..reference.adatask import Rate
 from .base import TaskOptimizer
 from .options import TaskOptions
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
@@ -27,8 +30,8 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
     Args:
         params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize: as in
             torch.optim.RMSprop; ``weight_decay`` is added to each task's gradient.
-        num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite: as in
-            :class:`mtlgrad.optim.AdaTaskAdam`, which also says which parameters take which rule.
+        num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite,
+            process_group: as in :class:`mtlgrad.optim.AdaTaskAdam`, which also says which parameters take which rule.
 
     State per parameter with ``.jac``: ``square_avg_0`` ... ``square_avg_{T-1}`` (centered: ``grad_avg_0`` ...) and
     ``momentum_buffer``, each like the parameter; ``step`` [T] and ``update_square`` [T].
@@ -53,15 +56,20 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
         stochastic_rounding: bool = True,
         dominance_decay: float | None = 0.99,
         check_finite: bool = False,
+        process_group: ProcessGroup | None = None,
         **flags: Any,
     ):
         options = TaskOptions(
             num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
         )
-        super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, task_options=options, **flags)
+        rule = (lr, alpha, eps, weight_decay, momentum, centered)
+        super().__init__(params, *rule, task_options=options, process_group=process_group, **flags)
 
     def _names(self, group: dict[str, Any]) -> list[str]:
         return ["square_avg", *["grad_avg"] * bool(group["centered"])]
+
+    def _common(self, group: dict[str, Any]) -> list[str]:
+        return ["momentum_buffer"] * bool(group["momentum"] > 0.0)
 
     def _operate(
         self,
@@ -72,16 +80,14 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
         steps: list[Tensor],
         options: dict[str, Any],
     ) -> None:
-        buffers = None
-        if group["momentum"] > 0.0:
-            buffers = [buffer for (buffer,) in self._moments(group, parameters, ["momentum_buffer"])]
+        buffers = moments.get("momentum_buffer")
         ops.adatask_rmsprop(
             parameters,
             jacobians,
             moments["square_avg"],
             steps,
             grad_avgs=moments.get("grad_avg"),
-            momentum_buffers=buffers,
+            momentum_buffers=None if buffers is None else [buffer for (buffer,) in buffers],
             alpha=group["alpha"],
             momentum=group["momentum"],
             **options,
