@@ -106,7 +106,6 @@ def test_the_aligned_layer_inside(region: str, reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.xfail(reason="BayesAgg does not refuse it yet", strict=True)
 def test_bayesagg_inside_is_refused(reentrant: bool) -> None:
     """It would count the batch twice, or lose the scale of the loss."""
     trainer: Any = Bayes(Model())
@@ -131,7 +130,6 @@ def checkpointed_case(reentrant: bool | None) -> Case:
     return case
 
 
-@pytest.mark.xfail(reason="the search recomputes at the model's own parameters", strict=True)
 def test_alphavil_with_checkpoints() -> None:
     """In the search too, whose parameters are not the model's own."""
     ends = []

@@ -148,7 +148,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Any], Callable[[Parameter
 
 @pytest.mark.parametrize(
     "method",
-    ["aligned layer", pytest.param("bayesagg", marks=pytest.mark.xfail(reason="not yet in these words", strict=True))],
+    ["aligned layer", "bayesagg"],
 )
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_of_the_backward_are_refused(method: str, transform: str) -> None:

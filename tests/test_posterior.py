@@ -226,7 +226,7 @@ def test_batches_expanded_at_different_weights_add_their_quadratics(kind: str, s
     if structure == "kron":  # not a sum: the factors are summed, and the mean depends on the first weights
         terms = [kron_terms(batch, at) for batch, at in zip(batches, weights)]
         precision = torch.kron(*kron_precision(*(sum(part) for part in zip(*terms))))
-        curvatures = [torch.kron(q / count, gram) for q, gram, count in terms]
+        curvatures = [b.hessian(at) for b, at in zip(batches, weights)]
     else:
         curvatures = [structured(b.hessian(at), structure, rows) for b, at in zip(batches, weights)]
         precision = sum(curvatures) + prior_precision(data)

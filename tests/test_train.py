@@ -119,7 +119,8 @@ def test_batches_are_the_rows_in_order(size):
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     part = Part(Texts(torch.arange(18), offsets), [torch.arange(7.0)])
     texts, targets = [], []
-    for (tokens, bounds), (y,) in part.batches(size):
+    for (tokens, bounds), (y,), rows, own, _ in part.batches(size):
+        assert rows == own == len(y)
         assert bounds[0] == 0
         assert bounds[-1] == len(tokens)
         assert len(y) == len(bounds) - 1 <= size

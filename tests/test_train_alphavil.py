@@ -84,10 +84,10 @@ def test_a_round_is_a_part_of_each_tasks_own_order_at_the_rate_of_the_schedule(s
         rates[len(optimizers)] = []
         return optimizers[-1]
 
-    def watched(task, output, target):
+    def watched(task, output, target, divisor):
         if trainer.net.training:
             seen.setdefault(task.name, []).append(target)
-        return original(task, output, target)
+        return original(task, output, target, divisor)
 
     original = rounds.task_loss
     monkeypatch.setattr(rounds, "make_optimizer", make)
@@ -138,8 +138,8 @@ def test_ticks_count_what_an_epoch_does(small, wide, method):
     assert torch.isfinite(ticks[-1][2]).all()
     if method == "alphavil":  # two or three development batches, looked at six times a round
         assert trainer.ticks == 4 * 10 + 4 * 6 * len(trainer.development)
-        assert len({len(target) for _, target in trainer.development}) <= 2
-        assert sum(len(target) for _, target in trainer.development) == len(small.rows.validation)
+        assert len({batch.rows for batch in trainer.development}) <= 2
+        assert sum(batch.rows for batch in trainer.development) == len(small.rows.validation)
 
 
 def test_alphavil_records_what_its_rounds_did(small, wide):
@@ -180,8 +180,10 @@ def test_learns(small, method):
 def test_a_task_whose_training_fails_sits_out(small, method, monkeypatch):
     original = rounds.task_loss
 
-    def failing(task, output, target):
-        return original(task, output, target) * (math.nan if task.name == "age" and trainer.net.training else 1.0)
+    def failing(task, output, target, divisor):
+        return original(task, output, target, divisor) * (
+            math.nan if task.name == "age" and trainer.net.training else 1.0
+        )
 
     monkeypatch.setattr(rounds, "task_loss", failing)  # no part of diw's ordinary epoch
     trainer = begun(small, method)

@@ -77,7 +77,7 @@ def test_the_backbone_gets_a_gradient_a_task_and_all_else_the_sums(small, method
     assert isinstance(trainer.updates.optimizer, ADATASK[name])
     assert all(group["lr"] == RATES[name] for group in trainer.updates.optimizer.param_groups)
     net, weighting = trainer.net.eval(), trainer.weighting
-    inputs, targets = next(iter(trainer.split.validation.batches(64)))
+    inputs, targets, *_ = next(iter(trainer.split.validation.batches(64)))
     shared = list(net.backbone.parameters())
     others = [*net.heads.parameters(), *weighting.parameters()]
     features = net.features(*inputs)

@@ -15,9 +15,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
+
 from .ops.align import SCALES
+from .recipes import team
 from .recipes.base import ADAM, Interrupted, Settings, TrainError
-from .recipes.comparison import RECIPES, Comparison, Stop
+from .recipes.comparison import RECIPES, Comparison, Stop, Watcher, Watchers, device_of
 from .recipes.optimizers import ADATASK, OPTIMIZERS, RATES
 from .recipes.rounds import ROUNDS
 from .recipes.weighting import ALIGNED, SUMS
@@ -32,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with errors of one line: no usage in front."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+        who = _speaker(own=False)
+        self.exit(BAD_INPUT, None if who is None else f"{self.prog}: {who}{message}\n")
 
 
 def _one_of(names: Iterable[str]) -> Callable[[str], str]:
@@ -141,6 +145,8 @@ def _add_train(commands: Any) -> None:
     add("--threads", type=_whole(1, 1024), metavar="N", help=f"threads on the CPU (default: {default.threads})")
     add("--out", type=Path, metavar="DIR", help="where the run's folder is made (default: runs)")
     add("--name", type=_name, help="name of the run's folder (default: date, time and data set)")
+    board = "losses, metrics and weights of each epoch for TensorBoard, in the run's folder"
+    add("--tensorboard", action="store_true", help=board)
     add("--resume", type=Path, metavar="PATH", help="continue a run, given its folder; takes no other settings")
 
 
@@ -231,17 +237,27 @@ def _signals(stop: Stop) -> Iterator[None]:
 
 def _with_figures(command: str, work: Callable[[dict[str, Any], Stop], int], given: dict[str, Any]) -> int:
     """Runs what needs the extra `train` and takes a while: it can be stopped, and its errors are one line."""
-    missing = [name for name in ("rich", "matplotlib") if not _installed(name)]
-    if missing:
-        sys.stderr.write(f"mtlgrad {command}: needs {' and '.join(missing)}, not found; pip install 'mtlgrad[train]'\n")
-        return BAD_INPUT
     stop = Stop()
     with _signals(stop):
         try:
+            _check_installed("rich", "matplotlib", extra="train")
             return work(given, stop)
         except TrainError as error:
-            sys.stderr.write(f"mtlgrad {command}: {error}\n")
+            who = _speaker(error.__cause__ is not None)
+            if who is not None and not isinstance(error, team.ElsewhereError):
+                sys.stderr.write(f"mtlgrad {command}: {who}{error}\n")
             return BAD_INPUT
+
+
+def _speaker(own: bool) -> str | None:
+    """How an error begins, one of this process's `own` or one that all find; None where another process says it."""
+    try:
+        here = team.place()
+    except TrainError:
+        return ""
+    if here is None or here.rank == 0:
+        return ""
+    return f"rank {here.rank}: " if own or here.local_rank == 0 else None
 
 
 def _train(given: dict[str, Any], stop: Stop) -> int:
@@ -249,12 +265,16 @@ def _train(given: dict[str, Any], stop: Stop) -> int:
     if resume is not None and given:
         option = "--" + next(iter(given)).replace("_", "-")
         raise TrainError(f"argument --resume: takes its settings from the run, found {option} as well; drop it")
-    if resume is not None:
-        comparison = Comparison.resume(resume)
-    else:
-        out, name = given.pop("out", Path("runs")), given.pop("name", None)
-        comparison = Comparison.start(_settings(given), out, name)
-    return _run(comparison, stop)
+    out, name = given.pop("out", Path("runs")), given.pop("name", None)
+    settings = None if resume is not None else _settings(given)
+    if settings is not None:
+        device_of(settings)  # says what is wrong before any process waits for the others
+        if settings.tensorboard:
+            _check_installed("tensorboard", extra="tensorboard")
+    wants_cuda = settings is None or settings.device != "cpu"
+    with team.joined(team.place(), cuda=wants_cuda and torch.cuda.is_available()):
+        comparison = Comparison.start(settings, out, name) if settings is not None else Comparison.resume(resume)
+        return team.of_first(_run(comparison, stop))
 
 
 def _toy(given: dict[str, Any], stop: Stop) -> int:
@@ -269,6 +289,12 @@ def _toy(given: dict[str, Any], stop: Stop) -> int:
     return 0
 
 
+def _check_installed(*names: str, extra: str) -> None:
+    missing = [name for name in names if not _installed(name)]
+    if missing:
+        raise TrainError(f"needs {' and '.join(missing)}, not found; pip install 'mtlgrad[{extra}]'")
+
+
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
@@ -277,11 +303,20 @@ def _installed(name: str) -> bool:
 
 
 def _run(comparison: Comparison, stop: Stop) -> int:
-    """Runs or continues a comparison under the eyes of the user."""
+    """Runs or continues a comparison under the eyes of the user, who sees rank 0's."""
+    if not team.first():
+        comparison.run(Watchers(), stop)
+        return 0
     from .recipes import figures, report
     from .recipes.progress import LineProgress, LiveProgress, console_for_output, say, show_table
 
     settings, tasks, folder = comparison.settings, comparison.recipe.tasks, comparison.folder
+    watchers: list[Watcher] = []
+    if settings.tensorboard:
+        _check_installed("tensorboard", extra="tensorboard")
+        from .recipes.board import Board
+
+        watchers.append(Board(folder.path, tasks, comparison.results))
     console = console_for_output()
     progress: LiveProgress | LineProgress
     if console.is_terminal:
@@ -290,7 +325,7 @@ def _run(comparison: Comparison, stop: Stop) -> int:
         progress = LineProgress(console, comparison.jobs, tasks)
     say(console, f"{settings.data}: {', '.join(settings.labels)} and single-task nets; run folder {folder.path}")
     with progress:
-        finished = comparison.run(progress, stop)
+        finished = comparison.run(Watchers(progress, *watchers), stop)
     columns = report.summaries(comparison.results, settings.labels, tasks)
     if columns:
         done, count = len(comparison.results), len(comparison.jobs)

@@ -213,7 +213,7 @@ def _check_synchronised(op: str, silent: bool, leaves: list[Tensor]) -> None:
 def _check_no_fsdp(op: str, losses: list[Tensor | None], trunk: list[Tensor]) -> None:
     edges = {(feature.grad_fn, feature.output_nr) for feature in trunk}
     nodes = [loss.grad_fn for loss in losses if loss is not None and loss.grad_fn is not None]
-    if any(node.name().startswith("RegisterPostBackwardFunction") for node, _ in _walk(nodes, edges)):
+    if any(node.name().startswith("RegisterPostBackwardFunction") for node, _ in walk(nodes, edges)):
         raise ValueError(
             f"{op}: features: expected none, since a head is sharded (fully_shard), found some; FSDP2 averages "
             "gradients in whole backward passes alone; leave features out"
@@ -330,7 +330,7 @@ def _trunk(op: str, features: Tensor | Sequence[Tensor]) -> list[Tensor]:
             )
     trunk = list(dict.fromkeys(trunk))
     edges = {(feature.grad_fn, feature.output_nr) for feature in trunk}
-    if len(trunk) > 1 and any(edge in edges for edge in _walk([feature.grad_fn for feature in trunk], set())):
+    if len(trunk) > 1 and any(edge in edges for edge in walk([feature.grad_fn for feature in trunk], set())):
         # What arrives at one would hold what comes through the other, and be counted twice.
         raise ValueError(
             f"{op}: features: expected tensors none of which is computed from another, found one that is; leave "
@@ -377,7 +377,7 @@ def _through_heads(
     return starts
 
 
-def _walk(nodes: Iterable[Any], stop: set[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
+def walk(nodes: Iterable[Any], stop: set[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
     """The edges of the graph behind the nodes, but for those in `stop` and what is behind these alone."""
     stack = list(nodes)
     seen = set(stack)
@@ -397,7 +397,7 @@ def _leaves(tensors: Sequence[Tensor], edges: set[tuple[Any, int]]) -> list[Tens
     starts = [
         tensor.grad_fn for tensor in tensors if tensor.grad_fn and (tensor.grad_fn, tensor.output_nr) not in edges
     ]
-    for node, _ in _walk(starts, edges):
+    for node, _ in walk(starts, edges):
         if node.name() == "torch::autograd::AccumulateGrad":
             found[node.variable] = None
     return list(found)

@@ -16,7 +16,7 @@ from ..distributed.groups import Ranks
 from .buffers import Buffers
 from .deltas import Deltas
 from .ranks import check_counts, mean_
-from .tasks import Task, check_gradient, checked_loss, count_of
+from .tasks import Task, check_checkpoints, check_gradient, checked_loss, count_of
 
 MakeOptimizer = Callable[[list[Any]], torch.optim.Optimizer]
 
@@ -33,6 +33,18 @@ class _Evaluated(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return checked_loss(self.name, self.task.loss(self.get_submodule(MODEL), batch))
+
+
+class _Derived(_Evaluated):
+    """Its loss, and the derivative in alpha: inside, since checkpoints compute parts of the model once more then, and
+    must find the same parameters."""
+
+    def forward(self, batch: Any, alphas: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        loss = super().forward(batch)
+        check_gradient(self.name, loss)
+        check_checkpoints(self.name, loss)
+        (gradient,) = torch.autograd.grad(loss, alphas, allow_unused=True)
+        return loss.detach(), gradient
 
 
 class Search:
@@ -53,7 +65,7 @@ class Search:
     ):
         self.model, self.task, self.name, self.buffers, self.clip = model, task, name, buffers, clip
         self.make_optimizer = make_optimizer
-        self.evaluated = _Evaluated(model, task, name)
+        self.evaluated, self.derived = _Evaluated(model, task, name), _Derived(model, task, name)
         self.alphas = torch.empty(0)
         self.absent: list[int] = []
         self.optimizer: torch.optim.Optimizer | None = None
@@ -98,17 +110,16 @@ class Search:
     def _derive(self, deltas: Deltas, buffers: dict[str, Tensor], batch: Any, ranks: Ranks | None) -> Tensor:
         """A batch's loss; its gradient in alpha goes to ``alphas.grad``. Means over the ranks, both."""
         with torch.enable_grad():
-            loss: Tensor = functional_call(self.evaluated, {**self._parameters(deltas), **buffers}, (batch,))
-            check_gradient(self.name, loss)
-            (self.alphas.grad,) = torch.autograd.grad(loss, self.alphas, allow_unused=True)
+            stand_ins = {**self._parameters(deltas), **buffers}
+            loss, self.alphas.grad = functional_call(self.derived, stand_ins, (batch, self.alphas))
         if self.alphas.grad is None:
             raise TypeError(
                 f"AlphaVIL: tasks: {self.name!r}: loss: expected one that takes its parameters from the model it is "
                 "given, found one that does not depend on alpha; it keeps parameters or another model of its own"
             )
         if ranks is None:
-            return loss.detach()
-        means = mean_(torch.cat([self.alphas.grad, loss.detach().to(self.alphas).reshape(1)]), ranks)
+            return loss
+        means = mean_(torch.cat([self.alphas.grad, loss.to(self.alphas).reshape(1)]), ranks)
         self.alphas.grad.copy_(means[:-1])
         return means[-1]
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
+from ..jacobian import walk
+
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -194,4 +196,13 @@ def check_gradient(name: str, loss: Tensor) -> None:
         raise TypeError(
             f"AlphaVIL: tasks: {name!r}: loss: expected one that depends on the parameters of the model it is given, "
             "found one that does not; use that model, drop detach() and no_grad()"
+        )
+
+
+def check_checkpoints(name: str, loss: Tensor) -> None:
+    """Reentrant ones hide the parameters that are used inside: alpha would seem to make no difference there."""
+    if any(node.name() == "CheckpointFunctionBackward" for node, _ in walk([loss.grad_fn], set())):
+        raise TypeError(
+            f"AlphaVIL: tasks: {name!r}: loss: expected torch.utils.checkpoint with use_reentrant=False in the model, "
+            "found use_reentrant=True, which hides the parameters inside from the search"
         )

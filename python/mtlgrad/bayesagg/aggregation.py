@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..ops._library import unseen
 from ..ops.fold import (
     Sink,
     folding,
@@ -24,7 +25,7 @@ from ..ops.fold import (
 )
 from ..posterior.likelihoods import augment
 from ..posterior.posteriors import Posterior
-from .conditioning import Conditioned, batch_posterior, condition
+from .conditioning import ALL_ROWS, Conditioned, batch_posterior, condition, moments_of, uses_lemma
 from .heads import Head
 
 SMALLEST_VARIANCE = reference.moments.SMALLEST_VARIANCE
@@ -41,6 +42,16 @@ class Sampled(NamedTuple):
 Part = Conditioned | Sampled
 
 
+class Everyone(NamedTuple):
+    """Of all ranks' examples, which the batch posteriors are conditioned on: what a rank needs, apart from its own."""
+
+    features: Tensor | None  # [sum of B, D]; None where no head needs them
+    targets: Sequence[Tensor | None]  # those of the heads that are conditioned by the matrix inversion lemma
+    posteriors: Sequence[Posterior | None]  # those of the other heads
+    rows: slice  # which are this rank's
+    share: float  # W times this rank's examples over all
+
+
 class Batch(NamedTuple):
     """Everything that the aggregate of one batch depends on. ``features`` are in float32 or float64."""
 
@@ -53,21 +64,56 @@ class Batch(NamedTuple):
     num_samples: int  # 0: exact moments
     seed: int
     name: str  # for errors
+    everyone: Everyone | None = None  # None: one process
+
+    def task_name(self, index: int) -> str:
+        return f"{self.name}, heads[{index}] ({self.heads[index].likelihood})"
+
+    def is_sampled(self, index: int) -> bool:
+        return bool(self.num_samples) and self.heads[index].likelihood != "regression"
+
+
+def sums_precision(batch: Batch, index: int, examples: int) -> bool:
+    """Whether the head's batch posterior is made by summing a precision, of so many examples."""
+    if batch.is_sampled(index) or not has_kernels(batch.features.device):
+        return True
+    return not uses_lemma(batch.posteriors[index], examples)
+
+
+def own_posterior(batch: Batch, index: int, with_prior: bool = True) -> Posterior:
+    """A head's batch posterior of this process's examples, in float64 for exact moments. See :func:`sums_precision`."""
+    prior, weight, features = batch.posteriors[index], batch.weights[index], batch.features
+    if prior.exact is not None and has_kernels(features.device) and not batch.is_sampled(index):
+        prior, features = prior.exact, features.double()
+        weight = None if weight is None else weight.double()
+    return batch_posterior(prior, features, batch.targets[index], weight, batch.task_name(index), with_prior)
+
+
+def _posterior(batch: Batch, index: int) -> Posterior:
+    known = None if batch.everyone is None else batch.everyone.posteriors[index]
+    return own_posterior(batch, index) if known is None else known
 
 
 def _parts(batch: Batch, index: int) -> Iterator[Part]:
     """A head's tasks, some at a time, with the batch posterior as their moments need it."""
-    head, prior, weight = batch.heads[index], batch.posteriors[index], batch.weights[index]
-    features, targets = batch.features, batch.targets[index]
-    name = f"{batch.name}, heads[{index}] ({head.likelihood})"
-    if batch.num_samples and head.likelihood != "regression":
+    head, everyone, features = batch.heads[index], batch.everyone, batch.features
+    if batch.is_sampled(index):
         generator = torch.Generator(features.device)
         generator.manual_seed((batch.seed * 1009 + index) % 2**63)
-        posterior = batch_posterior(prior, features, targets, weight, name)
-        yield Sampled(0, head.num_tasks, posterior.sample(batch.num_samples, generator))
+        yield Sampled(0, head.num_tasks, _posterior(batch, index).sample(batch.num_samples, generator))
         return
+    targets, rows = batch.targets[index], ALL_ROWS
+    if everyone is not None:
+        posterior, every_target = everyone.posteriors[index], everyone.targets[index]
+        if posterior is not None:
+            yield from moments_of(posterior, features)
+            return
+        assert everyone.features is not None
+        assert every_target is not None
+        features, targets, rows = everyone.features, every_target, everyone.rows
     hidden = augment(features, head.likelihood)
-    yield from condition(prior, features, hidden, targets, weight, name)
+    prior, weight = batch.posteriors[index], batch.weights[index]
+    yield from condition(prior, features, hidden, targets, weight, batch.task_name(index), rows)
 
 
 def _run(batch: Batch, index: int, part: Part, sink: Sink) -> None:
@@ -99,12 +145,16 @@ def _fold(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@unseen
 def aggregate(batch: Batch) -> Tensor:
-    """The inverse-variance weighted mean of the tasks' gradients, divided by B: [B, D]."""
+    """The inverse-variance weighted mean of the tasks' gradients, divided by B, [B, D]; with several ranks by all their
+    examples, times the number of ranks, whose gradients will be averaged."""
     with torch.autocast(batch.features.device.type, enabled=False):
-        if not has_kernels(batch.features.device):
-            return _aggregate_by_reference(batch)
-        return weighted_mean(*_fold(batch))
+        kernels = has_kernels(batch.features.device)
+        result = weighted_mean(*_fold(batch)) if kernels else _aggregate_by_reference(batch)
+        if batch.everyone is not None and batch.everyone.share != 1.0:
+            result *= batch.everyone.share
+    return result
 
 
 def _aggregate_by_reference(batch: Batch) -> Tensor:
@@ -116,19 +166,20 @@ def _aggregate_by_reference(batch: Batch) -> Tensor:
 
 def _reference_moments(batch: Batch, index: int) -> tuple[Tensor, Tensor]:
     head, features, targets = batch.heads[index], batch.features, batch.targets[index]
-    posterior = batch_posterior(batch.posteriors[index], features, targets, batch.weights[index])
     if head.likelihood != "multiclass":
         targets = targets.to(features.dtype)
-    if batch.num_samples and head.likelihood != "regression":
+    if batch.is_sampled(index):
         part = next(_parts(batch, index))
         assert isinstance(part, Sampled)
         return reference.sampled_moments(features, targets, part.samples, kind=head.likelihood)
+    posterior = _posterior(batch, index)
     compute = getattr(reference, f"{head.likelihood}_moments")
     result: tuple[Tensor, Tensor] = compute(features, targets, posterior.mean, posterior.covariance())
     return result
 
 
 @torch.no_grad()
+@unseen
 def diagnose(batch: Batch) -> tuple[Tensor, Tensor]:
     """Each task's share of the weights, averaged over examples and dimensions, [T]; and the variance of its gradient,
     averaged over the examples that have its label, [T, D]. Computes the moments once more, one task at a time."""

@@ -37,8 +37,10 @@ from ..ops.moments_kernels import (
 from ..posterior.cholesky import checked_cholesky
 from ..posterior.likelihoods import terms_of
 from ..posterior.posteriors import BlockPosterior, JointPosterior, Posterior, empty_posterior
+from ..posterior.summing import forget_prior
 
 LARGEST_TRACE = 4e3  # of M in float32; an ordinary batch has about one an example
+ALL_ROWS = slice(None)
 CHUNK_BYTES = 16 << 20  # on a device, of [outputs, B, W] at a time; on the host a quarter of the outputs
 
 
@@ -72,20 +74,42 @@ def _wants_float64(m: Tensor, summands: Tensor, prior: Posterior) -> bool:
 
 
 def batch_posterior(
-    prior: Posterior, features: Tensor, targets: Tensor, weight: Tensor | None, name: str | None = None
+    prior: Posterior,
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    name: str | None = None,
+    with_prior: bool = True,
 ) -> Posterior:
-    """The batch posterior as an object, with its precision: for sampling, and where the lemma does not pay."""
+    """The batch posterior as an object, with its precision: for sampling, and where the lemma does not pay. Without the
+    prior it is what a rank has to add to it."""
     # Deviations from the prior's mean lose fewer digits than those from the weights, but a Kronecker precision is not
     # the sum of the prior's and the batch's, so there the anchor counts (DESIGN 4.2: the weights).
     from_weight = prior.structure == "kron"
     anchor = weight if from_weight and weight is not None else prior.mean
     posterior = empty_posterior(prior.likelihood, anchor, prior, prior.gamma, prior.structure)
     posterior.name = name or posterior.name
+    if not with_prior:
+        forget_prior(posterior)
     return posterior.add(features, targets, None if from_weight else weight)
 
 
+def uses_lemma(prior: Posterior, batch: int) -> bool:
+    """Whether :func:`condition` sums no precision for so many examples."""
+    classes, width = prior.mean.shape
+    if isinstance(prior, JointPosterior):
+        return batch * (classes - 1) < classes * width
+    return isinstance(prior, BlockPosterior) and batch < width
+
+
 def condition(
-    prior: Posterior, features: Tensor, hidden: Tensor, targets: Tensor, weight: Tensor | None, name: str
+    prior: Posterior,
+    features: Tensor,
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    name: str,
+    rows: slice = ALL_ROWS,
 ) -> Iterator[Conditioned]:
     """The batch posterior, a few rows at a time; all rows in one piece where the likelihood couples them.
 
@@ -94,28 +118,35 @@ def condition(
         features: [B, D]; ``hidden`` is :func:`mtlgrad.posterior.likelihoods.augment` of them, [B, W].
         weight: [R, W], where to expand (classification); None for regression.
         name: of the task and the batch, for errors.
+        rows: of the examples, those whose cross covariances are wanted.
     """
-    batch, width = hidden.shape
-    classes = prior.mean.shape[0]
-    if isinstance(prior, JointPosterior):
-        if batch * (classes - 1) < classes * width:
-            yield from _condition_joint(prior, hidden, targets, weight, name)
-            return
-    elif isinstance(prior, BlockPosterior) and batch < width:
-        yield from _condition_blocks(prior, hidden, targets, weight, name)
+    if uses_lemma(prior, len(hidden)):
+        if isinstance(prior, JointPosterior):
+            yield from _condition_joint(prior, hidden, targets, weight, name, rows)
+        else:
+            assert isinstance(prior, BlockPosterior)
+            yield from _condition_blocks(prior, hidden, targets, weight, name, rows)
         return
     if prior.exact is not None:
         weight = None if weight is None else weight.double()
-        parts = condition(prior.exact, features.double(), hidden.double(), targets, weight, name)
-        yield from (part.to(features) for part in parts)
+        yield from moments_of(batch_posterior(prior.exact, features.double(), targets, weight, name), features[rows])
         return
-    posterior = batch_posterior(prior, features, targets, weight, name)
+    yield from moments_of(batch_posterior(prior, features, targets, weight, name), features[rows])
+
+
+def moments_of(posterior: Posterior, features: Tensor) -> Iterator[Conditioned]:
+    """A batch posterior at the batch's examples, or some of them; computed in its dtype."""
+    wide = features.to(posterior.anchor)
+    yield from (part.to(features) for part in _moments_of(posterior, wide))
+
+
+def _moments_of(posterior: Posterior, features: Tensor) -> Iterator[Conditioned]:
     mean = posterior.mean
     covariance = posterior.contrasts
-    if prior.likelihood == "multiclass":
+    if posterior.likelihood == "multiclass":
         structure, cross = multiclass_cross(features, covariance, mean.shape[0])
         yield Conditioned(0, len(mean), mean, structure, cross, *class_spread(covariance, mean.shape[0]))
-    elif prior.likelihood == "binary":
+    elif posterior.likelihood == "binary":
         for o in range(len(mean)):
             cross, spread = binary_cross(features, covariance[o : o + 1])
             yield Conditioned(o, o + 1, mean[o : o + 1], "rows", cross, spread, None)
@@ -128,7 +159,13 @@ def condition(
 
 
 def _condition_blocks(
-    prior: BlockPosterior, hidden: Tensor, targets: Tensor, weight: Tensor | None, name: str, start: int = 0
+    prior: BlockPosterior,
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    name: str,
+    wanted: slice = ALL_ROWS,
+    start: int = 0,
 ) -> Iterator[Conditioned]:
     anchor = prior.mean if weight is None else weight
     terms = terms_of(prior.likelihood, hidden, targets, anchor)
@@ -156,7 +193,9 @@ def _condition_blocks(
         if found is None:
             weight = None if weight is None else weight.double()
             start = 0 if together else first
-            rest = _condition_blocks(prior.exact, hidden.double(), targets, weight, name, start)  # type: ignore[arg-type]
+            exact = prior.exact
+            assert isinstance(exact, BlockPosterior)
+            rest = _condition_blocks(exact, hidden.double(), targets, weight, name, wanted, start)
             yield from (part.to(hidden) for part in rest)
             return
         cross, spread = found
@@ -164,6 +203,7 @@ def _condition_blocks(
             mean = prior.mean + innovation @ cross[0]
         else:
             mean = prior.mean[first:last] + torch.matmul(innovation[first:last, None], cross)[:, 0]
+        cross = cross[:, wanted]
         if together:
             parts.append((mean, cross, spread))
         else:
@@ -224,7 +264,7 @@ def softmax_curvature_factor(probability: Tensor) -> Tensor:
 
 
 def _condition_joint(
-    prior: JointPosterior, hidden: Tensor, targets: Tensor, weight: Tensor | None, name: str
+    prior: JointPosterior, hidden: Tensor, targets: Tensor, weight: Tensor | None, name: str, wanted: slice = ALL_ROWS
 ) -> Iterator[Conditioned]:
     """As for the rows, with C - 1 pseudo-examples for every example: the factor of its C x C curvature."""
     anchor = prior.mean if weight is None else weight
@@ -244,7 +284,9 @@ def _condition_joint(
     summands = (terms.diagonal(hidden) * covariance.diagonal().view_as(anchor)).sum()
     if _wants_float64(m, summands, prior):
         weight = None if weight is None else weight.double()
-        rest = _condition_joint(prior.exact, hidden.double(), targets, weight, name)  # type: ignore[arg-type]
+        exact = prior.exact
+        assert isinstance(exact, JointPosterior)
+        rest = _condition_joint(exact, hidden.double(), targets, weight, name, wanted)
         yield from (part.to(hidden) for part in rest)
         return
     factor = checked_cholesky(m, name)
@@ -258,4 +300,4 @@ def _condition_joint(
     spread = spread - torch.einsum("xcd,xkd->ckd", halves, halves)
     innovation = terms.jointly_curved(hidden @ (anchor - prior.mean).T) - terms.residual
     mean = prior.mean + (innovation.T.reshape(1, -1) @ k.view(classes * batch, -1)).view_as(anchor)
-    yield Conditioned(0, classes, mean, "full", k.view(classes, batch, classes, width), spread, None)
+    yield Conditioned(0, classes, mean, "full", k.view(classes, batch, classes, width)[:, wanted], spread, None)

@@ -30,35 +30,50 @@ class FullData:
     def clear(self) -> None:
         self.features, self.targets, self.running, self.count = [], [], None, 0
 
-    def add(self, features: Tensor, targets: Tensor) -> None:
-        """A batch that was checked. ``stored`` keeps the tensors, which the caller must leave as they are."""
+    @property
+    def device(self) -> torch.device:
+        """A checkpoint's features may have been mapped elsewhere than those that came since."""
+        if self.running is not None:
+            return self.running.anchor.device
+        return self.features[-1].device if self.features else self.head.layers[0].weight.device
+
+    def add(self, features: Tensor, targets: Tensor, weight: Tensor | None) -> None:
+        """A batch that was checked, and the head's weights in float64 (``streaming``). ``stored`` keeps the tensors,
+        which the caller must leave as they are."""
         self.count += features.shape[0]
         if self.statistics == "stored":
             self.features.append(features)
             self.targets.append(targets)
             return
         features = features.double()
-        weight = self.head.weight(features)
         if self.running is None:
-            self.running = self._empty(features)
+            self.running = self._start(features, weight)
         elif self.running.anchor.device != features.device:  # resumed from a checkpoint that was mapped elsewhere
             self.running = posterior_from_state(self.running.state(), features)
         self.running.add(features, targets, weight)
 
     def posterior(self) -> Posterior:
+        """A new one, or that of streaming itself, to be copied by those who change it."""
         if self.running is not None:
             return self.running
-        device = self.features[-1].device  # a checkpoint's may have been mapped elsewhere
+        device = self.device
         features = torch.cat([rows.to(device) for rows in self.features])
         targets = torch.cat([labels.to(device) for labels in self.targets])
-        posterior = self._empty(features[:0].double())
+        posterior = self.empty()
         for rows, labels in zip(features.split(ROWS), targets.split(ROWS)):
             posterior.add(rows.double(), labels)
         return posterior
 
-    def _empty(self, like: Tensor) -> Posterior:
-        weight = self.head.weight(like)
-        anchor = like.new_zeros(self.head.outputs, self.head.width) if weight is None else weight
+    def empty(self) -> Posterior:
+        """Of no data, at the weights as they stand."""
+        like = torch.empty(0, dtype=torch.float64, device=self.device)
+        return self._start(like, self.head.weight(like))
+
+    def _start(self, like: Tensor, weight: Tensor | None) -> Posterior:
+        anchor = like.new_zeros(self.head.outputs, self.head.width) if weight is None else weight.double()
+        return self.empty_at(anchor)
+
+    def empty_at(self, anchor: Tensor) -> Posterior:
         return empty_posterior(self.head.likelihood, anchor, None, self.head.gamma, self.structure)
 
     def state(self) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ..distributed.shards import is_sharded
 from ..ops.checks import check_same_device
 from ..ops.moments import power_tensor
 from ..posterior.likelihoods import Likelihood, check_batch
@@ -62,9 +64,10 @@ class Head:
         return f"{type(self).__name__}({self.width} -> {self.outputs}, gamma={self.gamma}, power={self.power.tolist()})"
 
     def weight(self, like: Tensor) -> Tensor | None:
-        """[R, P] as they stand, bias last, in the dtype of ``like``; None for regression, whose posterior is exact."""
-        rows = [torch.cat([layer.weight, layer.bias[:, None]], 1) for layer in self.layers]
-        return torch.cat(rows).detach().to(like)
+        """A copy [R, P] of the weights, bias last, in the dtype of ``like``; None for regression, whose posterior is
+        exact."""
+        rows = [torch.cat([whole(layer.weight), whole(layer.bias)[:, None]], 1) for layer in self.layers]
+        return torch.cat(rows).to(like)
 
     def check(self, op: str, features: Tensor, targets: Tensor) -> Tensor:
         """The targets, [B, O] or [B] for classes, or an error that names what is wrong with them."""
@@ -73,7 +76,14 @@ class Head:
         return check_batch(op, self.likelihood, features, targets, (self.outputs, width)).detach()
 
     def predict(self, features: Tensor) -> Tensor:
-        return torch.cat([layer(features) for layer in self.layers], -1)
+        layers = [(whole(layer.weight), None if layer.bias is None else whole(layer.bias)) for layer in self.layers]
+        return torch.cat([functional.linear(features, weight, bias) for weight, bias in layers], -1)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Its values; of one that FSDP2 shards, gathered from the ranks, all of which must ask."""
+    values: Tensor = parameter.full_tensor() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+    return values.detach()
 
 
 class Regression(Head):

@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import check_shape
+from ..distributed.groups import name_of, ranks_of
+from ..ops.checks import check_ordinary_autograd, check_shape
 from ..posterior.posteriors import STRUCTURES, Posterior, posterior_from_state
 from .aggregation import Batch, aggregate, diagnose
 from .full_data import STATISTICS, FullData
 from .heads import Head
+from .passes import Pass, RecordScale, ReplaceGradient, enter, known_as
+from .ranks import agree, of_all_ranks, with_everyone
 
-
-class _Step:
-    """One pass through the layer: what its backward needs."""
-
-    def __init__(self, number: int, targets: list[Tensor]):
-        self.number = number
-        self.targets = targets
-        self.scale: Tensor | None = None  # what BayesAgg.total's sum was multiplied by
-
-
-class _ReplaceGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, layer: BayesAgg, step: _Step) -> Tensor:
-        ctx.layer, ctx.step = layer, step
-        ctx.save_for_backward(features)  # autograd then refuses features that were changed in place since
-        return features.view_as(features)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (features,) = ctx.saved_tensors
-        return ctx.layer._replacement(ctx.step, features.detach(), gradient), None, None
-
-
-class _RecordScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, step: _Step) -> Tensor:
-        ctx.step = step
-        return total.view_as(total)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.step.scale = gradient.detach()
-        return gradient, None
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class BayesAgg(nn.Module):
@@ -78,14 +49,25 @@ class BayesAgg(nn.Module):
             weights of the moment of ``refresh()``; "streaming" keeps sums alone, memory independent of the data set's
             size, and expands each batch at the weights it met.
         seed: of the weight samples.
+        process_group: the ranks that train together, each with its part of the batch (``DistributedDataParallel``,
+            ``fully_shard``); all, if not given. See below.
 
     The scale of the loss (``GradScaler``, division for gradient accumulation) reaches the aggregated gradient through
     :meth:`total`; without it a scale of one is assumed.
 
     Labels that are NaN (multiclass: -100) contribute nothing; an example without any has a zero gradient.
 
+    With several ranks, posteriors are those of all ranks' examples, and each rank gets its rows of the gradient of all
+    of them in one batch, times the number of ranks, since these average gradients. So the losses must be such, too
+    (:func:`mtlgrad.distributed.global_means`). From the first :meth:`refresh` on every rank must make the same calls of
+    the layer in training, :meth:`aggregate` and :meth:`refresh`, which communicate; the backward does not, nor does the
+    warm-up. A state is a rank's own, and one for all right after :meth:`refresh`.
+
+    ``torch.compile`` traces through the layer and :meth:`total`, also with ``fullgraph=True``.
+
     Raises:
-        RuntimeError: shapes, dtypes, devices, at forward. ValueError: options; on the CPU also values.
+        RuntimeError: shapes, dtypes, devices, at forward; ranks that differ. ValueError: options; on the CPU also
+            values.
 
     Source: arXiv 2402.04005, algorithm 1.
     """
@@ -98,6 +80,8 @@ class BayesAgg(nn.Module):
         num_samples: int = 1024,
         statistics: str = "stored",
         seed: int = 0,
+        *,
+        process_group: ProcessGroup | None = None,
     ):
         super().__init__()
         _check_choice("moments", moments, ("exact", "sampled"))
@@ -129,7 +113,12 @@ class BayesAgg(nn.Module):
         self._working: list[Posterior] = []  # the posteriors as the batches use them: dtype and device
         self._powers: list[Tensor] = []
         self._number = 0  # of passes; seeds the samples, names the batch in errors
-        self._current: _Step | None = None
+        self._group = name_of("BayesAgg", process_group)
+        self._agreed = False  # that the ranks have the same posteriors
+        # Which pass was the last one, for total(): a tensor, since traced code may read and write nothing else that
+        # changes from step to step.
+        self._latest = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._handle = known_as(self)
         self._last: Batch | None = None  # what task_weights and gradient_variance tell of
         self._diagnosis: tuple[Tensor, Tensor] | None = None
 
@@ -148,23 +137,51 @@ class BayesAgg(nn.Module):
         """
         if not (self.training and torch.is_grad_enabled() and features.requires_grad):
             return features
-        checked = self._check(features, targets)
-        self._number += 1
-        step = _Step(self._number, checked)
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            # Copies: the batch may be a view of something much larger, or a buffer that the next one overwrites.
-            stored = self.statistics == "stored"
-            rows = features.detach().clone() if stored else features.detach()
-            for full_data, target in zip(self._full_data, checked):
-                full_data.add(rows, target.clone() if stored else target)
-        self._current = step
-        return _ReplaceGradient.apply(features, self, step)
+        check_ordinary_autograd("BayesAgg")
+        return ReplaceGradient.apply(features, enter(features, self._listed(targets), self._latest, self._handle))
 
-    def _check(self, features: Tensor, targets: Sequence[Tensor] | None) -> list[Tensor]:
+    def _listed(self, targets: Sequence[Tensor] | None) -> list[Tensor]:
         if targets is None or isinstance(targets, Tensor) or len(targets) != len(self.heads):
             found = "none" if targets is None else "one tensor" if isinstance(targets, Tensor) else str(len(targets))
             expected = f"a sequence of {len(self.heads)}, one per head"
             raise ValueError(f"BayesAgg: targets: expected {expected}, found {found}")
+        return list(targets)
+
+    @torch.no_grad()
+    def _enter(self, features: Tensor, targets: list[Tensor], borrowed: bool) -> Pass:
+        """``borrowed``: the tensors' memory is the caller's own again after this."""
+        self._check_place(features)
+        checked = self._check(features, targets)
+        self._number += 1
+        # Copies: the batch may be a view of something much larger, or a buffer that the next one overwrites.
+        stored = self.statistics == "stored"
+        rows = features.clone() if stored or borrowed else features.detach()
+        kept = [target.clone() for target in checked] if stored or borrowed else checked
+        with torch.autocast(features.device.type, enabled=False):
+            wide = features.new_empty(0, dtype=_working_dtype(features) if stored else torch.float64)
+            known = self._posteriors is not None
+            weights = [None if stored and not known else head.weight(wide) for head in self.heads]
+            for full_data, target, weight in zip(self._full_data, kept, weights):
+                full_data.add(rows, target, weight)
+            if not known:
+                return Pass(self._number, None)
+            return Pass(self._number, self._for_all_ranks(self._batch(rows, kept, weights), rows))
+
+    @staticmethod
+    def _check_place(features: Tensor) -> None:
+        """The batch would enter the statistics twice, or not at all."""
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "BayesAgg: expected to be called outside of activation checkpointing, found the call repeated in a "
+                "backward; checkpoint the backbone, and call the layer on what it returns"
+            )
+        if features.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "BayesAgg: expected to be called outside of a CUDA graph, since replays would not enter the statistics, "
+                "found one being captured; capture backbone and heads (torch.cuda.make_graphed_callables)"
+            )
+
+    def _check(self, features: Tensor, targets: list[Tensor]) -> list[Tensor]:
         check_shape("BayesAgg", "features", features, ("B", self.width))
         pairs = enumerate(zip(self.heads, targets))
         return [head.check(f"BayesAgg: heads[{i}]", features, target) for i, (head, target) in pairs]
@@ -188,19 +205,16 @@ class BayesAgg(nn.Module):
                     f"BayesAgg.total: losses: expected scalars (batch means), found shape {list(loss.shape)} at {i}"
                 )
         total = torch.stack([loss.reshape(()) for loss in values]).sum()
-        if self._current is None or not total.requires_grad:
-            return total
-        return _RecordScale.apply(total, self._current)
+        return RecordScale.apply(total, self._latest.clone()) if total.requires_grad else total
 
-    def _replacement(self, step: _Step, features: Tensor, gradient: Tensor) -> Tensor:
-        if self._posteriors is None:
+    def _replacement(self, entered: Pass, gradient: Tensor) -> Tensor:
+        if entered.batch is None:
             return gradient
-        batch = self._batch(features, step.targets, step.number)
-        result = aggregate(batch)
-        self._refuse_nan(result, step.number)
-        self._last, self._diagnosis = batch, None
-        if step.scale is not None:
-            result = result * step.scale.to(result.dtype)
+        result = aggregate(entered.batch)
+        self._refuse_nan(result, entered.number)
+        self._last, self._diagnosis = entered.batch, None
+        if entered.scale is not None:
+            result = result * entered.scale.to(result.dtype)
         return result.to(gradient.dtype)
 
     @staticmethod
@@ -219,19 +233,21 @@ class BayesAgg(nn.Module):
     def refresh(self) -> None:
         """Makes the full-data posterior, the prior of every batch's, from the batches since the last call; float64.
 
-        Call it once per epoch, after the last step.
+        Call it once per epoch, after the last step; on all ranks, also on those that had no batch.
         """
-        if not self._full_data[0].count:
+        ranks = ranks_of(self._group)
+        if ranks is not None:
+            posteriors, self._number = of_all_ranks(self._full_data, self._number, ranks)
+        elif self._full_data[0].count:
+            posteriors = [full_data.posterior() for full_data in self._full_data]
+        else:
             raise RuntimeError(
                 "BayesAgg.refresh: expected at least one training batch since the last refresh, found none"
             )
-        posteriors = []
-        for i, full_data in enumerate(self._full_data):
-            posterior = full_data.posterior()
+        for i, posterior in enumerate(posteriors):
             posterior.name = f"BayesAgg.refresh: heads[{i}] ({posterior.likelihood})"
-            posterior.covariance()  # where it cannot be had, say so now and not in the next backward
-            posteriors.append(posterior)
-        self._posteriors, self._working = posteriors, []
+            posterior.covariance()  # where it cannot be had, say so now and not in the next batch
+        self._posteriors, self._working, self._agreed = posteriors, [], ranks is not None
         for full_data in self._full_data:
             full_data.clear()
 
@@ -240,9 +256,9 @@ class BayesAgg(nn.Module):
         """The full-data posterior of every head, float64; None before the first :meth:`refresh`."""
         return self._posteriors
 
-    def _batch(self, features: Tensor, targets: list[Tensor], number: int) -> Batch:
+    def _batch(self, rows: Tensor, targets: list[Tensor], weights: Sequence[Tensor | None]) -> Batch:
         assert self._posteriors is not None
-        features = features if features.dtype == torch.float64 else features.float()
+        features = rows.to(_working_dtype(rows))
         ready = self._working
         if not ready or ready[0].anchor.dtype != features.dtype or ready[0].anchor.device != features.device:
             self._working = [posterior.to(features) for posterior in self._posteriors]
@@ -251,34 +267,51 @@ class BayesAgg(nn.Module):
             features=features,
             targets=targets,
             heads=self.heads,
-            weights=[head.weight(features) for head in self.heads],
+            weights=[None if weight is None else weight.to(features) for weight in weights],
             posteriors=self._working,
             powers=self._powers,
             num_samples=self.num_samples if self.moments == "sampled" else 0,
-            seed=self.seed * 1_000_003 + number,
-            name=f"BayesAgg: batch {number}",
+            seed=self.seed * 1_000_003 + self._number,
+            name=f"BayesAgg: batch {self._number}",
         )
+
+    def _for_all_ranks(self, batch: Batch, rows: Tensor) -> Batch:
+        ranks = ranks_of(self._group)
+        if ranks is None:
+            return batch
+        assert self._posteriors is not None
+        if not self._agreed:
+            agree(self._posteriors, ranks, rows.device)
+            self._agreed = True
+        return with_everyone(batch, rows, self._number, ranks)
 
     # ---- what the layer tells
 
+    @torch.no_grad()
     def aggregate(self, features: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """The gradient that the layer would send back for a batch whose loss is not scaled, [B, D]."""
+        """The gradient that the layer would send back for a batch whose loss is not scaled, [B, D]. With several ranks
+        all must call it, each with its part of the batch."""
         if self._posteriors is None:
             raise RuntimeError("BayesAgg.aggregate: expected a full-data posterior, found none; call refresh() first")
-        result = aggregate(self._batch(features.detach(), self._check(features, targets), self._number))
+        rows = features.detach()
+        checked = self._check(rows, self._listed(targets))
+        with torch.autocast(rows.device.type, enabled=False):
+            weights = [head.weight(rows.new_empty(0, dtype=_working_dtype(rows))) for head in self.heads]
+            batch = self._for_all_ranks(self._batch(rows, checked, weights), rows)
+        result = aggregate(batch)
         self._refuse_nan(result, self._number)
         return result
 
     @property
     def task_weights(self) -> Tensor | None:
-        """[T]: each task's share of the weights in the last aggregated batch, averaged over examples and dimensions;
-        None before. Computed when it is read, at about the cost of two aggregations."""
+        """[T]: each task's share of the weights in the last aggregated batch, averaged over this rank's examples and
+        the dimensions; None before. Computed when it is read, at about the cost of two aggregations."""
         return None if self._last is None else self._diagnose()[0]
 
     @property
     def gradient_variance(self) -> Tensor | None:
-        """[T, D]: the variance of each task's gradient in the last aggregated batch, averaged over the examples that
-        have its label (NaN where none has); None before. Computed with :attr:`task_weights`."""
+        """[T, D]: the variance of each task's gradient in the last aggregated batch, averaged over this rank's examples
+        that have its label (NaN where none has); None before. Computed with :attr:`task_weights`."""
         return None if self._last is None else self._diagnose()[1]
 
     def _diagnose(self) -> tuple[Tensor, Tensor]:
@@ -303,7 +336,8 @@ class BayesAgg(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The posteriors, the epoch's statistics so far and the pass number: a resumed run repeats an uninterrupted one
-        bit for bit."""
+        bit for bit. The statistics are those of this rank's examples: within an epoch every rank needs its own state,
+        after :meth:`refresh` they are the same, and any number of ranks may go on with one."""
         return {
             "version": 1,
             "heads": self._signature(),
@@ -328,9 +362,19 @@ class BayesAgg(nn.Module):
         self._number = state["number"]
         posteriors = state["posteriors"]
         self._posteriors = None if posteriors is None else [posterior_from_state(p) for p in posteriors]
-        self._working, self._current, self._last, self._diagnosis = [], None, None, None
+        self._working, self._last, self._diagnosis, self._agreed = [], None, None, False
         for full_data, saved in zip(self._full_data, state["full_data"]):
             full_data.load_state(saved)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's passes are its own."""
+        super().__setstate__(state)
+        self._latest = torch.zeros_like(self._latest)
+        self._handle = known_as(self)
+
+
+def _working_dtype(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("mtlgrad", "DEF")
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def unseen(function: _Function) -> _Function:
+    """Runs as it is, with all that it calls, also where torch.compile looks at every Python function.
+
+    Kernels get pointers, of which Dynamo knows nothing: where it takes a function apart it lets go of tensors before
+    the kernel has read or written them. As ``torch.compiler.disable``, without importing Dynamo (3 s). Goes under other
+    decorators: their code is shared with functions of others.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):  # torch from 2.7
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -20,6 +38,7 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     name = schema.split("(")[0]
 
     # Inside an operator autocast would still turn the GEMMs before a kernel to half precision.
+    @unseen
     @functools.wraps(kernel)
     def full_precision(*arguments: Any) -> Any:
         first = arguments[0]

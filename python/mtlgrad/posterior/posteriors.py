@@ -376,9 +376,8 @@ class KroneckerPosterior(Posterior):
         return torch.diag(p.sum(0)) - p.T @ p
 
     def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
-        labelled = terms.labelled.to(hidden)
-        gram = (hidden * labelled[:, None]).T @ hidden
-        return self._curvature_sum(terms) / labelled.sum().clamp(min=1) @ direction @ gram
+        # Exact, not of the batch's factors: a sum over the examples, whichever batches (or ranks) they come in.
+        return terms.jointly_curved(hidden @ direction.T).T @ hidden
 
     @property
     def precision(self) -> tuple[Tensor, Tensor]:

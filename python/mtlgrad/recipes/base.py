@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.align import Scale
@@ -67,6 +66,7 @@ class Settings:
     device: str = "cpu"
     #: A second thread gains a fifth on an idle machine; on a busy one the two wait for each other (seen: 30 times).
     threads: int = 1
+    tensorboard: bool = False  #: whether what is in the tables also goes to TensorBoard
 
     @property
     def trainings(self) -> list[tuple[str, str]]:
@@ -164,15 +164,40 @@ class MultiTaskNet(nn.Module):
         """Per task [B, O], of the features that its head gets."""
         return [head(own) for head, own in zip(self.heads, features, strict=True)]
 
-    def losses(self, tasks: Sequence[Task], features: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
-        """Per task the batch's loss."""
-        return [task_loss(t, o, y) for t, o, y in zip(tasks, self.outputs(features), targets, strict=True)]
+    def losses(
+        self,
+        tasks: Sequence[Task],
+        features: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        divisor: float | None = None,
+    ) -> list[Tensor]:
+        """Per task the batch's loss; `divisor` as in `task_loss`."""
+        return [task_loss(t, o, y, divisor) for t, o, y in zip(tasks, self.outputs(features), targets, strict=True)]
 
 
-def task_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """The batch mean of the per-sample loss: squared error, BCE with logits, or cross entropy."""
+def task_loss(task: Task, output: Tensor, target: Tensor, divisor: float | None = None) -> Tensor:
+    """The batch mean of the per-sample loss: squared error, BCE with logits, or cross entropy.
+
+    With `divisor` their sum over that, of a batch whose other rows are elsewhere: rows without a label (NaN, -100) add
+    nothing.
+    """
+    if divisor is not None:
+        return _loss_sum(task, output, target) / divisor
     if task.kind == "multiclass":
         return nn.functional.cross_entropy(output, target)
     if task.kind == "binary":
         return nn.functional.binary_cross_entropy_with_logits(output.squeeze(1), target)
-    return torch.mean((output.squeeze(1) - target) ** 2)
+    squares: Tensor = (output.squeeze(1) - target) ** 2
+    return squares.mean()
+
+
+def _loss_sum(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    if task.kind == "multiclass":
+        return nn.functional.cross_entropy(output, target, reduction="sum")
+    labelled, output = ~target.isnan(), output.squeeze(1)
+    target = target.nan_to_num()
+    if task.kind == "binary":
+        losses = nn.functional.binary_cross_entropy_with_logits(output, target, reduction="none")
+    else:
+        losses = (output - target) ** 2
+    return (losses * labelled).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, slices: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (tokens, offsets); the tokens are slices."""
-        starts = range(0, len(self), size)
-        bounds = [*self.offsets[::size].tolist()[: len(starts)], len(self.tokens)]
-        for i, start in enumerate(starts):
-            tokens = self.tokens[bounds[i] : bounds[i + 1]]
-            yield tokens, self.offsets[start : start + size + 1] - bounds[i]
+        where = torch.tensor(slices, dtype=torch.int64, device=self.offsets.device)
+        for (start, end), (first, last) in zip(slices, self.offsets[where].tolist(), strict=True):
+            yield self.tokens[first:last], self.offsets[start : end + 1] - first
 
 
 class TextBackbone(nn.Module):

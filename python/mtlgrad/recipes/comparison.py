@@ -11,14 +11,18 @@ from torch import Tensor
 from . import report
 from .base import Interrupted, Job, Result, Settings, TrainError
 from .clothing import Clothing
-from .folder import CHECKPOINT, RunFolder
+from .folder import CHECKPOINT, ElsewhereFolder, Files, RunFolder
 from .multimnist import Digits
 from .parts import Recipe
 from .river import River
 from .rounds import training
+from .team import any_of, lost, one_line, place, told, told_lost
 from .training import Training
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (Clothing, River, Digits)}
+
+
+_Opened = tuple[Files, "dict[str, Any] | None"]
 
 
 class Stop:
@@ -36,6 +40,29 @@ class Watcher(Protocol):
     def done(self, number: int, result: Result) -> None: ...
 
 
+class Watchers:
+    """Several, or none, in place of one."""
+
+    def __init__(self, *watchers: Watcher):
+        self.watchers = watchers
+
+    def start(self, number: int, trainer: Training) -> None:
+        for watcher in self.watchers:
+            watcher.start(number, trainer)
+
+    def step(self, epoch: int, step: int, losses: Tensor) -> None:
+        for watcher in self.watchers:
+            watcher.step(epoch, step, losses)
+
+    def epoch_done(self, trainer: Training) -> None:
+        for watcher in self.watchers:
+            watcher.epoch_done(trainer)
+
+    def done(self, number: int, result: Result) -> None:
+        for watcher in self.watchers:
+            watcher.done(number, result)
+
+
 def jobs_of(settings: Settings, recipe: Recipe) -> list[Job]:
     """Seed by seed, so that what is complete when somebody stops the run can be compared."""
     jobs = []
@@ -48,7 +75,7 @@ def jobs_of(settings: Settings, recipe: Recipe) -> list[Job]:
 class Comparison:
     """A run: what is done, what is in progress, and where it is kept."""
 
-    def __init__(self, settings: Settings, recipe: Recipe, folder: RunFolder, state: dict[str, Any] | None = None):
+    def __init__(self, settings: Settings, recipe: Recipe, folder: Files, state: dict[str, Any] | None = None):
         self.settings, self.recipe, self.folder = settings, recipe, folder
         self.jobs = jobs_of(settings, recipe)
         self.results: list[Result] = [] if state is None else [Result.from_dict(r) for r in state["done"]]
@@ -57,12 +84,18 @@ class Comparison:
     @staticmethod
     def start(settings: Settings, out: Path, name: str | None) -> Comparison:
         recipe = _recipe(settings)
-        state = _state(settings, [], None)
-        return Comparison(settings, recipe, RunFolder.create(out, name, settings.data, state))
+
+        def create() -> _Opened:
+            state = _state(settings, [], None)
+            return RunFolder.create(out, name, settings.data, state), None
+
+        folder, _ = told(create, _elsewhere)
+        return Comparison(settings, recipe, folder)
 
     @staticmethod
     def resume(path: Path) -> Comparison:
-        folder, state = RunFolder.open(path)
+        folder, state = told(lambda: RunFolder.open(path), _elsewhere)
+        assert state is not None
         try:
             settings = Settings.from_dict(state["settings"])
             return Comparison(settings, _recipe(settings), folder, state)
@@ -85,7 +118,8 @@ class Comparison:
             if not self.results and self.current is None:
                 self.folder.discard()
             elif isinstance(error, TrainError):
-                raise TrainError(f"{error}; what was done is saved: --resume {self.folder.path}") from error
+                saved = f"what was done is saved: --resume {self.folder.path}"
+                raise TrainError(f"{error}; {saved}") from error.__cause__
             raise
         return True
 
@@ -98,7 +132,7 @@ class Comparison:
             watcher.start(number, trainer)
 
             def watch(epoch: int, step: int, losses: Tensor) -> None:
-                if stop.requested:
+                if any_of(stop.requested):
                     raise Interrupted
                 watcher.step(epoch, step, losses)
 
@@ -110,7 +144,8 @@ class Comparison:
                 watcher.epoch_done(trainer)
             result = trainer.finish()
         except (RuntimeError, ValueError) as error:  # of a method that refuses what the training came to, or of torch
-            raise TrainError(f"{job.title(self.recipe.tasks)}: {' '.join(str(error).split())}") from error
+            what = told_lost(error) if lost(error) else one_line(error)
+            raise TrainError(f"{job.title(self.recipe.tasks)}: {what}") from error
         if job.task is None:
             name = "-".join(job.label.split(" + "))
             self.folder.save(f"model-{name}-{job.seed}.pt", _final(trainer))
@@ -146,8 +181,37 @@ def _final(trainer: Training) -> dict[str, Any]:
 
 def _recipe(settings: Settings) -> Recipe:
     torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
+    device = device_of(settings)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise TrainError(f"argument --device: expected a usable device, found {device} and {found} GPUs; take cpu")
     return RECIPES[settings.data](device)
+
+
+def device_of(settings: Settings) -> torch.device:
+    """This process's. Of several each has a GPU of its own, and rows."""
+    device, here = torch.device(settings.device), place()
+    if here is None:
+        return device
+    if settings.batch_size < here.size:
+        expected = f"at least {here.size}, a row for each process"
+        raise TrainError(f"argument --batch-size: expected {expected}, found {settings.batch_size}")
+    if device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise TrainError(
+            f"argument --device: expected cpu or cuda, since each of {here.size} processes takes the GPU of its "
+            f"LOCAL_RANK, found {device}; take cuda"
+        )
+    if here.local_size > torch.cuda.device_count():
+        raise TrainError(
+            f"argument --device: expected a GPU for each of {here.local_size} processes, found "
+            f"{torch.cuda.device_count()}; lower --nproc-per-node, or take cpu"
+        )
+    device = torch.device("cuda", here.local_rank)
+    torch.cuda.set_device(device)  # NCCL's, too
+    return device
+
+
+def _elsewhere(opened: _Opened) -> _Opened:
+    return ElsewhereFolder(opened[0].path), opened[1]

@@ -8,11 +8,11 @@ import torch
 
 from .. import plots
 from .base import Result, Settings, Task
-from .folder import RunFolder
+from .folder import Files
 from .report import of_method
 
 
-def write(results: Sequence[Result], settings: Settings, tasks: Sequence[Task], folder: RunFolder) -> None:
+def write(results: Sequence[Result], settings: Settings, tasks: Sequence[Task], folder: Files) -> None:
     """loss_curves.png, task_weights.png; where known, dominance.png, alphavil.png (alphavil, diw) and (bayesagg)
     gradient_uncertainty.png.
     """

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -75,6 +75,40 @@ class NewFolder:
     def _unusable(self, error: OSError) -> TrainError:
         reason = error.strerror or str(error)
         return TrainError(f"argument --out: expected a folder to write in, found {self.out}: {reason}; choose another")
+
+
+class Files(Protocol):
+    """Where a run leaves what it makes."""
+
+    path: Path
+
+    def write(self, name: str, content: bytes | str) -> None: ...
+    def save(self, name: str, state: dict[str, Any]) -> None: ...
+    def save_checkpoint(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+    def discard(self) -> None: ...
+
+
+class ElsewhereFolder:
+    """A run folder that another process fills."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, name: str, content: bytes | str) -> None:
+        pass
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        pass
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def discard(self) -> None:
+        pass
 
 
 class RunFolder:

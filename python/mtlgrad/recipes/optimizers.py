@@ -8,11 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..distributed.collectives import Averaging
+from ..distributed.groups import ranks_of
 from ..jacobian import task_backward
 from ..metrics import Dominance
 from ..optim import AdaTaskAdagrad, AdaTaskAdam, AdaTaskRMSprop
 from .base import ADAM, MultiTaskNet
-from .weighting import Step, Weighting, at_features, forked, timed
+from .parts import Batch
+from .team import average
+from .weighting import Step, Weighting, at_features, batch_losses, forked, timed
 
 ADATASK: dict[str, type[AdaTaskAdam | AdaTaskRMSprop | AdaTaskAdagrad]] = {
     "adatask-adam": AdaTaskAdam,
@@ -34,7 +38,8 @@ class Updates:
 
     def __init__(self, weighting: Weighting, net: MultiTaskNet, lr: float, every: int):
         self.weighting, self.net = weighting, net
-        self.optimizer = self.make([*net.parameters(), *weighting.parameters()], lr)
+        self.parameters = [*net.parameters(), *weighting.parameters()]
+        self.optimizer = self.make(self.parameters, lr)
         self.estimate = self.watch(every)
 
     def make(self, parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -48,18 +53,25 @@ class Updates:
     def backward(self, features: Tensor, losses: list[Tensor]) -> None:
         """Gives every parameter what the optimizer's step reads."""
         self.weighting.backward(self.net, features, losses)
+        if not self.weighting.averages:
+            average(self.parameters, ranks_of(None))
 
-    def foresee(self, inputs: tuple[Tensor, ...], targets: list[Tensor]) -> dict[Tensor, Tensor] | None:
+    def foresee(self, batch: Batch) -> dict[Tensor, Tensor] | None:
         """The tasks' gradients in the step to come, on a graph of their own; None where nobody wants them."""
         if self.estimate is None:
             return None
         shared = list(self.net.backbone.parameters())
-        with forked(targets[0].device):  # dropout draws what the step will draw
-            features = self.net.features(*inputs)
-        views = [features] * len(targets)
-        terms = self.weighting.terms(self.net.losses(self.weighting.tasks, views, targets))
+        with forked(batch.targets[0].device):  # dropout draws what the step will draw
+            features = self.net.features(*batch.inputs)
+        views = [features] * len(batch.targets)
+        terms = self.weighting.terms(batch_losses(self.net, self.weighting.tasks, views, batch))
         rows = [torch.autograd.grad(term, shared, retain_graph=True) for term in terms]
-        return {p: torch.stack(column) for p, column in zip(shared, zip(*rows, strict=True), strict=True)}
+        columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+        if batch.ranks is not None:
+            averaging = Averaging(batch.ranks)
+            averaging.add(columns)
+            averaging.wait()
+        return dict(zip(shared, columns, strict=True))
 
     def observe(self, jacobians: dict[Tensor, Tensor] | None) -> None:
         """Takes in what `foresee` saw, once the step is made."""
@@ -112,7 +124,7 @@ class TaskUpdates(Updates):
         shared = list(self.net.backbone.parameters())
         incoming = at_features(self.weighting.tasks, step)
         with forked(step.features.device):
-            features = self.net.features(*step.inputs)
+            features = self.net.features(*step.batch.inputs)
 
         def passes() -> None:
             for gradient in incoming[1:]:

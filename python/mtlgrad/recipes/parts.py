@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed.groups import Ranks
 from .base import MultiTaskNet, Task
+from .team import slices
 
 
 class Inputs(Protocol):
@@ -19,8 +21,8 @@ class Inputs(Protocol):
     def __len__(self) -> int:
         """R."""
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
-        """What the backbone takes, of `size` rows each, the last one shorter."""
+    def batches(self, slices: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, ...]]:
+        """What the backbone takes, of each slice of the rows: from and to."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,29 @@ class Table:
     def __len__(self) -> int:
         return len(self.values)
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor]]:
-        for start in range(0, len(self), size):
-            yield (self.values[start : start + size],)
+    def batches(self, slices: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor]]:
+        for start, end in slices:
+            yield (self.values[start:end],)
+
+
+class Batch(NamedTuple):
+    """Rows to take a step on: all there are for it, or this rank's."""
+
+    inputs: tuple[Tensor, ...]  #: the backbone's
+    targets: list[Tensor]
+    rows: int  #: on all ranks together
+    own: int  #: of these this rank has
+    ranks: Ranks | None = None
+
+    @property
+    def divisor(self) -> float | None:
+        """What the sums of losses are divided by, so that their mean over the ranks is the mean over the rows."""
+        return None if self.ranks is None else self.rows / self.ranks.size
+
+    @property
+    def padding(self) -> float:
+        """How many rows the ranks have, those without labels too, for each that there is: 1.0 but for tiny batches."""
+        return 1.0 if self.ranks is None else max(self.rows, self.ranks.size) / self.rows
 
 
 @dataclass(frozen=True)
@@ -47,15 +69,25 @@ class Part:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def batches(self, size: int) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
-        """Yields (inputs, targets) of `size` rows each, the last one shorter; targets are slices."""
+    def batches(self, size: int, ranks: Ranks | None = None) -> Iterator[Batch]:
+        """Batches of `size` rows each, the last one shorter, or this rank's part of each; targets are slices.
+
+        A rank without a part of the last one has its first row, without labels: no method has to do with nothing.
+        """
         starts = range(0, len(self), size)
-        for start, inputs in zip(starts, self.inputs.batches(size), strict=True):
-            yield inputs, [y[start : start + size] for y in self.targets]
+        own = slices(len(self), size, ranks)
+        rows = [(a, b) if a < b else (first, first + 1) for first, (a, b) in zip(starts, own, strict=True)]
+        for first, (a, b), inputs in zip(starts, own, self.inputs.batches(rows), strict=True):
+            targets = [y[a:b] if a < b else _unlabelled(y) for y in self.targets]
+            yield Batch(inputs, targets, min(size, len(self) - first), b - a, ranks)
 
     def only(self, task: int) -> Part:
         """The same rows with the targets of one task."""
         return replace(self, targets=[self.targets[task]])
+
+
+def _unlabelled(targets: Tensor) -> Tensor:
+    return targets.new_full((1,), float("nan") if targets.is_floating_point() else -100)
 
 
 @dataclass(frozen=True)

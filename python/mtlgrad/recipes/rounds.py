@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .. import alphavil
 from .base import Job, MultiTaskNet, Round, Settings, Task, task_loss
-from .parts import Recipe
+from .parts import Batch, Recipe
+from .team import average, seed_epoch
 from .training import Trainer, Training, Watch
 from .weighting import Weighting
 
@@ -37,9 +38,9 @@ DEVELOPMENT_ROWS = 8192
 class _Anew:
     """Batches that every pass makes anew."""
 
-    make: Callable[[], Iterator[Any]]
+    make: Callable[[], Iterator[Batch]]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return self.make()
 
 
@@ -54,10 +55,7 @@ class AlphaVILTraining(Training):
         self.bounds = [self.steps * i // rounds for i in range(rounds + 1)]  #: batches where the rounds begin and end
         self.target = self.result.tasks.index(settings.target or "")
         rows = len(self.split.validation)
-        self.development = [
-            (inputs, targets[self.target])
-            for inputs, targets in self.split.validation.batches(-(-rows // -(-rows // DEVELOPMENT_ROWS)))
-        ]
+        self.development = list(self.split.validation.batches(-(-rows // -(-rows // DEVELOPMENT_ROWS)), self.ranks))
         # A search looks at them before it, at its start, and twice an epoch, to step and to judge.
         self.looks = (2 + 2 * settings.alpha_epochs) * len(self.development)
         self.ticks = len(self.tasks) * self.steps + rounds * self.looks
@@ -93,21 +91,21 @@ class AlphaVILTraining(Training):
         return self.optimizer
 
     def _loss(self, t: int, net: nn.Module, batch: Any) -> Tensor:
-        inputs, target = batch
-        return task_loss(self.tasks[t], self.net.heads[t](self.net.features(*inputs)), target)
+        output = self.net.heads[t](self.net.features(*batch.inputs))
+        return task_loss(self.tasks[t], output, batch.targets[t], batch.divisor)
 
-    def _batches(self, t: int) -> Iterator[Any]:
+    def _batches(self, t: int) -> Iterator[Batch]:
         """A round's part of the epoch's order, which each task has its own of."""
         size, i = self.settings.batch_size, self.vil.rounds % (len(self.bounds) - 1)
         part = self.split.shuffled(self.epoch, 1 + t, slice(size * self.bounds[i], size * self.bounds[i + 1]))
-        for number, (inputs, targets) in enumerate(part.batches(size), self.epoch * self.steps + self.bounds[i]):
+        for number, batch in enumerate(part.batches(size, self.ranks), self.epoch * self.steps + self.bounds[i]):
             self._tell()
             assert self.optimizer is not None
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(number)
-            yield inputs, targets[t]
+            yield batch
 
-    def _look(self) -> Iterator[Any]:
+    def _look(self) -> Iterator[Batch]:
         for batch in self.development:
             self._tell()
             yield batch
@@ -119,6 +117,7 @@ class AlphaVILTraining(Training):
     def run_epoch(self, watch: Watch) -> None:
         start = time.perf_counter()
         self.watch = watch
+        seed_epoch(self.job.seed, self.epoch, self.ranks)
         self.sums.zero_()
         self.counts.zero_()
         shares = []
@@ -239,15 +238,18 @@ class DiscriminativeTraining(Trainer):
     def _try(self, t: int, watch: Watch) -> None:
         size, unknown = self.settings.batch_size, torch.full((len(self.tasks),), torch.nan)
         head = self.net.heads[t]
-        optimizer = make_optimizer([*self.net.backbone.parameters(), *head.parameters()], lr=self.lr)
+        trained = [*self.net.backbone.parameters(), *head.parameters()]
+        optimizer = make_optimizer(trained, lr=self.lr)
         self.net.train()
         part = self.split.shuffled(self.epoch, 1 + t, slice(size * self.tried))
-        for i, (inputs, targets) in enumerate(part.batches(size)):
+        for i, batch in enumerate(part.batches(size, self.ranks)):
             watch(self.epoch, t * self.tried + i, unknown)
             for group in optimizer.param_groups:
                 group["lr"] = self.rate(self.epoch * self.steps + i)
             optimizer.zero_grad()
-            task_loss(self.tasks[t], head(self.net.features(*inputs)), targets[t]).backward()
+            output = head(self.net.features(*batch.inputs))
+            task_loss(self.tasks[t], output, batch.targets[t], batch.divisor).backward()
+            average(trained, self.ranks)
             optimizer.step()
 
     def _development_loss(self) -> float:

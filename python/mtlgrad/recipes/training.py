@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.groups import ranks_of
 from .base import Job, Result, Settings, TrainError, task_loss
 from .optimizers import RATES, updates
-from .parts import Part, Recipe
-from .weighting import METHODS, Step, Weighting, timed
+from .parts import Batch, Part, Recipe
+from .team import seed_epoch
+from .weighting import METHODS, Step, Weighting, batch_losses, timed
 
 TIME_EVERY = 20  # steps: enough for a steady median, and the extra work that is timed stays a small part of the run
 EVALUATION_ROWS = 4096
@@ -33,6 +36,7 @@ class Training(ABC):
         torch.manual_seed(job.seed)
         self.net = recipe.net(self.tasks)
         self.weighting = self.method()(self.tasks, self.net, settings).to(recipe.device)
+        self.ranks = ranks_of(None)
         self.lr = RATES[job.optimizer] if settings.lr is None else settings.lr
         self.steps = math.ceil(len(self.split.rows.train) / settings.batch_size)  #: batches of an epoch, for each task
         self.ticks = self.steps  #: how often an epoch calls `watch`
@@ -50,7 +54,14 @@ class Training(ABC):
         """The cosine schedule as a formula of the step: nothing to restore when resuming."""
         return self.lr * 0.5 * (1.0 + math.cos(math.pi * number / (self.steps * self.settings.epochs)))
 
-    def record(self, train: Tensor, share: Tensor, dominance: dict[str, list[float]] | None, start: float) -> None:
+    def record(
+        self,
+        train: Tensor,
+        share: Tensor,
+        dominance: dict[str, list[float]] | None,
+        start: float,
+        condition: float | None = None,
+    ) -> None:
         """The line of history of an epoch that began at `start`."""
         train_losses = train.tolist()
         for task, loss in zip(self.tasks, train_losses, strict=True):
@@ -69,6 +80,7 @@ class Training(ABC):
                 "metric": metrics,
                 "share": share.tolist(),
                 "dominance": dominance,
+                "condition": condition,
                 "seconds": time.perf_counter() - start,
             }
         )
@@ -83,7 +95,8 @@ class Training(ABC):
         self.net.eval()
         part = self._own(part)
         chunks = [
-            self.weighting.predict(self.net, self.net.features(*inputs)) for inputs, _ in part.batches(EVALUATION_ROWS)
+            self.weighting.predict(self.net, self.net.features(*batch.inputs))
+            for batch in part.batches(EVALUATION_ROWS)
         ]
         outputs = [torch.cat(column) for column in zip(*chunks, strict=True)]
         triples = list(zip(self.tasks, outputs, part.targets, strict=True))
@@ -128,17 +141,17 @@ class Trainer(Training):
 
     def run_epoch(self, watch: Watch) -> None:
         start = time.perf_counter()
+        seed_epoch(self.job.seed, self.epoch, self.ranks)
         before = timed(lambda: self.begin_epoch(watch), self.recipe.device)
         self.net.train()
         part = self._own(self.split.shuffled(self.epoch))
         total = torch.zeros(len(self.tasks), device=self.recipe.device)
         shares: list[Tensor] = []
         variances: list[Tensor] = []
-        seen = 0
-        for i, (inputs, targets) in enumerate(part.batches(self.settings.batch_size)):
-            rows = len(targets[0])
-            total += rows * self._step(self.epoch * self.steps + i, inputs, targets, shares, variances)
-            seen += rows
+        seen, looked = 0, len(self.result.condition)
+        for i, batch in enumerate(part.batches(self.settings.batch_size, self.ranks)):
+            total += batch.rows * self._step(self.epoch * self.steps + i, batch, shares, variances)
+            seen += batch.rows
             watch(self.epoch, self.ticks - self.steps + i, total / seen)
         between = before + timed(self.weighting.end_epoch, self.recipe.device)
         if self.weighting.working:
@@ -147,35 +160,33 @@ class Trainer(Training):
             self.result.variance = torch.stack(variances).mean(0)
         # In a warm-up no step is timed, and the sum is what runs.
         share = torch.stack(shares).mean(0) if shares else torch.full((len(self.tasks),), 1.0 / len(self.tasks))
-        self.record(total / seen, share, self.updates.dominance(self.layers), start)
+        conditions = self.result.condition[looked:]
+        condition = statistics.median(conditions) if conditions else None
+        self.record(total / seen, share, self.updates.dominance(self.layers), start, condition)
 
-    def _step(
-        self,
-        number: int,
-        inputs: tuple[Tensor, ...],
-        targets: list[Tensor],
-        shares: list[Tensor],
-        variances: list[Tensor],
-    ) -> Tensor:
+    def _step(self, number: int, batch: Batch, shares: list[Tensor], variances: list[Tensor]) -> Tensor:
+        """The losses [T], of the whole batch."""
         optimizer = self.updates.optimizer
         for group in optimizer.param_groups:
             group["lr"] = self.rate(number)
         made: list[Step] = []
 
         def work() -> None:
-            features = self.net.features(*inputs)
-            losses = self.net.losses(self.tasks, self.weighting.through(features, targets), targets)
+            self.weighting.start_step(batch)
+            features = self.net.features(*batch.inputs)
+            views = self.weighting.through(features, batch.targets)
+            losses = batch_losses(self.net, self.tasks, views, batch)
             optimizer.zero_grad()
             self.updates.backward(features, losses)
             optimizer.step()
-            made.append(Step(self.net, inputs, targets, features.detach(), [loss.detach() for loss in losses]))
+            made.append(Step(self.net, batch, features.detach(), [loss.detach() for loss in losses]))
 
         # The last of every 20 steps, for the first of an epoch sets things up.
         timing = number % self.steps % TIME_EVERY == min(TIME_EVERY, self.steps) - 1
         if not timing or not self.weighting.working:
             work()
         else:
-            jacobians = self.updates.foresee(inputs, targets)
+            jacobians = self.updates.foresee(batch)
             self.result.step_ms.append(timed(work, self.recipe.device))
             self.updates.observe(jacobians)
             self._look(made[0], shares, variances)

@@ -17,16 +17,18 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..aligned import AlignedMTL
+from ..distributed.collectives import sum_
 from ..jacobian import task_backward
 from .base import MultiTaskNet, Settings, Task
+from .parts import Batch
+from .team import with_global_values
 
 
 class Step(NamedTuple):
     """A step that was made, for a method to do its own part of it once more."""
 
     net: MultiTaskNet
-    inputs: tuple[Tensor, ...]  #: the backbone's
-    targets: list[Tensor]
+    batch: Batch
     features: Tensor  #: [B, D], detached
     losses: list[Tensor]  #: detached
 
@@ -37,10 +39,15 @@ class Weighting(nn.Module):
     name = "sum"
     #: Whether what is minimised is a sum of a term a task: then the tasks' gradients can be kept apart.
     sums: ClassVar[bool] = True
+    #: Whether `backward` leaves means over the ranks, if there are several.
+    averages: ClassVar[bool] = False
 
     def __init__(self, tasks: tuple[Task, ...], net: MultiTaskNet, settings: Settings):
         super().__init__()
         self.tasks = tasks
+
+    def start_step(self, batch: Batch) -> None:
+        """Called before a step."""
 
     def through(self, features: Tensor, targets: list[Tensor]) -> Sequence[Tensor]:
         """Stands between backbone and heads: [B, D] -> what each head gets, T times [B, D]."""
@@ -165,6 +172,7 @@ class Aligned(_Alignment):
     """Aligned-MTL of the tasks' gradients on the backbone's parameters: one backward per task through the backbone."""
 
     name = "aligned"
+    averages = True  # as `task_backward` does
 
     def backward(self, net: MultiTaskNet, features: Tensor, losses: list[Tensor]) -> None:
         shared = list(net.backbone.parameters())
@@ -176,7 +184,7 @@ class Aligned(_Alignment):
         shared = list(step.net.backbone.parameters())
         incoming = at_features(self.tasks, step)
         with forked(step.features.device):  # dropout draws again
-            features = step.net.features(*step.inputs)
+            features = step.net.features(*step.batch.inputs)
 
         def passed_back(gradient: Tensor) -> tuple[Tensor, ...]:
             return torch.autograd.grad(features, shared, gradient, retain_graph=True)
@@ -221,6 +229,7 @@ class BayesAggregation(Weighting):
             covariance=settings.covariance,
         )
         self.warmup = settings.warmup
+        self.batch: Batch | None = None  # at hand
         self.watching = False  # whether this epoch's batches go through the layer
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64))
 
@@ -232,11 +241,18 @@ class BayesAggregation(Weighting):
         # The last epoch of the warm-up shows the layer the data for its first posterior; before, it is left out.
         self.watching = epoch >= self.warmup - 1
 
+    def start_step(self, batch: Batch) -> None:
+        self.batch = batch
+
     def through(self, features: Tensor, targets: list[Tensor]) -> Sequence[Tensor]:
         return super().through(self.bayes(features, targets) if self.watching else features, targets)
 
     def total(self, losses: list[Tensor]) -> Tensor:
-        return self.bayes.total(losses) if self.watching else super().total(losses)
+        if not self.watching:
+            return super().total(losses)
+        # Its gradient is a mean over all rows, the losses' one over those with labels.
+        padding = 1.0 if self.batch is None else self.batch.padding
+        return padding * self.bayes.total([loss / padding for loss in losses])
 
     def end_epoch(self) -> None:
         if self.watching:
@@ -252,14 +268,22 @@ class BayesAggregation(Weighting):
         if not self.working:
             return super().shares(losses)
         weights = self.bayes.task_weights
-        return None if weights is None else weights.detach().float().cpu()
+        return None if weights is None else self._of_all_ranks(weights)
 
     def variance(self) -> Tensor | None:
         variance = self.bayes.gradient_variance if self.working else None
-        return None if variance is None else variance.detach().float().cpu()
+        return None if variance is None else self._of_all_ranks(variance)
+
+    def _of_all_ranks(self, mean: Tensor) -> Tensor:
+        """The mean over all ranks' rows, from that over this rank's."""
+        mean, batch = mean.detach().float(), self.batch
+        if batch is not None and batch.ranks is not None:
+            own = mean * batch.own if batch.own else torch.zeros_like(mean)  # NaN of none
+            mean = sum_(own, batch.ranks) / batch.rows
+        return mean.cpu()
 
     def own_work(self, step: Step) -> Callable[[], object] | None:
-        return lambda: self.bayes.aggregate(step.features, step.targets)
+        return lambda: self.bayes.aggregate(step.features, step.batch.targets)
 
 
 METHODS: dict[str, type[Weighting]] = {
@@ -269,10 +293,15 @@ ALIGNED = tuple(name for name, method in METHODS.items() if issubclass(method, _
 SUMS = tuple(name for name, method in METHODS.items() if method.sums)
 
 
+def batch_losses(net: MultiTaskNet, tasks: Sequence[Task], views: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    """Per task the loss of the whole batch, whose gradients' mean over the ranks is the loss's gradient."""
+    return with_global_values(net.losses(tasks, views, batch.targets, batch.divisor), batch.ranks)
+
+
 def at_features(tasks: Sequence[Task], step: Step) -> tuple[Tensor, ...]:
-    """Per task the gradient at the features."""
+    """Per task the gradient at the features, those of this rank's rows."""
     views = [step.features.clone().requires_grad_() for _ in tasks]
-    return torch.autograd.grad(step.net.losses(tasks, views, step.targets), views)
+    return torch.autograd.grad(step.net.losses(tasks, views, step.batch.targets, step.batch.divisor), views)
 
 
 def forked(device: torch.device) -> AbstractContextManager[None]:
