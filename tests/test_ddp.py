@@ -102,11 +102,8 @@ def step(kind: str) -> dict[str, Tensor]:
         outputs = compiled(backbone(x))
         return torch.stack([output.square().sum() for output in outputs]).sum() * (1 if alone else 2)
 
-    if kind == "checkpoint":
-        value = checkpoint(loss, batch.x.requires_grad_(), use_reentrant=False)
-    else:
-        value = loss(batch.x)
-    value.backward()
+    x = batch.x.requires_grad_()
+    (checkpoint(loss, x, use_reentrant=False) if kind == "checkpoint" else loss(x)).backward()
     assert aligned.weights is not None
     return {
         "gradient": torch.cat([p.grad.flatten() for p in net.backbone.parameters() if p.grad is not None]),

@@ -177,7 +177,7 @@ class BayesAgg(nn.Module):
             )
         if features.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "BayesAgg: expected to be called outside of a CUDA graph, since replays would not enter the statistics, "
+                "BayesAgg: expected to be called outside of a CUDA graph, whose replays the statistics would not see, "
                 "found one being captured; capture backbone and heads (torch.cuda.make_graphed_callables)"
             )
 

@@ -24,9 +24,10 @@ class Ranks(NamedTuple):
     rank: int  #: this process's, in the group
 
 
+# All weakly: destroy_process_group() then ends the threads of ours, too, and not the interpreter's exit.
 _given: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-_own: dict[str, tuple[Any, Any]] = {}  # by the name of the user's group: that group (weakly), and ours
-_by_name: dict[str, Any] = {}
+_own: dict[str, tuple[Any, str]] = {}  # by the name of the user's group: a reference to that group, our group's name
+_by_name: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def name_of(op: str, process_group: ProcessGroup | None) -> str | None:
@@ -54,9 +55,9 @@ def ranks_of(name: str | None) -> Ranks | None:
     known = _own.get(group.group_name)
     if known is None or known[0]() is not group:
         own = _twin(group)
-        known = _own[group.group_name] = (weakref.ref(group), own)
-        _by_name[own.group_name] = own
-    return Ranks(str(known[1].group_name), group.size(), group.rank())
+        known = _own[group.group_name] = (weakref.ref(group), str(own.group_name))
+        _by_name[known[1]] = own
+    return Ranks(known[1], group.size(), group.rank())
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes seconds.
