@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtlgrad
 
@@ -210,3 +213,52 @@ def test_parameters_that_are_not_sharded(two_ranks: Pool) -> None:
     for found in two_ranks(ignored, parts):
         for value, expected in zip(found, ignored(parts), strict=True):
             assert_near(value, expected)
+
+
+class Sent(TorchDispatchMode):
+    """Bytes of what is gathered, and of what is scattered, by whoever asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        for short, position in (("_allgather_base_", 0), ("_reduce_scatter_base_", 1)):
+            if short in name:
+                self.found[short] = self.found.get(short, 0) + args[position].numel() * args[position].element_size()
+        return func(*args, **(kwargs or {}))
+
+
+class Even(nn.Module):
+    """Every parameter has rows for both ranks: nothing is padded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.heads = nn.ModuleList([nn.Linear(4, 2) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        z = self.backbone(x)
+        return [head(z).mean() for head in self.heads]
+
+
+def fsdp_communication() -> tuple[dict[str, int], int, int]:
+    net = Even()
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (net.backbone, net.heads)]
+    fully_shard(net.backbone)
+    fully_shard(net)
+    shared = list(net.backbone.parameters())
+    for _ in range(2):  # the first step sets things up
+        values = net(torch.randn(3, 6))
+        with Sent() as sent:
+            mtlgrad.task_backward(values, shared)
+    return sent.found, sizes[0], sizes[1]
+
+
+def test_what_fsdp_communicates(two_ranks: Pool) -> None:
+    """docs/guide/fsdp2.md: T passes put the backbone together, and average its gradients, T times."""
+    tasks = 3
+    for found, backbone, heads in two_ranks(fsdp_communication):
+        assert found["_allgather_base_"] == 4 * (tasks * backbone + (tasks - 1) * heads)
+        assert found["_reduce_scatter_base_"] == 4 * (tasks * backbone + heads)
