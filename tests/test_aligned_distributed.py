@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -210,7 +212,7 @@ def test_communication(two_ranks: Pool) -> None:
         "layer": {"all_reduce": 8 * tasks**2},
         "weigh features": {"all_reduce": 8 * tasks**2},
         "weigh": {"all_reduce": 4 * tasks * shared},
-        "merge": {"all_reduce": 4 * tasks * shared + 4 * other + 8 * len(heads), "all_gather": 8},
+        "merge": {"all_reduce": 4 * tasks * shared + 4 * other + 24 * len(heads), "all_gather": 8},
     }
     assert net.heads[0].in_features == WIDTH
     for form, size in expected.items():
@@ -231,3 +233,59 @@ def sparse_head() -> Tensor:
 def test_sparse_gradients_of_heads(two_ranks: Pool) -> None:
     for found in two_ranks(sparse_head):
         assert_near(found, sparse_head())
+
+
+def other_heads() -> None:
+    torch.manual_seed(0)
+    backbone, heads = nn.Linear(3, 3), nn.ModuleList([nn.Linear(3, 1) for _ in range(2)])
+    z = backbone(torch.ones(2, 3))
+    head = heads[dist.get_rank()]
+    for features in (None, z):
+        with pytest.raises(RuntimeError, match=r"task_backward: losses: expected to reach the same heads in the same"):
+            mtlgrad.task_backward(
+                [head(z).mean(), z.mean()], backbone.parameters(), features=features, retain_graph=True
+            )
+    assert all(p.grad is None for p in [*backbone.parameters(), *heads.parameters()])
+
+
+def test_other_heads_of_the_same_shapes_are_refused(two_ranks: Pool) -> None:
+    two_ranks(other_heads)
+
+
+def inputs_gradient(counts: list[int]) -> Tensor:
+    torch.manual_seed(0)
+    backbone, head = nn.Linear(3, 3), nn.Linear(3, 1)
+    x = torch.randn(counts[dist.get_rank()], 3).requires_grad_()
+    z = backbone(x)
+    mtlgrad.task_backward([head(z).mean(), z.square().mean()], backbone.parameters())
+    together = torch.autograd.grad([head(backbone(x)).mean() + backbone(x).square().mean()], x)[0]
+    torch.testing.assert_close(x.grad, together)
+    return x.grad  # type: ignore[return-value]
+
+
+def test_gradients_of_inputs_are_each_ranks_own(two_ranks: Pool) -> None:
+    two_ranks(inputs_gradient, [2, 2])
+    two_ranks(inputs_gradient, [1, 3])
+
+
+class Nothing(torch.autograd.Function):
+    """Uses a parameter, and has no gradient for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def no_gradient() -> None:
+    backbone, unused = nn.Linear(3, 3), nn.Parameter(torch.ones(2))
+    z = Nothing.apply(backbone(torch.ones(2, 3)), unused)
+    mtlgrad.task_backward([z.mean(), z.square().mean()], [*backbone.parameters(), unused])
+    assert not unused.jac.any()  # type: ignore[attr-defined]
+
+
+def test_a_parameter_without_a_gradient_is_zero(two_ranks: Pool) -> None:
+    two_ranks(no_gradient)

@@ -81,8 +81,7 @@ def test_peak_of_each_stage(tasks: int, storage: str, heads: str, momentum: floa
     states = 1 if momentum else 0  # copies that the optimizer keeps of what it trains
     expected = {
         "train": deltas + parameters + (1 + states) * (S + H),
-        # The target's gradients take its parameters' place one by one, the first before anything was let go.
-        "alpha": deltas + max(parameters, S + H + H),
+        "alpha": deltas + parameters + S + (0 if heads == "none" else H),
         "move": deltas + parameters,
     }
     for kind, size in expected.items():

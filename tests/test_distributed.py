@@ -107,3 +107,65 @@ def jacobians() -> float:
 
 def test_jacobians_of_one_rank_are_refused(two_ranks: Pool) -> None:
     assert two_ranks(jacobians) == [0.5, 0.5]
+
+
+def written_into() -> None:
+    """What others add to a mean is this rank's own again; what keeps it a mean is not."""
+    rank = float(dist.get_rank())
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = mtlgrad.optim.AdaTaskAdam([p], num_tasks=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    refused = pytest.raises(RuntimeError, match=r"\.jac that is the mean over the 2 ranks")
+    p.jac = torch.full((2, 3), rank)  # type: ignore[attr-defined]
+    with refused:
+        mtlgrad.optim.clip_task_grad_norm_([p], 1.0)
+    scaler.scale(torch.zeros(()))
+    with refused:
+        scaler.unscale_(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    average_jacobians([p])
+    scaler.scale(torch.zeros(()))
+    scaler.unscale_(optimizer)
+    mtlgrad.optim.clip_task_grad_norm_([p], 0.1)
+    optimizer.step()
+    p.jac += rank  # as TorchJD accumulates
+    with refused:
+        optimizer.step()
+    average_jacobians([p])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+
+
+def test_a_mean_that_was_written_into(two_ranks: Pool) -> None:
+    two_ranks(written_into)
+
+
+def other_parameters() -> None:
+    p = torch.nn.ParameterList([torch.zeros(3), torch.zeros(3)])
+    p[dist.get_rank()].jac = torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match=r"average_jacobians: expected the same parameters with \.jac on all ranks"):
+        average_jacobians(p)
+
+
+def test_other_parameters_are_refused(two_ranks: Pool) -> None:
+    two_ranks(other_parameters)
+
+
+def half_of_them() -> None:
+    pair, _ = dist.new_subgroups(group_size=2)
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.jac = torch.full((2, 3), float(dist.get_rank()))  # type: ignore[attr-defined]
+    average_jacobians([p], process_group=pair)
+    with pytest.raises(RuntimeError, match=r"the mean over the 4 ranks"):
+        mtlgrad.optim.AdaTaskAdam([p], num_tasks=2).step()
+    mtlgrad.optim.AdaTaskAdam([p], num_tasks=2, process_group=pair).step()
+    turned = dist.new_group([3, 1, 0, 2], sort_ranks=False)
+    ranks = ranks_of(name_of("test", turned))
+    assert ranks is not None
+    every = gather_rows(torch.full((1,), float(ranks.rank)), [1] * 4, ranks)
+    assert every.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_part_of_the_ranks(four_ranks: Pool) -> None:
+    four_ranks(half_of_them)

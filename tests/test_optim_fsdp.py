@@ -245,7 +245,7 @@ def layouts() -> None:
 
 
 def averaged_step(optimizer: Any, p: Any) -> None:
-    mark_averaged([p.jac])
+    mark_averaged([p.jac], None)
     optimizer.step()
 
 

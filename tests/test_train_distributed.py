@@ -321,7 +321,7 @@ def test_bytes_of_a_step(two_ranks, method, optimizer):
     learned_bytes = 4 * learned  # in float32
     s, h = sum(p.numel() for p in backbone), sum(p.numel() for p in heads)
     if method == "aligned" or optimizer != "adam":
-        step = {"all_reduce": e * (tasks + tasks * s + h) + learned_bytes + 8 * (len(heads) + (learned > 0))}
+        step = {"all_reduce": e * (tasks + tasks * s + h) + learned_bytes + 24 * (len(heads) + (learned > 0))}
         step["all_gather"] = 8
     else:
         step = {"all_reduce": e * (tasks + s + h) + 8 * len(backbone + heads)}

@@ -212,7 +212,7 @@ class AlignedMTL(nn.Module):
                     f"AlignedMTL.merge: parameters: expected .jac of shape {[self.num_tasks, *p.shape]}, "
                     f"found {list(p.jac.shape)}"
                 )
-        check_averaged("AlignedMTL.merge", [p.jac for p in wanted], ranks_of(self._group))
+        check_averaged("AlignedMTL.merge", [p.jac for p in wanted], self._group)
         listed = [] if heads is None else self._listed(heads, wanted)
         self._use(wanted[0].device)
         for p, gradient in zip(wanted, self._merge_shards(wanted), strict=True):

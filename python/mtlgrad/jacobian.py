@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from .distributed.collectives import Averaging, average_present, check_same
+from .distributed.collectives import Averaging, average_present, check_same, norm_bounds
 from .distributed.groups import Ranks, name_of, ranks_of
 from .distributed.jacobians import check_averaged, mark_averaged
 from .distributed.shards import is_sharded, like_sharded, local
@@ -22,6 +22,8 @@ from .ops.rows import dense
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+ALIKE = 1e-3  #: relative; the same training leaves other last digits on another kind of machine
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
@@ -98,12 +100,13 @@ def task_backward(
         ValueError: a loss is not a scalar; a parameter's ``.jac`` is not of shape [T, *shape]; with ``features``, a
             loss reaches a shared parameter past them, or one of them is computed from another, or the shared
             parameters are shards (FSDP2).
-        RuntimeError: the ranks do not have losses for the same tasks.
+        RuntimeError: the ranks do not have losses for the same tasks, or do not reach the same heads.
 
     Passes through the shared part are ordinary backwards: hooks on parameters and features run once per task, and
     non-reentrant activation checkpointing works. With ``features`` the heads' gradients are accumulated here, without
-    the hooks that follow an accumulation. T copies of the shared parameters' gradients are held. Parameters that
-    ``fully_shard`` shards get a ``.jac`` that is sharded like them; FSDP2 averages it.
+    the hooks that follow an accumulation. T copies of the shared parameters' gradients are held, on several ranks one
+    more while it travels. Parameters that ``fully_shard`` shards get a ``.jac`` that is sharded like them; FSDP2
+    averages it. On several ranks gradients of ``nn.Parameter`` are averaged; other leaves (inputs) are each rank's own.
     """
     op = "task_backward"
     check_ordinary_autograd(op)
@@ -116,8 +119,9 @@ def task_backward(
             f"{op}: features: expected none, since the shared parameters are shards (fully_shard), found some; FSDP2 "
             "averages gradients in whole backward passes alone; leave features out"
         )
-    ranks = ranks_of(name_of(op, process_group))
-    check_averaged(op, [p.jac for p in parameters if hasattr(p, "jac")], ranks)
+    group = name_of(op, process_group)
+    ranks = ranks_of(group)
+    check_averaged(op, [p.jac for p in parameters if hasattr(p, "jac")], group)
     trunk = None if features is None else _trunk(op, features)
     heads: dict[Tensor, Tensor] = {}
     if trunk is None:
@@ -130,13 +134,11 @@ def task_backward(
     own = set(parameters)
     others = [leaf for leaf in leaves if leaf not in own]
     if ranks is not None:
-        _check_tasks(op, names, starts, [*others, *heads], ranks, parameters[0].device)
+        reached: list[Tensor] = [leaf for leaf in [*others, *heads] if isinstance(leaf, nn.Parameter)]
+        _check_tasks(op, names, starts, reached, ranks, parameters[0].device)
     with _added(others, ranks), _set_aside(parameters):
         jacobians = _passes(op, parameters, leaves, starts, retain_graph, ranks)
-    given: list[Tensor | None] = list(heads.values())
-    if ranks is not None:
-        given = average_present(given, list(heads), ranks)
-    for p, gradient in zip(heads, given, strict=True):
+    for p, gradient in zip(heads, _averaged(list(heads.values()), list(heads), ranks), strict=True):
         if gradient is not None:
             p.grad = gradient if p.grad is None else p.grad.add_(gradient)
     for p, jacobian in zip(parameters, jacobians, strict=True):
@@ -145,7 +147,7 @@ def task_backward(
         else:
             p.jac = like_sharded(jacobian, p, len(values)) if is_sharded(p) else jacobian  # type: ignore[attr-defined]
     if ranks is not None:
-        mark_averaged([p.jac for p in parameters])  # type: ignore[attr-defined]
+        mark_averaged([p.jac for p in parameters], group)  # type: ignore[attr-defined]
 
 
 def _passes(
@@ -160,7 +162,7 @@ def _passes(
     last = max((t for t, start in enumerate(starts) if start is not None), default=-1)
     jacobians: list[Tensor | None] = [None] * len(parameters)
     averaging = None if ranks is None else Averaging(ranks)
-    lost = set(parameters).intersection(leaves)
+    lost = set(parameters).intersection(leaves) if dist.is_available() and dist.is_initialized() else set()
     sharded = silent = any(map(is_sharded, parameters))
     rest: list[tuple[int, int]] = []  # rows that no gradient came for
     for t, start in enumerate(starts):
@@ -181,6 +183,7 @@ def _passes(
             lost.discard(p)
         if averaging is not None and start is not None:
             found = _rows_of(jacobians, parameters, rest, len(starts))
+            averaging.wait()  # the last task's, which had this pass to travel: its copies are let go
             averaging.add([jacobian[t] for p, jacobian in zip(parameters, found) if not is_sharded(p)])
     found = _rows_of(jacobians, parameters, rest, len(starts))
     if averaging is not None:
@@ -190,9 +193,9 @@ def _passes(
 
 
 def _check_kept(op: str, lost: set[Tensor]) -> None:
-    """From the moment a module is computed FSDP2 has other parameters in the place of its shards, and takes their
-    gradients away: they would seem to be zero."""
-    if lost and dist.is_available() and dist.is_initialized():
+    """From the moment a module is computed FSDP2 has other parameters in the place of its shards, takes their gradients
+    away and frees them: they would seem to be zero."""
+    if any(p.numel() and not is_sharded(p) and not p.untyped_storage().size() for p in lost):
         raise ValueError(
             f"{op}: shared: expected parameters that keep their gradients, found {len(lost)} that fully_shard put in "
             "the place of its shards for a while; make the list before the model is called: "
@@ -239,13 +242,23 @@ def _check_tasks(
 ) -> None:
     """Ranks that reach other heads would wait for each other."""
     present = [name for name, start in zip(names, starts, strict=True) if start is not None]
-    size = sum(p.numel() for p in heads)
-    found = f"{', '.join(present) or 'none'} ({len(heads)} tensors of heads, {size} elements)"
+    shapes = " ".join("x".join(map(str, p.shape)) or "1" for p in heads)
+    found = f"{', '.join(present) or 'none'} ({len(heads)} parameters of heads: {shapes})"
     hint = (
         "where a task has no labels give a loss of zero that is computed from its head "
         "(mtlgrad.distributed.global_means makes it)"
     )
     check_same(op, "tasks with a loss", found, hint, ranks, device)
+    # Not of what fully_shard has freed for now.
+    known = [p for p in heads if not is_sharded(p) and (p.untyped_storage().size() or not p.numel())]
+    if known:
+        least, most = norm_bounds(known, ranks)
+        if bool((most - least > ALIKE * most).any()):
+            raise RuntimeError(
+                f"{op}: losses: expected to reach the same heads in the same order on all ranks, found others of the "
+                "same shapes, or parameters that have drifted apart; start from the same parameters, and let every "
+                "rank compute all heads"
+            )
 
 
 def _empty_rows(gradient: Tensor, p: Tensor, tasks: int) -> Tensor:
@@ -275,6 +288,17 @@ def _set_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
             t.grad = gradient
 
 
+def _averaged(gradients: list[Tensor | None], leaves: Sequence[Tensor], ranks: Ranks | None) -> list[Tensor | None]:
+    """Means over the ranks of the parameters' gradients. Other leaves (inputs) are each rank's own."""
+    if ranks is None:
+        return gradients
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Parameter)]
+    means = average_present([gradients[i] for i in places], [leaves[i] for i in places], ranks)
+    for i, mean in zip(places, means, strict=True):
+        gradients[i] = mean
+    return gradients
+
+
 @contextmanager
 def _added(tensors: Sequence[Tensor], ranks: Ranks | None) -> Iterator[None]:
     """What becomes ``.grad`` inside (its mean over the ranks) is added to what there was, or dropped if the inside
@@ -283,8 +307,7 @@ def _added(tensors: Sequence[Tensor], ranks: Ranks | None) -> Iterator[None]:
     with _set_aside(tensors):
         yield
         fresh = [t.grad for t in tensors]
-        if ranks is not None:
-            fresh = average_present(fresh, tensors, ranks)
+        fresh = _averaged(fresh, tensors, ranks)
     for t, gradient in zip(tensors, fresh, strict=True):
         if t.grad is None:
             t.grad = gradient

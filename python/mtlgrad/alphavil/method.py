@@ -82,9 +82,8 @@ class AlphaVIL:
     ============================  ======================================================================================
     deltas, from round to round   T S + H; ``include_heads="all"``: T (S + H)
     while task t trains           + S + H (a copy of theta), its gradients S + H_t, its optimizer's state
-    during the search             + S + H (the displaced parameters, whose place their gradients take in the backward
-                                  pass; the first of these comes before any is let go), up to twice that where a
-                                  network keeps its parameters longer
+    during the search             + S + H (the displaced parameters), their gradients for the target's loss S + H_target
+                                  (the shared ones' alone with ``include_heads="none"``)
     when the parameters move      + S + H
     ============================  ======================================================================================
 

@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed.collectives import Averaging, average_gradients, check_same, gather_numbers, sum_
+from ..distributed.collectives import (
+    Averaging,
+    average_gradients,
+    check_same,
+    gather_numbers,
+    norm_bounds,
+    sum_,
+)
 from ..distributed.groups import Ranks, control_device, group_of
 from .deltas import Group
 
@@ -76,10 +83,7 @@ def check_models(model: nn.Module, groups: Sequence[Group], ranks: Ranks) -> Non
     found = f"{len(named)} parameters and buffers with {elements} elements (names, shapes and heads: {digest})"
     hint = "make them, and include_heads, alike on all ranks"
     check_same("AlphaVIL", "model, heads and frozen parameters", found, hint, ranks, device)
-    norms = torch.stack([_norm(value).to(device) for _, value in named])
-    bounds = torch.cat([norms, -norms])
-    dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group_of(ranks))
-    most, least = bounds[: len(named)], -bounds[len(named) :]
+    least, most = norm_bounds([value for _, value in named], ranks)
     unlike = (most - least > ALIKE * most).tolist()
     if any(unlike):
         i = unlike.index(True)
@@ -88,14 +92,6 @@ def check_models(model: nn.Module, groups: Sequence[Group], ranks: Ranks) -> Non
             f"from {float(least[i]):.7g} to {float(most[i]):.7g}; load the same checkpoint on all ranks, make the "
             "model from the same seed, or torch.distributed.broadcast each from rank 0 first"
         )
-
-
-def _norm(value: Tensor) -> Tensor:
-    if value.is_complex():
-        value = torch.view_as_real(value)
-    if not value.is_floating_point():
-        value = value.double()
-    return torch.linalg.vector_norm(value, dtype=torch.float64)
 
 
 def merged_buffers(model: nn.Module, changed: dict[str, Tensor], ranks: Ranks | None) -> dict[str, Tensor]:

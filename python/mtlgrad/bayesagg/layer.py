@@ -15,7 +15,7 @@ from .aggregation import Batch, aggregate, diagnose
 from .full_data import STATISTICS, FullData
 from .heads import Head
 from .passes import Pass, RecordScale, ReplaceGradient, enter, known_as
-from .ranks import agree, of_all_ranks, with_everyone
+from .ranks import of_all_ranks, with_everyone
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -161,11 +161,10 @@ class BayesAgg(nn.Module):
             wide = features.new_empty(0, dtype=_working_dtype(features) if stored else torch.float64)
             known = self._posteriors is not None
             weights = [None if stored and not known else head.weight(wide) for head in self.heads]
+            batch = self._for_all_ranks(self._batch(rows, kept, weights), rows) if known else None
             for full_data, target, weight in zip(self._full_data, kept, weights):
                 full_data.add(rows, target, weight)
-            if not known:
-                return Pass(self._number, None)
-            return Pass(self._number, self._for_all_ranks(self._batch(rows, kept, weights), rows))
+            return Pass(self._number, batch)
 
     @staticmethod
     def _check_place(features: Tensor) -> None:
@@ -280,10 +279,9 @@ class BayesAgg(nn.Module):
         if ranks is None:
             return batch
         assert self._posteriors is not None
-        if not self._agreed:
-            agree(self._posteriors, ranks, rows.device)
-            self._agreed = True
-        return with_everyone(batch, rows, self._number, ranks)
+        batch = with_everyone(batch, rows, self._number, self._posteriors, self._agreed, ranks)
+        self._agreed = True
+        return batch
 
     # ---- what the layer tells
 

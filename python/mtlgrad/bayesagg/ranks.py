@@ -23,10 +23,13 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def with_everyone(batch: Batch, rows: Tensor, number: int, ranks: Ranks) -> Batch:
+def with_everyone(
+    batch: Batch, rows: Tensor, number: int, posteriors: Sequence[Posterior], agreed: bool, ranks: Ranks
+) -> Batch:
     """The batch with what its gradient needs from the other ranks; ``rows`` are its features in their own dtype.
+    ``agreed``: this rank knows that all have the same full-data posteriors.
 
-    Bytes: 24 a rank; the features and targets of heads that :func:`uses_lemma`, in one gather; the sums of the others
+    Bytes: 32 a rank; the features and targets of heads that :func:`uses_lemma`, in one gather; the sums of the others
     (:func:`sum_over_ranks`).
     """
     device = rows.device
@@ -36,7 +39,9 @@ def with_everyone(batch: Batch, rows: Tensor, number: int, ranks: Ranks) -> Batc
             "ranks' batch sizes are read by the host; capture the backbone alone"
         )
     kinds = f"{rows.dtype} and {', '.join(str(target.dtype) for target in batch.targets)}"
-    told = gather_numbers([number, len(rows), _digest(kinds)], ranks, device)
+    told = gather_numbers([number, len(rows), _digest(kinds), agreed], ranks, device)
+    if not all(line[3] for line in told):
+        agree(posteriors, ranks, device)
     if len({line[0] for line in told}) > 1:
         check_same("BayesAgg", "number of passes", str(number), EVERY_RANK, ranks, device)
     if len({line[2] for line in told}) > 1:

@@ -67,6 +67,23 @@ def check_same(op: str, what: str, found: str, hint: str, ranks: Ranks, device: 
     )
 
 
+def norm_bounds(tensors: Sequence[Tensor], ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The least and the largest of the ranks' norms, for each of the tensors; as many on all ranks. Bytes: 16 each."""
+    device = tensors[0].device
+    norms = torch.stack([_norm(tensor.detach()).to(device) for tensor in tensors])
+    bounds = torch.cat([-norms, norms])
+    dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group_of(ranks))
+    return -bounds[: len(tensors)], bounds[len(tensors) :]
+
+
+def _norm(value: Tensor) -> Tensor:
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if not value.is_floating_point():
+        value = value.double()
+    return torch.linalg.vector_norm(value, dtype=torch.float64)
+
+
 class Averaging:
     """Means over the ranks, in place, in buckets that travel while the caller goes on; complete after :meth:`wait`.
 

@@ -49,7 +49,7 @@ def ranks_of(name: str | None) -> Ranks | None:
 
     All members must call it the first time (for it makes the group), as they do when they take the same steps.
     """
-    group = _group_of_user(name)
+    group = group_of_user(name)
     if group is None:
         return None
     known = _own.get(group.group_name)
@@ -57,21 +57,16 @@ def ranks_of(name: str | None) -> Ranks | None:
         own = _twin(group)
         known = _own[group.group_name] = (weakref.ref(group), str(own.group_name))
         _by_name[known[1]] = own
-    return Ranks(known[1], group.size(), group.rank())
+    own = _by_name[known[1]]
+    return Ranks(known[1], own.size(), own.rank())  # ours has its members in order, which the user's need not have
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes seconds.
 ranks_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def size_of(name: str | None) -> int:
-    """How many :func:`ranks_of` are; makes no group, so that a rank may ask alone."""
-    group = _group_of_user(name)
-    return 1 if group is None else int(group.size())
-
-
-def _group_of_user(name: str | None) -> Any:
-    """None: there is but one rank."""
+def group_of_user(name: str | None) -> Any:
+    """The user's group itself; None: there is but one rank. A rank may ask alone."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     group = dist.group.WORLD if name is None else _given.get(name)
@@ -84,6 +79,11 @@ def _group_of_user(name: str | None) -> Any:
 
 
 def _twin(group: Any) -> Any:
+    if group is not dist.group.WORLD and getattr(dist.group.WORLD, "bound_device_id", None) is not None:
+        raise RuntimeError(
+            "process_group: expected all ranks, or init_process_group without device_id, found a part of them and a "
+            "device_id: NCCL would split the communicator of all ranks, and wait for those outside; leave device_id out"
+        )
     # Without the barrier of all ranks that new_group otherwise needs: members are the only ones to come here.
     return dist.new_group(
         dist.get_process_group_ranks(group),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.jacobians import still_averaged
 from ..distributed.shards import is_sharded, local, shard_groups, sum_over
 
 _METHOD = "_unscale_grads_"
@@ -74,8 +75,11 @@ def _wrap(kind: Any) -> None:
     def unscale(self: Any, optimizer: Any, *arguments: Any, **settings: Any) -> Any:
         if not isinstance(optimizer, TaskOptimizer):
             return original(self, optimizer, *arguments, **settings)
+        # Before: ranks that looked for infinities in what is their own would not skip the same steps.
+        optimizer._check_averaged("step (GradScaler.unscale_)")
         seen = _WithJacobians(optimizer)
-        found = original(self, seen, *arguments, **settings)
+        with still_averaged(optimizer._jacobians()):
+            found = original(self, seen, *arguments, **settings)
         for groups in seen.groups:
             for infinite in found.values():
                 sum_over(infinite, groups).clamp_(max=1.0)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..distributed.groups import name_of, size_of
-from ..distributed.jacobians import check_averaged
+from ..distributed.groups import name_of
+from ..distributed.jacobians import check_averaged, still_averaged
 from ..distributed.shards import is_sharded, local
 from ..jacobian import parameter_list
 from .amp import reach_jacobians
@@ -110,7 +110,8 @@ class TaskOptimizer(torch.optim.Optimizer):
                 if hasattr(p, "jac") and (set_to_none or p.jac is None):
                     del p.jac
                 elif hasattr(p, "jac"):
-                    p.jac.zero_()
+                    with still_averaged([p.jac]):
+                        p.jac.zero_()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -192,10 +193,12 @@ class TaskOptimizer(torch.optim.Optimizer):
         # Without torch.optim's wrapper that runs hooks: they run around this class's own step.
         inspect.unwrap(self.ordinary.step)(self)
 
-    def _check_averaged(self) -> None:
-        if size_of(self._group) > 1:
-            found = [getattr(p, "jac", None) for group in self.param_groups for p in group["params"]]
-            check_averaged(f"{type(self).__name__}.step", [j for j in found if j is not None], size_of(self._group))
+    def _check_averaged(self, what: str = "step") -> None:
+        check_averaged(f"{type(self).__name__}.{what}", self._jacobians(), self._group)
+
+    def _jacobians(self) -> list[Tensor]:
+        found = [getattr(p, "jac", None) for group in self.param_groups for p in group["params"]]
+        return [jacobian for jacobian in found if jacobian is not None]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but that moments have the dtype of ``moments_dtype`` and not the parameter's."""

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..distributed.groups import name_of
+from ..distributed.jacobians import check_averaged, still_averaged
 from ..distributed.shards import by_groups, local, sum_over
 from ..jacobian import parameter_list
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 @torch.no_grad()
-def clip_task_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
+def clip_task_grad_norm_(
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    *,
+    error_if_nonfinite: bool = False,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
     r"""Clips each task's gradient over all parameters together: ``.jac[t]`` is multiplied by
 
     .. math:: \min\bigl(1, \frac{\text{max\_norm}}{\|g_t\|_2 + 10^{-6}}\bigr)
@@ -25,7 +37,8 @@ def clip_task_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, error
         parameters: those without ``.jac`` are left out.
         max_norm: the longest that a task's gradient may be; infinity to learn the norms alone.
         error_if_nonfinite: ``RuntimeError`` that names the task if a norm is NaN or infinite; this reads from the
-        device.
+            device.
+        process_group: the ranks that train together; all, if not given. ``RuntimeError`` if ``.jac`` is not their mean.
 
     Returns:
         [T] float64, the norms before clipping, on the device of the gradients; summed in float64.
@@ -38,7 +51,9 @@ def clip_task_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, error
         raise ValueError(
             "clip_task_grad_norm_: parameters: expected at least one with .jac, found none; call task_backward first"
         )
-    rows: list[Tensor] = [local(p.jac) for p in wanted]  # type: ignore[attr-defined]
+    jacobians: list[Tensor] = [p.jac for p in wanted]  # type: ignore[attr-defined]
+    check_averaged("clip_task_grad_norm_", jacobians, name_of("clip_task_grad_norm_", process_group))
+    rows = [local(jacobian) for jacobian in jacobians]
     squares = [
         sum_over(ops.gram(ops.Stacked([rows[i] for i in places])).diagonal().contiguous(), groups)
         for groups, places in by_groups(wanted).items()
@@ -50,6 +65,7 @@ def clip_task_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, error
             f"task {finite.index(False)}; leave error_if_nonfinite out to clip all the same"
         )
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    for row in rows:
-        row.mul_(factors.to(row.dtype).view(-1, *[1] * (row.dim() - 1)))
+    with still_averaged(jacobians):
+        for row in rows:
+            row.mul_(factors.to(row.dtype).view(-1, *[1] * (row.dim() - 1)))
     return norms
