@@ -263,11 +263,6 @@ for name in PAIRS:
     for seed in range(5):
         optimizer.zero_grad()
         backward(net, inputs(16, seed).double().chunk(2)[rank])
-        for p in net.parameters():
-            for gradient in (getattr(p, "jac", None), p.grad):
-                if gradient is not None:
-                    dist.all_reduce(gradient)
-                    gradient /= 2.0
         optimizer.step()
     found[name] = [list(p.detach() for p in net.parameters()), optimizer.state_dict(), optimizer.dominance()]
 torch.save(found, sys.argv[2] + sys.argv[3])
@@ -276,7 +271,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """Each with half of the batch; .jac averaged by hand. They end alike, and as one process with the whole batch."""
+    """Each with half of the batch. They end alike, and as one process with the whole batch."""
     file = str(tmp_path / "store")
     commands = [[sys.executable, "-c", RANK, str(Path(__file__).parent), file, str(rank)] for rank in range(2)]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
