@@ -40,14 +40,14 @@ part info 30 20 "$python" -c 'import mtlgrad; [print(*item) for item in mtlgrad.
 chosen=${GPU_TESTS:-cuda or moments or bayesagg or combine or displace or align or jacobian or adatask or optim or alphavil}
 part tests 120 5 "$python" -m pytest -q -k "$chosen" tests
 for stem in ${GPU_STEMS:-combine adatask step alphavil moments}; do
-  part "bench_$stem" 150 400 "$python" -m "bench.bench_$stem" --device cuda --results "$out" --rounds 30 --seconds 3
+  part "bench_$stem" 150 400 "$python" -m bench "$stem" --device cuda --results "$out" --rounds 30 --seconds 3
 done
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
   for stem in ${GPU_STEMS:-combine adatask moments}; do
     for tool in memcheck racecheck; do
       part "${tool}_$stem" 60 3 "$sanitizer" --tool "$tool" --error-exitcode 1 \
-        "$python" -m "bench.bench_$stem" --quick --device cuda
+        "$python" -m bench "$stem" --quick --device cuda
     done
   done
 else

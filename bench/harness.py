@@ -15,15 +15,10 @@ A benchmark is a list of `Case`s: one operation at one shape, with several conte
 
 from __future__ import annotations
 
-import argparse
-import logging
 import math
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bench import memory
-from bench.table import ROOT, Row, facts, report, rows_of, slug, write_rows
+from bench.table import Row, report, rows_of
 
 
 class BenchError(Exception):
@@ -65,6 +60,7 @@ class Work:
     error: Callable[[Any], float]
     bytes: float  #: compulsory traffic, inputs once and outputs once, by formula
     flops: float  #: arithmetic of the cheapest algorithm known, by formula
+    examples: int | None = None  #: of a training step
 
 
 @dataclass
@@ -86,7 +82,7 @@ class Case:
 class Options:
     device: torch.device
     rounds: int = 40
-    seconds: float = 12.0  #: per contender and case, about
+    seconds: float = 4.0  #: per contender and case, about
     with_memory: bool = True
     flush_bytes: int = 128 << 20
 
@@ -97,6 +93,7 @@ class Result:
 
     times: dict[int, float] = field(default_factory=dict)
     error: float = math.nan
+    allowed: float = math.nan
     peak_mb: float = math.nan
     note: str = ""
 
@@ -176,9 +173,9 @@ def check_and_time(case: Case, work: Work, options: Options, clock: Clock) -> tu
             continue
         result.error = work.error(output)
         del output
-        allowed = contender.bound() if callable(contender.bound) else contender.bound
-        if not result.error <= allowed:
-            wrong = f"its error is {result.error:.2e}, {allowed:.0e} is allowed"
+        result.allowed = contender.bound() if callable(contender.bound) else contender.bound
+        if not result.error <= result.allowed:
+            wrong = f"its error is {result.error:.2e}, {result.allowed:.0e} is allowed"
             if contender.tolerated:
                 result.note = "; ".join(filter(None, [result.note, f"wrong: {wrong}"]))
             elif contender.optional:
@@ -233,7 +230,8 @@ def first_line(error: BaseException) -> str:
 # Running -------------------------------------------------------------------------------------------------------------
 
 
-def run_case(case: Case, module: str, options: Options, extra: Sequence[str]) -> list[Row]:
+def run_case(case: Case, stem: str, options: Options, extra: Sequence[str]) -> list[Row]:
+    """`stem` and `extra` are what memory is measured with: ``python -m bench STEM EXTRA...``."""
     work = case.build(False)
     results, copy_rate, gemm_rate = check_and_time(case, work, options, Clock(options.device, options.flush_bytes))
     if options.with_memory and case.memory:
@@ -241,63 +239,6 @@ def run_case(case: Case, module: str, options: Options, extra: Sequence[str]) ->
             if result.times and options.device.type == "cuda":
                 result.peak_mb = memory.on_cuda(work.contenders[name], options.device)
             elif result.times:
-                result.peak_mb = memory.in_fresh_process(module, case.title, name, extra)
+                result.peak_mb = memory.in_fresh_process(stem, case.title, name, extra)
     report(case, work, results, copy_rate, gemm_rate)
     return rows_of(case, work, results, copy_rate, gemm_rate)
-
-
-def arguments(stem: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m bench.bench_{stem}", description=f"benchmark of the {stem} stem")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
-    parser.add_argument("--quick", action="store_true", help="toy shapes, a few rounds, no memory: does it run?")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument("--rounds", type=int, help="runs per contender at most")
-    parser.add_argument("--seconds", type=float, help="of runs per contender and case at most, about (12)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurements")
-    parser.add_argument("--results", type=Path, help="folder for the CSV (bench/results; with --quick none is written)")
-    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-def main(stem: str, cases: Callable[[bool, torch.device], list[Case]], argv: Sequence[str] | None = None) -> int:
-    """The command line of ``bench_STEM``; `cases(quick, device)` lists what there is to run. Returns the exit code."""
-    args = arguments(stem, argv)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    torch._logging.set_logs(dynamo=logging.CRITICAL, inductor=logging.CRITICAL)  # type: ignore[attr-defined]
-    warnings.filterwarnings("ignore", module="torch")
-    device = torch.device(args.device)
-    every = cases(args.quick, device)
-    if args.memory_of:
-        title, name = args.memory_of
-        print(memory.measure(next(case for case in every if case.title == title), name))
-        return 0
-    chosen = [case for case in every if not args.only or any(text in case.title for text in args.only)]
-    if not chosen:
-        print(f"bench_{stem}: --only matches none of: {'; '.join(case.title for case in every)}", file=sys.stderr)
-        return 2
-    options = Options(device, with_memory=not (args.no_memory or args.quick))
-    if device.type == "cuda":
-        options.flush_bytes = 512 << 20
-    if args.quick:
-        options.rounds, options.seconds, options.flush_bytes = 3, 0.2, 1 << 20
-    options.rounds = args.rounds or options.rounds
-    options.seconds = args.seconds or options.seconds
-    extra = ["--device", args.device, "--threads", str(args.threads), *(["--quick"] if args.quick else [])]
-
-    shared = facts(device)
-    folder = args.results or (None if args.quick else ROOT / "bench" / "results")
-    path = None if folder is None else folder / f"{stem}_{slug(shared['device'])}.csv"
-    rows: list[Row] = []
-    try:
-        for case in chosen:
-            rows += [shared | row for row in run_case(case, f"bench.bench_{stem}", options, extra)]
-            if path is not None:  # after each case: a run that is cut short keeps what it has
-                write_rows(path, rows, keep=bool(args.only))
-    except BenchError as error:
-        print(f"bench_{stem}: {error}", file=sys.stderr)
-        return 1
-    if path is not None:
-        print(f"\nwritten: {path}")
-    return 0

@@ -82,9 +82,9 @@ def measure(case: Case, name: str) -> float:
     return max(peak, 0.0)
 
 
-def in_fresh_process(module: str, title: str, name: str, extra: Sequence[str]) -> float:
-    """`measure` in a child: the same module with --memory-of. NaN, with the reason on stderr, where that fails."""
-    command = [sys.executable, "-m", module, "--memory-of", title, name, *extra]
+def in_fresh_process(stem: str, title: str, name: str, extra: Sequence[str]) -> float:
+    """`measure` in a child: ``python -m bench STEM --memory-of``. NaN, with the reason on stderr, where that fails."""
+    command = [sys.executable, "-m", "bench", stem, "--memory-of", title, name, *extra]
     try:
         done = subprocess.run(
             command,

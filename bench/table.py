@@ -11,20 +11,37 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+import mtlgrad
+
 if TYPE_CHECKING:
     from bench.harness import Case, Result, Work
 
 ROOT = Path(__file__).resolve().parent.parent
+# All files of results/ have these. An empty field: does not apply, or was not measured (the note says why).
 COLUMNS = (
-    *("date", "machine", "cpu", "threads", "python", "torch", "commit", "device", "operation", "shape", "dtype"),
-    *("contender", "median_ms", "p20_ms", "p80_ms", "bytes", "flops", "gb_per_s", "share_of_copy", "gflop_per_s"),
-    *("share_of_gemm", "peak_extra_mb", "checked_error", "note", "times_first"),
+    # where: the same in all rows of a run; `commit` ends in + where the work tree, results aside, differs from it
+    *("date", "machine", "cpu", "threads", "device", "driver", "python", "torch", "numpy", "torchjd", "mtlgrad"),
+    *("compiler", "commit"),
+    # what
+    *("operation", "shape", "dtype", "contender", "note"),
+    # checked against float64 first: the largest difference over the largest entry, and what was allowed
+    *("checked_error", "allowed_error"),
+    # time of a call; `times_first`: over that of the case's first contender, median of the ratios within rounds
+    *("runs", "median_ms", "p20_ms", "p80_ms", "times_first"),
+    # compulsory traffic and cheapest arithmetic by formula, and what the machine does at best in the same minutes
+    *("bytes", "flops", "copy_gb_per_s", "gemm_gflop_per_s", "gb_per_s", "share_of_copy", "gflop_per_s"),
+    *("share_of_gemm", "peak_extra_mb"),
+    # training steps: throughput, and the part of the step that is more than the first contender's
+    *("examples_per_s", "method_share"),
+    # trainings: a metric's mean and standard deviation over `runs` seeds
+    *("metric", "mean", "sd"),
 )
 Row = dict[str, Any]  # by COLUMNS
 
@@ -38,19 +55,40 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The short hash, with a + where the work tree differs from it; "none" without git."""
+    """The short hash, with a + where the work tree (but for results) differs from it; "none" without git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", ".", ":!bench/results") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "none"
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def driver(device: torch.device) -> str:
+    """CUDA's runtime and NVIDIA's driver; empty on the CPU."""
+    if device.type != "cuda":
+        return ""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        found = "unknown"
+    return f"CUDA {torch.version.cuda}, driver {found}"
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def slug(text: str) -> str:
@@ -63,15 +101,21 @@ def facts(device: torch.device) -> dict[str, Any]:
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (ValueError, OSError):
         installed = math.nan
+    info = mtlgrad.build_info()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {installed:.0f} GiB",
         "cpu": processor(),
         "threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "driver": driver(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
+        "torchjd": version("torchjd"),
+        "mtlgrad": mtlgrad.__version__,
+        "compiler": ", ".join(filter(None, [info["compiler"], info["nvcc"] and f"nvcc {info['nvcc']}"])),
         "commit": commit(),
-        "device": device_name(device),
     }
 
 
@@ -91,21 +135,28 @@ def rows_of(case: Case, work: Work, results: dict[str, Result], copy_rate: float
     first = next(iter(results.values()))
     for name, result in results.items():
         row: dict[str, Any] = {"operation": case.operation, "shape": case.shape, "dtype": case.dtype, "contender": name}
-        row |= {"bytes": int(work.bytes), "flops": int(work.flops), "checked_error": f"{result.error:.1e}"}
-        row |= {"peak_extra_mb": f"{result.peak_mb:.1f}", "note": result.note}
+        row |= {"bytes": int(work.bytes), "flops": int(work.flops), "note": result.note}
+        row |= {"copy_gb_per_s": f"{copy_rate:.2f}", "gemm_gflop_per_s": f"{gemm_rate:.2f}"}
+        row |= {"checked_error": known(result.error, ".1e"), "allowed_error": known(result.allowed, ".1e")}
+        row["peak_extra_mb"] = known(result.peak_mb, ".1f")
+        row["runs"] = len(result.times)
         if result.times:
             p20, median, p80 = np.percentile(list(result.times.values()), [20, 50, 80])
             bandwidth, rate = work.bytes / median / 1e6, work.flops / median / 1e6
             row |= {"median_ms": f"{median:.4f}", "p20_ms": f"{p20:.4f}", "p80_ms": f"{p80:.4f}"}
             row |= {"gb_per_s": f"{bandwidth:.2f}", "share_of_copy": f"{bandwidth / copy_rate:.4f}"}
             row |= {"gflop_per_s": f"{rate:.2f}", "share_of_gemm": f"{rate / gemm_rate:.4f}"}
-            row["note"] = "; ".join(filter(None, [result.note, f"{len(result.times)} runs"]))
-            row["times_first"] = f"{times_first(result, first):.4f}"
+            ratio = times_first(result, first)
+            row["times_first"] = known(ratio, ".4f")
+            if work.examples:
+                row["examples_per_s"] = f"{1e3 * work.examples / median:.2f}"
+                row["method_share"] = known(1.0 - 1.0 / ratio, ".4f")
         rows.append(row)
-    limits = {"operation": "ceiling", "shape": case.title, "dtype": "float32"}
-    rows.append(limits | {"contender": "copy", "gb_per_s": f"{copy_rate:.2f}", "note": "bytes read plus written"})
-    rows.append(limits | {"contender": "gemm", "gflop_per_s": f"{gemm_rate:.2f}", "note": "float32 torch.mm"})
     return rows
+
+
+def known(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else ""
 
 
 def write_rows(path: Path, rows: Sequence[Row], keep: bool) -> None:

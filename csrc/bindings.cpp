@@ -247,6 +247,11 @@ void bind_adatask(py::module_& m, const AdataskKernels& kernels, int64_t max_tas
 PYBIND11_MODULE(_C, m) {
   m.doc() = "mtlgrad kernels on raw pointers; mtlgrad.ops is the checked tensor API";
 
+#ifdef __clang__
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "g++ " __VERSION__;
+#endif
 #ifdef _OPENMP
   m.attr("openmp") = _OPENMP;  // the OpenMP standard's date, e.g. 201511
 #else

@@ -1,4 +1,4 @@
-"""The command ``mtlgrad``: ``info``, ``train`` and ``toy``."""
+"""The command ``mtlgrad``: ``info``, ``train``, ``toy`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -94,12 +94,14 @@ def _device(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mtlgrad", description="Multi-task learning for PyTorch: gradients of several tasks, merged.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,train,toy}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,train,toy,bench}")
     info = commands.add_parser("info", help="what was compiled, and which device is usable")
     info.add_argument("--json", dest="as_json", action="store_true", help="as JSON")
 
     _add_train(commands)
     _add_toy(commands)
+    bench = "time everything against its reference and its peers (in the source tree; --help lists its options)"
+    commands.add_parser("bench", add_help=False, help=bench)
     return parser
 
 
@@ -350,6 +352,19 @@ def _run(comparison: Comparison, stop: Stop) -> int:
     return STOPPED if stop.requested else 0
 
 
+def _bench(argv: Sequence[str]) -> int:
+    """The benchmarks are no part of the package: they, their peers and their results lie beside it in the source tree."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "bench" / "__main__.py").is_file():
+        where = "expected the source tree, where the benchmarks lie, found an installed package"
+        sys.stderr.write(f"mtlgrad bench: {where}; clone it and `pip install -e .` there\n")
+        return BAD_INPUT
+    sys.path.insert(0, str(root))
+    from bench.__main__ import main as run
+
+    return run(argv)
+
+
 def _info(as_json: bool) -> int:
     from . import build_info
 
@@ -368,8 +383,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal gets "?" for the arrows, not a traceback
     try:
-        arguments = _parser().parse_args(argv)
-        given = vars(arguments)
+        words = list(sys.argv[1:] if argv is None else argv)
+        if words[:1] == ["bench"]:
+            return _bench(words[1:])
+        given = vars(_parser().parse_args(words))
         command = given.pop("command")
         if command == "info":
             return _info(**given)

@@ -54,6 +54,7 @@ def build_info() -> dict[str, Any]:
     return {
         "version": importlib.import_module(_PACKAGE).__version__,
         "torch": str(torch.__version__),
+        "compiler": _C.compiler,
         "openmp": _C.openmp or None,
         "threads": torch.get_num_threads(),
         "cuda_compiled": _C.cuda_compiled,
