@@ -77,6 +77,19 @@ class Case:
     def title(self) -> str:
         return f"{self.operation} {self.shape}"
 
+    def rows(self, stem: str, options: Options, extra: Sequence[str]) -> list[Row]:
+        """Checks, times and measures; `stem` and `extra` are for memory's ``python -m bench STEM EXTRA...``."""
+        work = self.build(False)
+        results, copy_rate, gemm_rate = check_and_time(self, work, options, Clock(options.device, options.flush_bytes))
+        if options.with_memory and self.memory:
+            for name, result in results.items():
+                if result.times and options.device.type == "cuda":
+                    result.peak_mb = memory.on_cuda(work.contenders[name], options.device)
+                elif result.times:
+                    result.peak_mb = memory.in_fresh_process(stem, self.title, name, extra)
+        report(self, work, results, copy_rate, gemm_rate)
+        return rows_of(self, work, results, copy_rate, gemm_rate)
+
 
 @dataclass
 class Options:
@@ -225,20 +238,3 @@ def replayed(call: Callable[[], Any], restore: Callable[[], None] = lambda: None
 def first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:120]
-
-
-# Running -------------------------------------------------------------------------------------------------------------
-
-
-def run_case(case: Case, stem: str, options: Options, extra: Sequence[str]) -> list[Row]:
-    """`stem` and `extra` are what memory is measured with: ``python -m bench STEM EXTRA...``."""
-    work = case.build(False)
-    results, copy_rate, gemm_rate = check_and_time(case, work, options, Clock(options.device, options.flush_bytes))
-    if options.with_memory and case.memory:
-        for name, result in results.items():
-            if result.times and options.device.type == "cuda":
-                result.peak_mb = memory.on_cuda(work.contenders[name], options.device)
-            elif result.times:
-                result.peak_mb = memory.in_fresh_process(stem, case.title, name, extra)
-    report(case, work, results, copy_rate, gemm_rate)
-    return rows_of(case, work, results, copy_rate, gemm_rate)

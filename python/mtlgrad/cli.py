@@ -353,7 +353,7 @@ def _run(comparison: Comparison, stop: Stop) -> int:
 
 
 def _bench(argv: Sequence[str]) -> int:
-    """The benchmarks are no part of the package: they, their peers and their results lie beside it in the source tree."""
+    """The benchmarks lie in the source tree, with their peers and results; they are no part of the package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "bench" / "__main__.py").is_file():
         where = "expected the source tree, where the benchmarks lie, found an installed package"
