@@ -106,9 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     listed = chosen(args)
     if args.memory_of:
         title, name = args.memory_of
-        found = next(case for cases in listed.values() for case in cases if case.title == title)
+        every = (case for cases in listed.values() for case in cases if isinstance(case, Case))
         torch.manual_seed(0)
-        print(memory.measure(found, name))
+        print(memory.measure(next(case for case in every if case.title == title), name))
         return 0
     if not listed:
         print(f"mtlgrad bench: --only matches no case of {', '.join(args.stems)}; --list names them", file=sys.stderr)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from bench.bench_combine import gradients, uneven
 from bench.harness import Case, Contender, Work, relative_error, replayed
-from bench.networks import resnet50_shapes
 from bench.peers import adatask_published as published
 from mtlgrad import ops, optim, reference
+from mtlgrad.recipes.backbones import resnet50_shapes
 
 STEPS = 4.0  # made before
 ROUNDING = 2.0**-22  # of float32, allowed on top of twice the eager step's error
@@ -63,9 +63,9 @@ class Problem:
         rows = gradients(tasks, sum(sizes), device)
         # So small that rounding them hides little of how they change.
         base = torch.randn(sum(sizes), generator=torch.Generator(device).manual_seed(1), device=device) * 1e-3
-        self.parameters: list[nn.Parameter] = []
+        self.parameters: list[Any] = []  # nn.Parameter with .jac
         for shape, part, start in zip(shapes, rows.split(sizes, dim=1), base.split(sizes), strict=True):
-            p = nn.Parameter(start.reshape(shape).to(dtypes[0], copy=True))
+            p: Any = nn.Parameter(start.reshape(shape).to(dtypes[0], copy=True))
             p.jac = part.reshape(tasks, *shape).to(dtypes[0], copy=True)
             self.parameters.append(p)
         self.bare = [p.detach() for p in self.parameters]
@@ -214,7 +214,7 @@ class Problem:
 
 def build(
     rule: str,
-    shapes: list[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...]],
     tasks: int,
     dtypes: tuple[torch.dtype, torch.dtype],
     stochastic: bool,
@@ -250,7 +250,7 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
     def add(
         rule: str,
         text: str,
-        shapes: list[tuple[int, ...]],
+        shapes: Sequence[tuple[int, ...]],
         tasks: int,
         dtypes: tuple[torch.dtype, torch.dtype] = plain,
         stochastic: bool = False,
@@ -266,7 +266,8 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
     for tasks in (3,) if quick else (2, 3, 8, 20):
         add("adam", most, single, tasks, memory=tasks == 3)
     if not quick:
-        add("adam", f"N={sizes[0]:.0e}", [(sizes[0],)], 3)
+        for size in 10_000, 100_000, sizes[0]:
+            add("adam", f"N={size:.0e}", [(size,)], 3)
         if device.type == "cuda":
             add("adam", "N=1e+08", [(100_000_000,)], 3)
     for tasks in (3,) if quick else (2, 3, 8):

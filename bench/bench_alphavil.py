@@ -17,11 +17,11 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import Case, Contender, Work, relative_error
-from bench.networks import resnet18
 from mtlgrad.alphavil import Task
 from mtlgrad.alphavil.buffers import Buffers
 from mtlgrad.alphavil.deltas import Deltas, groups_of
 from mtlgrad.alphavil.search import Search
+from mtlgrad.recipes.backbones import resnet18
 
 Output = tuple[str, list[Tensor]]
 ROUNDING = 1e-4  # of a float32 network's gradients, relative to the largest entry
@@ -69,7 +69,12 @@ class Problem:
         found: list[Tensor] = []
         optimizer = self.search.optimizer
         assert optimizer is not None
-        hook = optimizer.register_step_post_hook(lambda *_: found.append(self.search.alphas.grad.clone()))
+
+        def keep(*_: Any) -> None:
+            assert self.search.alphas.grad is not None
+            found.append(self.search.alphas.grad.clone())
+
+        hook = optimizer.register_step_post_hook(keep)
         self.search.epoch(self.deltas)
         hook.remove()
         return "alphas", found
@@ -95,7 +100,10 @@ class Problem:
         loss = F.cross_entropy(functional_call(self.model, leaves, (self.images,)), self.classes)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         return torch.stack(
-            [sum((g.double() * d.double()).sum() for g, d in zip(gradients, row, strict=True)) for row in self.rows()]
+            [
+                torch.stack([(g.double() * d.double()).sum() for g, d in zip(gradients, row, strict=True)]).sum()
+                for row in self.rows()
+            ]
         )
 
 

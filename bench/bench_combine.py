@@ -1,5 +1,7 @@
-"""Benchmark of the `combine` and `align` stems: whole Aligned-MTL aggregations (Gram matrix, alignment, weighted sum) of a
-matrix of gradients and of the parameters of a ResNet-50, and each of their operations by itself.
+"""Benchmark of the `combine` and `align` stems.
+
+Whole Aligned-MTL aggregations (Gram matrix, alignment, weighted sum) of a matrix of gradients and of the parameters of
+a ResNet-50, and each of their operations by itself.
 
 The gradients have a part in common, and their lengths differ up to tenfold: full rank, condition numbers from 10 to 50.
 """
@@ -16,9 +18,9 @@ from torch import Tensor, nn
 
 import mtlgrad
 from bench.harness import Case, Contender, Work, relative_error, replayed
-from bench.networks import resnet50_shapes
-from bench.peers import torchjd_aligned as torchjd
+from bench.peers import torchjd_merge as torchjd
 from mtlgrad import ops, reference
+from mtlgrad.recipes.backbones import resnet50_shapes
 
 # Largest error allowed, relative to the largest entry.
 SUM = 1e-5  # summed in float32
@@ -99,7 +101,7 @@ def build_parameters(tasks: int, device: torch.device, quick: bool, small: bool)
     """The gradients as one ``.jac`` a parameter, which stays from call to call; ``.grad`` is None before each."""
     shapes = [tuple(min(n, 8) for n in shape) if small or quick else shape for shape in resnet50_shapes()]
     sizes = [math.prod(shape) for shape in shapes]
-    parameters = [nn.Parameter(torch.empty(shape, device=device)) for shape in shapes]
+    parameters: list[Any] = [nn.Parameter(torch.empty(shape, device=device)) for shape in shapes]
     for p, part in zip(parameters, gradients(tasks, sum(sizes), device).split(sizes, dim=1), strict=True):
         p.jac = part.reshape(tasks, *p.shape)
     stacked = ops.Stacked([p.jac for p in parameters])
@@ -286,6 +288,8 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
     for columns in sizes:
         for tasks in most:
             add("aligned matrix", f"T={tasks} N={columns:.0e}", build_matrix, tasks, columns)
+    for tasks, columns in () if quick else ((3, 10_000), (3, 100_000), (40, 1_000_000)):  # how the cost grows
+        add("aligned matrix", f"T={tasks} N={columns:.0e}", build_matrix, tasks, columns, memory=False)
     for tasks in most[:3]:
         add("aligned resnet-50", f"T={tasks} 161 parameters", build_parameters, tasks)
     for operation in "gram", "combine", "dots":

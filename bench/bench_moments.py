@@ -287,7 +287,7 @@ def build_operation(operation: str, size: dict[str, int], device: torch.device, 
     arguments, options = inputs(operation, size, torch.Generator().manual_seed(0))
     double, arguments = move(arguments, device, torch.float64), move(arguments, device)
     # What holds all samples' gradients, several times.
-    doubtful = {"optional": math.prod(size.values()) > 4e9 and "S" in size}
+    doubtful: dict[str, Any] = {"optional": math.prod(size.values()) > 4e9 and "S" in size}
     name = operation.split()[0]
     ours, plain = getattr(ops, name), getattr(reference, name)
     contenders = {

@@ -1,11 +1,8 @@
-"""Benchmark of training steps: forward and backward of a ResNet-18 (BatchNorm, in training) with three heads.
+"""Benchmark of whole training steps: forward, backward and optimizer of backbone and heads (Adam, torch's default), for
+three networks with 3 heads (a regression, a class of ten, five binary labels in one task) and with 20 (binary tasks).
 
-A contender returns the form of its gradient and the backbone's gradients. The same form is computed task by task for
-comparison: the network in float32, what merges the tasks in float64.
-
-- ``sum``: of the losses;
-- ``features``: Aligned-MTL of the gradients at the features, passed on through the backbone once;
-- ``parameters``: Aligned-MTL of the gradients at the backbone's parameters, each passed back by itself.
+Parameters and moments are put back before each call, untimed, so all contenders make the same step, and how the
+parameters change is checked; step_problem.py says what is right for each.
 """
 
 from __future__ import annotations
@@ -15,146 +12,246 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtlgrad
-from bench.harness import Case, Contender, Work, relative_error
-from bench.networks import resnet18
-from bench.peers import torchjd_aligned as torchjd
-from mtlgrad import reference
+from bench.harness import Case, Contender, Work
+from bench.peers import adatask_published, bayesagg_published, libmtl_loops
+from bench.peers import torchjd_merge as torchjd
+from bench.step_alphavil import alphavil
+from bench.step_problem import BETAS, EPS, LR, STEPS, Problem, Shape
 
-Output = tuple[str, list[Tensor]]
-OUTPUTS = (1, 10, 5)  # a regression, a class of ten, five binary labels in one task
+# Largest difference of the parameters' change allowed, relative to the largest change. Passes that differ in the last
+# bit of what enters them differ by more where they leave: by 1e-5 in a ResNet-50.
+ROUNDING = 1e-4
+POINTS = 1e-3  # 256 points for a softmax: the layer integrates over other coordinates than the reference does
+SAMPLES = 1024
+MONTE_CARLO = 4 / SAMPLES**0.5  # some five times what so many samples leave
 
-# Largest difference allowed, relative to the largest entry. Passes that differ in the last bit of what enters them may
-# differ by more where they leave.
-ROUNDING = 1e-5
-SEPARATE = 1e-4  # gradients of single tasks at the parameters, whose rounding the alignment amplifies
+
+def sum_of(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).sum()
 
 
-class Problem:
-    """One network and batch, the same for all contenders."""
+def ours(problem: Problem) -> dict[str, Contender]:
+    tasks = len(problem.kinds)
+    aligned = mtlgrad.AlignedMTL(tasks)
 
-    def __init__(self, batch: int, size: int, width: int, device: torch.device):
+    def layer() -> None:
+        sum_of(problem.losses(aligned(problem.model.backbone(problem.images)))).backward()
+
+    def weigh() -> None:
+        features, losses = problem.start()
+        (aligned.weigh(losses, features) * torch.stack(losses)).sum().backward()
+
+    def merge() -> None:
+        features, losses = problem.start()
+        mtlgrad.task_backward(losses, problem.shared, features=features)
+        aligned.merge(problem.shared)
+
+    def adatask() -> str:
+        features, losses = problem.start()
+        mtlgrad.task_backward(losses, problem.shared, features=features)
+        problem.adatask.step()
+        return "adatask"
+
+    return {
+        "mtlgrad aligned layer": step(problem, "features", layer, ROUNDING, "gradients at the features"),
+        "mtlgrad aligned weigh": step(problem, "weighed", weigh, ROUNDING, "gradients at the features, weights first"),
+        "mtlgrad aligned merge": step(
+            problem, "parameters", merge, ROUNDING, "gradients at the parameters, task_backward"
+        ),
+        "mtlgrad bayesagg": bayesagg(problem),
+        "mtlgrad adatask": Contender(
+            adatask,
+            ROUNDING,
+            "task_backward, AdaTaskAdam.step",
+            prepare=lambda: problem.prepare(problem.adatask),
+        ),
+    }
+
+
+def step(
+    problem: Problem, form: str, backward: Callable[[], None], bound: float, note: str = "", **options: Any
+) -> Contender:
+    """`backward` leaves gradients for Adam."""
+
+    def call() -> str:
+        backward()
+        problem.adam.step()
+        return form
+
+    options = {"prepare": lambda: problem.prepare(problem.adam)} | options
+    return Contender(call, bound, note, **options)
+
+
+def bayesagg(problem: Problem) -> Contender:
+    makers = {"regression": mtlgrad.Regression, "binary": mtlgrad.Binary, "multiclass": mtlgrad.Multiclass}
+    groups = problem.groups()
+    layer = mtlgrad.BayesAgg([makers[kind](heads) for kind, heads, _ in groups], covariance=problem.covariance)
+    targets = [target for _, _, target in groups]
+
+    def prepare() -> None:
+        if layer.posteriors is None:
+            problem.restore()
+            layer(problem.model.backbone(problem.images).detach().requires_grad_(), targets)
+            layer.refresh()
+        for full_data in layer._full_data:  # the epoch so far, which would grow from call to call
+            full_data.clear()
+        problem.prepare(problem.adam)
+
+    def backward() -> None:
+        features = layer(problem.model.backbone(problem.images), targets)
+        layer.total(problem.losses([features] * len(problem.kinds))).backward()
+
+    several = any(kind == "multiclass" for kind, _ in problem.kinds)
+    note = "exact moments" + f", {layer.covariance} covariance of the classes' weights" * several
+    return step(problem, "bayesagg", backward, POINTS if several else ROUNDING, note, prepare=prepare)
+
+
+def peers(problem: Problem) -> dict[str, Contender]:
+    def jacobians() -> None:
+        features, losses = problem.start()
+        torchjd.backward(losses, features)
+
+    def aligned() -> None:
+        jacobians()
+        torchjd.to_grad(problem.shared, per_tensor=False, retain=False)
+
+    def upgrad() -> None:
+        jacobians()
+        torchjd.upgrad_to_grad(problem.shared)
+
+    def loop() -> None:
+        libmtl_loops.aligned_backward(problem.start()[1], problem.shared, problem.own)
+
+    def adatask() -> str:
+        """The moments are those of our optimizer's state. Heads have Adam: the backbone has no ``.grad`` then."""
+        losses = problem.start()[1]
+        gradients: list[list[Tensor]] = [[] for _ in problem.shared]
+        for t, loss in enumerate(losses):
+            loss.backward(retain_graph=t + 1 < len(losses))
+            for row, p in zip(gradients, problem.shared, strict=True):
+                row.append(p.grad.clone())
+                p.grad = None
+        state = [problem.adatask.state[p] for p in problem.shared]
+        moments = [
+            [[own[f"{name}_{t}"] for t in range(len(losses))] for own in state] for name in ("exp_avg", "exp_avg_sq")
+        ]
+        with torch.no_grad():
+            adatask_published.adam(problem.shared, gradients, *moments, int(STEPS) + 1, LR, BETAS, EPS)
+        problem.adam.step()
+        return "adatask"
+
+    found = {
+        "torchjd aligned": step(
+            problem, "parameters", aligned, ROUNDING, f"{torchjd.version()}, mtl_backward", **torchjd.OPTIONS
+        ),
+        "torchjd upgrad": step(
+            problem, "upgrad", upgrad, ROUNDING, f"{torchjd.version()}, mtl_backward", **torchjd.OPTIONS
+        ),
+        "libmtl loop": step(
+            problem, "parameters", loop, ROUNDING, "a backward a task, copied into [T, N]", tolerated=True
+        ),
+        "published adatask": Contender(
+            adatask,
+            ROUNDING,
+            "transcription: a backward a task, cloned",
+            prepare=lambda: problem.prepare(problem.adam, problem.adatask),
+            tolerated=True,
+        ),
+    }
+    if problem.shape.literal:
+        found["published bayesagg"] = published_bayesagg(problem)
+    return found
+
+
+def published_bayesagg(problem: Problem) -> Contender:
+    kept: list[Any] = []
+
+    def groups() -> list[bayesagg_published.Group]:
+        """With the heads as they stand."""
+        found = []
+        for kind, heads, _ in problem.groups():
+            weight = torch.cat([torch.cat([head.weight, head.bias[:, None]], 1) for head in heads]).detach()
+            found.append(bayesagg_published.Group(kind, len(weight), None if kind == "regression" else weight))
+        return found
+
+    targets = [target for _, _, target in problem.groups()]
+
+    def prepare() -> None:
         torch.manual_seed(0)
-        self.backbone = resnet18(width).to(device)
-        self.heads = nn.ModuleList(nn.Linear(8 * width, outputs) for outputs in OUTPUTS).to(device)
-        self.parameters = list(self.backbone.parameters())
-        self.images = torch.randn(batch, 3, size, size, device=device)
-        self.values = torch.randn(batch, 1, device=device)
-        self.classes = torch.randint(0, OUTPUTS[1], (batch,), device=device)
-        self.labels = torch.randint(0, 2, (batch, OUTPUTS[2]), device=device).float()
+        if not kept:
+            problem.restore()
+            with torch.no_grad():
+                features = problem.model.backbone(problem.images)
+                kept.extend(bayesagg_published.full_data_posteriors(groups(), features, targets))
+        problem.prepare(problem.adam)
 
-    def losses(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """One a task, each head on its features."""
-        value, logits, binary = (head(f) for head, f in zip(self.heads, features, strict=True))
-        return [
-            F.mse_loss(value, self.values),
-            F.cross_entropy(logits, self.classes),
-            F.binary_cross_entropy_with_logits(binary, self.labels),
-        ]
+    def backward() -> None:
+        features = problem.model.backbone(problem.images)
+        leaf = features.detach().requires_grad_()
+        sum_of(problem.losses([leaf] * len(problem.kinds))).backward()
+        gradient = bayesagg_published.published_step(groups(), leaf.detach(), targets, kept, num_samples=SAMPLES)
+        features.backward(gradient)
 
-    def start(self) -> tuple[Tensor, list[Tensor]]:
-        features = self.backbone(self.images)
-        return features, self.losses([features] * len(OUTPUTS))
-
-    def clear(self) -> None:
-        for p in (*self.parameters, *self.heads.parameters()):
-            p.grad = None
-            if hasattr(p, "jac"):
-                del p.jac
-
-    def step(self, form: str, backward: Callable[[], None], bound: float, note: str = "", **options: Any) -> Contender:
-        def call() -> Output:
-            backward()
-            return form, [p.grad for p in self.parameters]
-
-        return Contender(call, bound, note, prepare=self.clear, **options)
-
-    def contenders(self) -> dict[str, Contender]:
-        aligned = mtlgrad.AlignedMTL(len(OUTPUTS))
-
-        def plain() -> None:
-            torch.stack(self.start()[1]).sum().backward()
-
-        def layer() -> None:
-            torch.stack(self.losses(aligned(self.backbone(self.images)))).sum().backward()
-
-        def weigh() -> None:
-            features, losses = self.start()
-            (aligned.weigh(losses, features) * torch.stack(losses)).sum().backward()
-
-        def merge() -> None:
-            features, losses = self.start()
-            mtlgrad.task_backward(losses, self.parameters, features=features)
-            aligned.merge(self.parameters)
-
-        def peer() -> None:
-            features, losses = self.start()
-            torchjd.backward(losses, features)
-            torchjd.to_grad(self.parameters, per_tensor=False, retain=False)
-
-        return {
-            "plain": self.step("sum", plain, ROUNDING, "sum of the losses"),
-            "mtlgrad layer": self.step("features", layer, ROUNDING, "gradients at the features"),
-            "mtlgrad weigh": self.step("features", weigh, ROUNDING, "gradients at the features"),
-            "mtlgrad merge": self.step("parameters", merge, SEPARATE, "gradients at the parameters, task_backward"),
-            "torchjd": self.step(
-                "parameters",
-                peer,
-                SEPARATE,
-                f"gradients at the parameters, {torchjd.version()}, mtl_backward",
-                **torchjd.OPTIONS,
-            ),
-        }
-
-    def expected(self, form: str) -> list[Tensor]:
-        """The backbone's gradients, task by task."""
-        self.clear()
-        features, losses = self.start()
-        arrived = [torch.autograd.grad(loss, features, retain_graph=True)[0].double() for loss in losses]
-        if form != "parameters":
-            weights = torch.ones(len(losses)) if form == "sum" else reference.align(reference.gram(arrived)).weights
-            merged = sum(w * gradient for w, gradient in zip(weights.tolist(), arrived, strict=True))
-            return list(torch.autograd.grad(features, self.parameters, merged.to(features.dtype)))
-        rows = [
-            [part.double() for part in torch.autograd.grad(features, self.parameters, g.float(), retain_graph=True)]
-            for g in arrived
-        ]
-        return reference.combine(rows, reference.align(reference.gram(rows)).weights)
-
-    def flops(self) -> int:
-        with FlopCounterMode(display=False) as counter:
-            torch.stack(self.start()[1]).sum().backward()
-        return counter.get_total_flops()
+    note = f"transcription, {SAMPLES} samples"
+    return step(problem, "bayesagg", backward, MONTE_CARLO, note, prepare=prepare, once=True, tolerated=True)
 
 
-def build(batch: int, size: int, width: int, device: torch.device, quick: bool, small: bool) -> Work:
-    problem = Problem(4, 32, 8, device) if small else Problem(batch, size, width, device)
+def contenders(problem: Problem) -> dict[str, Contender]:
+    def plain() -> None:
+        sum_of(problem.start()[1]).backward()
 
-    @functools.cache
-    def expected(form: str) -> Tensor:
-        return torch.cat([gradient.reshape(-1) for gradient in problem.expected(form)])
+    found = {"plain": step(problem, "sum", plain, ROUNDING, "sum of the losses"), **ours(problem)}
+    if len(problem.kinds) == 3:
+        found["mtlgrad alphavil"] = alphavil(problem)
+    return found | peers(problem)
 
-    def error(output: Output) -> float:
-        form, gradients = output
-        found = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        return relative_error(found, expected(form))
 
-    weights = sum(p.numel() for p in problem.parameters)
-    size_in_bytes = problem.images.element_size() * (2 * weights + problem.images.numel())  # images, weights; gradients
-    return Work(problem.contenders(), error, bytes=size_in_bytes, flops=problem.flops())
+def build(shape: Shape, device: torch.device, small: bool) -> Work:
+    problem = Problem(shape.toy() if small else shape, device)
+    with FlopCounterMode(display=False) as counter:
+        sum_of(problem.start()[1]).backward()
+    problem.restore()
+    count = sum(p.numel() for p in problem.every)
+    # Images and weights in, gradients out; Adam reads the gradient, and reads and writes parameter and two moments.
+    moved = problem.images.element_size() * (problem.images.numel() + (2 + 7) * count)
+    flops = counter.get_total_flops() + 14 * count
+
+    def error(output: str | Callable[[], float]) -> float:
+        return output() if callable(output) else problem.error(output)
+
+    return Work(contenders(problem), error, moved, flops, examples=problem.shape.batch)
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
-    shapes = [(4, 32, 8)] if quick else [(32, 64, 64)] + [(128, 224, 64)] * (device.type == "cuda")
+    if device.type == "cuda":
+        shapes = [
+            shape
+            for tasks in (3, 20)
+            for shape in (
+                Shape("resnet-18", tasks, 128, (224, 224), 64, literal=tasks == 3),
+                Shape("resnet-50", tasks, 128, (224, 224), 64),
+                Shape("transformer", tasks, 64, (64, 128), 768, 12, tasks == 3),
+            )
+        ]
+    else:
+        shapes = [
+            Shape("resnet-18", 3, 32, (64, 64), 64),
+            Shape("resnet-50", 3, 16, (64, 64), 64),
+            Shape("transformer", 3, 32, (64, 64), 256, 4, literal=True),
+            Shape("resnet-18", 20, 32, (32, 32), 64),
+            Shape("resnet-50", 20, 16, (32, 32), 64),
+            Shape("transformer", 20, 32, (32, 32), 256, 4),
+        ]
     return [
         Case(
-            "step resnet-18",
-            f"B={batch} 3x{size}x{size} width {width}, 3 heads",
-            functools.partial(build, batch, size, width, device, quick),
+            f"step {shape.network}",
+            shape.text,
+            functools.partial(build, shape, device),
+            memory=device.type == "cuda" or shape.tasks == 3,
         )
-        for batch, size, width in shapes
+        for shape in ([shape.toy() for shape in shapes[:4]] if quick else shapes)
     ]

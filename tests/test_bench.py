@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_adatask, bench_moments, harness, memory, networks, table
+from bench import bench_adatask, bench_moments, bench_training, harness, memory, table
 from bench.bench_combine import uneven
 from bench.harness import Case, Contender, Options, Result, Work
+from mtlgrad import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -37,13 +39,20 @@ def raises() -> torch.Tensor:
     raise RuntimeError("no compiler\nat all")
 
 
-def quick_rows(stem: str, tmp_path: Path) -> list[dict[str, str]]:
+def run_quick(stem: str, tmp_path: Path) -> list[dict[str, str]]:
     command = [sys.executable, "-m", "mtlgrad", "bench", stem, "--quick", "--device", "cpu", "--results", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     with (tmp_path / f"{stem}_cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == table.COLUMNS
+    facts = ("date", "machine", "cpu", "threads", "device", "python", "torch", "numpy", "mtlgrad", "compiler", "commit")
+    assert all(row[name] for row in rows for name in facts)
+    return rows
+
+
+def quick_rows(stem: str, tmp_path: Path) -> list[dict[str, str]]:
+    rows = run_quick(stem, tmp_path)
     for row in rows:
         if row["contender"].startswith("torchjd") and row["note"].startswith("failed: ModuleNotFoundError"):
             continue
@@ -107,12 +116,6 @@ def test_a_wrong_adatask_step_is_found(rule: str) -> None:
         assert problem.error() > right
 
 
-def test_quick_run_of_the_step_benchmark(tmp_path: Path) -> None:
-    rows = quick_rows("step", tmp_path)
-    wanted = {"plain", "mtlgrad layer", "mtlgrad weigh", "mtlgrad merge", "torchjd"}
-    assert contenders(rows, "step resnet-18") == wanted
-
-
 def test_a_bound_may_be_found_out_after_the_first_call() -> None:
     order = []
 
@@ -125,7 +128,7 @@ def test_a_bound_may_be_found_out_after_the_first_call() -> None:
         return 1e-3
 
     with pytest.raises(harness.BenchError, match=r"its error is 5\.00e-02"):
-        harness.run_case(doubled(late=Contender(call, bound)), "", QUICK, [])
+        doubled(late=Contender(call, bound)).rows("", QUICK, [])
     assert order == ["call", "bound"]
 
 
@@ -140,7 +143,7 @@ def test_a_wrong_contender_ends_the_run_before_anything_is_timed(
 
     case = doubled(fine=right(), wrong=Contender(wrong, 1e-3))
     with pytest.raises(harness.BenchError, match="wrong is wrong, so nothing was timed"):
-        harness.run_case(case, "", QUICK, [])
+        case.rows("", QUICK, [])
     assert len(calls) == 1
     monkeypatch.setattr(bench_moments, "cases", lambda quick, device: [case])
     assert command.main(["moments", "--quick", "--device", "cpu", "--results", str(tmp_path)]) == 1
@@ -154,17 +157,17 @@ def test_nan_and_infinity_are_wrong(value: float) -> None:
 
 
 def test_an_optional_contender_may_fail_and_says_why() -> None:
-    rows = harness.run_case(doubled(fine=right(), broken=Contender(raises, 1e-6, optional=True)), "", QUICK, [])
+    rows = doubled(fine=right(), broken=Contender(raises, 1e-6, optional=True)).rows("", QUICK, [])
     broken = next(row for row in rows if row["contender"] == "broken")
     assert broken["note"] == "failed: RuntimeError: no compiler"
     assert "median_ms" not in broken
     with pytest.raises(harness.BenchError, match="broken failed: no compiler"):
-        harness.run_case(doubled(broken=Contender(raises, 1e-6)), "", QUICK, [])
+        doubled(broken=Contender(raises, 1e-6)).rows("", QUICK, [])
 
 
 def test_an_optional_contender_that_is_wrong_is_not_timed() -> None:
     wrong = Contender(lambda: torch.tensor(3.0), 1e-6, optional=True)
-    rows = harness.run_case(doubled(fine=right(), wrong=wrong), "", QUICK, [])
+    rows = doubled(fine=right(), wrong=wrong).rows("", QUICK, [])
     row = next(row for row in rows if row["contender"] == "wrong")
     assert row["note"].startswith("wrong, not timed")
     assert "median_ms" not in row
@@ -172,7 +175,7 @@ def test_an_optional_contender_that_is_wrong_is_not_timed() -> None:
 
 def test_a_peer_known_to_be_wrong_is_timed_and_its_row_says_how_wrong() -> None:
     wrong = Contender(lambda: torch.tensor(3.0), 1e-6, "a peer", tolerated=True)
-    rows = harness.run_case(doubled(fine=right(), wrong=wrong), "", QUICK, [])
+    rows = doubled(fine=right(), wrong=wrong).rows("", QUICK, [])
     row = next(row for row in rows if row["contender"] == "wrong")
     assert row["note"].startswith("a peer; wrong: its error is 5.00e-01, 1e-06 is allowed")
     assert float(row["median_ms"]) > 0
@@ -185,7 +188,7 @@ def test_prepare_comes_before_every_call() -> None:
         seen.append("call")
         return torch.tensor(2.0)
 
-    harness.run_case(doubled(x=Contender(call, 1e-6, prepare=lambda: seen.append("prepare"))), "", QUICK, [])
+    doubled(x=Contender(call, 1e-6, prepare=lambda: seen.append("prepare"))).rows("", QUICK, [])
     assert len(seen) >= 8
     assert seen == ["prepare", "call"] * (len(seen) // 2)
 
@@ -197,7 +200,7 @@ def test_a_slow_contender_is_called_once() -> None:
         calls.append(None)
         return torch.tensor(2.0)
 
-    rows = harness.run_case(doubled(fine=right(), slow=Contender(slow, 1e-6, once=True)), "", QUICK, [])
+    rows = doubled(fine=right(), slow=Contender(slow, 1e-6, once=True)).rows("", QUICK, [])
     assert len(calls) == 1
     assert next(row for row in rows if row["contender"] == "slow")["runs"] == 1
 
@@ -215,15 +218,6 @@ def test_turns_are_spread_evenly() -> None:
     assert [i for i, name in order if name == "seldom"] == [2, 5]
     assert order[-2:] == [(5, "seldom"), (5, "often")]  # every other round goes backwards
     assert list(harness.turns({})) == []
-
-
-def test_shapes_of_a_resnet_50() -> None:
-    shapes = networks.resnet50_shapes()
-    assert len(shapes) == 161
-    assert sum(math.prod(shape) for shape in shapes) == 25_557_032
-    assert (
-        sum(p.numel() for p in networks.resnet18().parameters()) == 11_689_512 - 513_000
-    )  # its own classifier is 513,000
 
 
 @pytest.mark.parametrize("count", [1, 10, 1000])
@@ -281,3 +275,70 @@ def test_quick_run_of_the_alphavil_benchmark(tmp_path: Path) -> None:
     rows = quick_rows("alphavil", tmp_path)
     expected = {"forward, backward", "mtlgrad alpha step", "torch alpha step"}
     assert contenders(rows, "alpha step resnet-18") == expected
+
+
+def test_quick_run_of_the_trainings(tmp_path: Path) -> None:
+    rows = run_quick("training", tmp_path)
+    assert {row["contender"] for row in rows} == {"single-task", "sum", "aligned"}
+    changes = {row["contender"]: row for row in rows if row["metric"] == "delta_m"}
+    assert set(changes) == {"sum", "aligned"}
+    assert all(math.isfinite(float(row["mean"])) and row["runs"] == "1" and row["sd"] == "" for row in rows)
+
+
+def test_metrics_are_gathered_over_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    lines = ["sum,0,age,MAE,1.0", "sum,1,age,MAE,3.0", "bayesagg,0,age,MAE,5.0", "sum,0,all,delta_m,-2.0"]
+    path.write_text("\n".join(["method,seed,task,metric,value", *lines, ""]))
+    expected = {("sum", "age MAE"): [1.0, 3.0], ("bayesagg", "age MAE"): [5.0], ("sum", "delta_m"): [-2.0]}
+    assert bench_training.summary(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "argument STEM: expected some of combine, adatask, .*found 'nonsense'"),
+        (["combine", "--only", "nothing like it"], "--only matches no case of combine; --list names them"),
+        (["--threads", "0"], "argument --threads: expected a positive number, found '0'"),
+        (["--seconds", "nan"], "argument --seconds: expected a positive number, found 'nan'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        code = command.main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    found = capsys.readouterr().err
+    assert re.search(message, found)
+    assert len(found.splitlines()) == 1
+
+
+def test_an_installed_package_says_where_the_benchmarks_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "mtlgrad" / "cli.py"))
+    assert cli.main(["bench", "--quick"]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("mtlgrad bench: expected the source tree")
+    assert len(found.splitlines()) == 1
+
+
+def test_results_do_not_make_the_work_tree_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "kept").write_text("a")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    clean = table.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "bench" / "results" / "new.csv").write_text("a")
+    assert table.commit() == clean
+    (tmp_path / "kept").write_text("b")
+    assert table.commit() == clean + "+"

@@ -20,6 +20,7 @@ from torch.optim.adagrad import adagrad as torch_adagrad
 from torch.optim.adam import adam as torch_adam
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 
+STEPS: dict[str, Any] = {"adam": torch_adam, "rmsprop": torch_rmsprop, "adagrad": torch_adagrad}
 Lists = Sequence[Sequence[Tensor]]
 
 
@@ -81,9 +82,9 @@ def by_torch(
         start = (parameters, list(rows), *own)
         if rule == "adam":
             rates: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-            torch_adam(*start, [], list(counts), amsgrad=False, **rates, **options)
+            STEPS[rule](*start, [], list(counts), amsgrad=False, **rates, **options)
         elif rule == "rmsprop":
             rates = {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "momentum": 0.0}
-            torch_rmsprop(*start, [], [], list(counts), centered=False, **rates, **options)
+            STEPS[rule](*start, [], [], list(counts), centered=False, **rates, **options)
         else:
-            torch_adagrad(*start, list(counts), lr=1e-2, lr_decay=0.0, eps=1e-10, **options)
+            STEPS[rule](*start, list(counts), lr=1e-2, lr_decay=0.0, eps=1e-10, **options)

@@ -1,6 +1,7 @@
-"""TorchJD's Aligned-MTL, called as its documentation does; imported when first called, so that it need not be there.
+"""TorchJD's Aligned-MTL and UPGrad, called as its documentation does; imported when first called, so that it need not
+be there. UPGrad also needs ``pip install torchjd[quadprog_projector]``.
 
-Its preference is ones here, as ours is by default; its own default is 1/T.
+The preference of Aligned-MTL is ones here, as ours is by default; its own default is 1/T. UPGrad's is its default, 1/T.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 OPTIONS: dict[str, Any] = {"optional": True, "tolerated": True}  #: of its contenders: its Gram matrix is float32
+RIDGE = 1e-4  #: added by UPGrad to the diagonal of the Gram matrix, whose trace is one then
 
 
 def version() -> str:
@@ -30,6 +32,13 @@ def aggregator(tasks: int, dtype: torch.dtype, device: torch.device) -> Any:
     return AlignedMTL(torch.ones(tasks, dtype=dtype, device=device))
 
 
+@functools.cache
+def upgrad() -> Any:
+    from torchjd.aggregation import UPGrad
+
+    return UPGrad()
+
+
 def aggregate(rows: Tensor) -> Tensor:
     """[T, N] -> [N]."""
     return aggregator(len(rows), rows.dtype, rows.device)(rows)
@@ -41,12 +50,20 @@ def weights(gram: Tensor) -> Tensor:
 
 
 def to_grad(parameters: Sequence[nn.Parameter], per_tensor: bool, retain: bool) -> None:
-    """``.jac`` to ``.grad``: through the concatenated Jacobian (the default), or by a Gram matrix per parameter."""
+    """``.jac`` to ``.grad`` by Aligned-MTL: through the concatenated Jacobian (the default), or by a Gram matrix per
+    parameter."""
     from torchjd.autojac import jac_to_grad
 
     jacobian = parameters[0].jac
     aligned = aggregator(len(jacobian), jacobian.dtype, jacobian.device)
     jac_to_grad(parameters, aligned, retain_jac=retain, optimize_gramian_computation=per_tensor)
+
+
+def upgrad_to_grad(parameters: Sequence[nn.Parameter]) -> None:
+    """``.jac`` to ``.grad`` by UPGrad."""
+    from torchjd.autojac import jac_to_grad
+
+    jac_to_grad(parameters, upgrad())
 
 
 def backward(losses: Sequence[Tensor], features: Tensor) -> None:
