@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import mtlgrad
 from bench.harness import Case, Contender, Work, relative_error, replayed
+from bench.peers import libmtl_loops
 from bench.peers import torchjd_merge as torchjd
 from mtlgrad import ops, reference
 from mtlgrad.recipes.backbones import resnet50_shapes
@@ -125,6 +126,11 @@ def build_parameters(tasks: int, device: torch.device, quick: bool, small: bool)
         "mtlgrad lists": Contender(lambda: ops.merge(listed)[0], SUM),
         "reference": Contender(lambda: aligned_sum(listed), SUM),
     }
+
+    def loop() -> None:
+        libmtl_loops.write_back(libmtl_loops.aligned(libmtl_loops.in_rows(listed, tasks, parameters)), parameters)
+
+    contenders["libmtl"] = filled(loop, note="copied into [T, N], float32 Gram matrix, copied back", tolerated=True)
     for name, per_tensor in ("torchjd", False), ("torchjd per tensor", True):
         fill = functools.partial(torchjd.to_grad, parameters, per_tensor, retain=True)
         note = f"{torchjd.version()}, jac_to_grad" + ", optimize_gramian_computation" * per_tensor

@@ -1,6 +1,8 @@
 """Benchmark of whole training steps: forward, backward and optimizer of backbone and heads (Adam, torch's default), for
 three networks with 3 heads (a regression, a class of ten, five binary labels in one task) and with 20 (binary tasks).
 
+Where a gradient a task takes seconds, contenders that make one are timed once.
+
 Parameters and moments are put back before each call, untimed, so all contenders make the same step, and how the
 parameters change is checked; step_problem.py says what is right for each.
 """
@@ -60,13 +62,19 @@ def ours(problem: Problem) -> dict[str, Contender]:
         "mtlgrad aligned layer": step(problem, "features", layer, ROUNDING, "gradients at the features"),
         "mtlgrad aligned weigh": step(problem, "weighed", weigh, ROUNDING, "gradients at the features, weights first"),
         "mtlgrad aligned merge": step(
-            problem, "parameters", merge, ROUNDING, "gradients at the parameters, task_backward"
+            problem,
+            "parameters",
+            merge,
+            ROUNDING,
+            "gradients at the parameters, task_backward",
+            once=problem.slow,
         ),
         "mtlgrad bayesagg": bayesagg(problem),
         "mtlgrad adatask": Contender(
             adatask,
             ROUNDING,
             "task_backward, AdaTaskAdam.step",
+            once=problem.slow,
             prepare=lambda: problem.prepare(problem.adatask),
         ),
     }
@@ -133,31 +141,38 @@ def peers(problem: Problem) -> dict[str, Contender]:
         for t, loss in enumerate(losses):
             loss.backward(retain_graph=t + 1 < len(losses))
             for row, p in zip(gradients, problem.shared, strict=True):
+                assert p.grad is not None
                 row.append(p.grad.clone())
                 p.grad = None
         state = [problem.adatask.state[p] for p in problem.shared]
-        moments = [
+        first, second = [
             [[own[f"{name}_{t}"] for t in range(len(losses))] for own in state] for name in ("exp_avg", "exp_avg_sq")
         ]
         with torch.no_grad():
-            adatask_published.adam(problem.shared, gradients, *moments, int(STEPS) + 1, LR, BETAS, EPS)
+            adatask_published.adam(problem.shared, gradients, first, second, int(STEPS) + 1, LR, BETAS, EPS)
         problem.adam.step()
         return "adatask"
 
+    options = torchjd.OPTIONS | {"once": problem.slow}
     found = {
-        "torchjd aligned": step(
-            problem, "parameters", aligned, ROUNDING, f"{torchjd.version()}, mtl_backward", **torchjd.OPTIONS
+        "torchjd aligned merge": step(
+            problem, "parameters", aligned, ROUNDING, f"{torchjd.version()}, mtl_backward", **options
         ),
-        "torchjd upgrad": step(
-            problem, "upgrad", upgrad, ROUNDING, f"{torchjd.version()}, mtl_backward", **torchjd.OPTIONS
-        ),
-        "libmtl loop": step(
-            problem, "parameters", loop, ROUNDING, "a backward a task, copied into [T, N]", tolerated=True
+        "torchjd upgrad": step(problem, "upgrad", upgrad, ROUNDING, f"{torchjd.version()}, mtl_backward", **options),
+        "libmtl aligned merge": step(
+            problem,
+            "parameters",
+            loop,
+            ROUNDING,
+            "a backward a task, copied into [T, N]",
+            once=problem.slow,
+            tolerated=True,
         ),
         "published adatask": Contender(
             adatask,
             ROUNDING,
             "transcription: a backward a task, cloned",
+            once=problem.slow,
             prepare=lambda: problem.prepare(problem.adam, problem.adatask),
             tolerated=True,
         ),

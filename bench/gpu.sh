@@ -1,56 +1,111 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command of under 9 minutes: builds on the spot with the torch that is there,
-# runs the tests, the benchmarks (GPU_STEMS="combine" for some), and compute-sanitizer where there is one. Logs and CSVs
-# go to $OUT, or to bench/results.
-# A part that fails or finds no time left does not stop the next one; the exit code is then 1.
+# then runs info, parity tests, CUDA graphs, streams, the compiler's report, the benchmarks, compute-sanitizer where there
+# is one, and the report. CSVs go to $OUT, or to bench/results; the logs of all parts, one file, gpu.log, there too, or to
+# build. GPU_STEMS="combine moments" and GPU_SECONDS=300 make less of it.
+# A part that fails does not stop the next one. Each has a limit of its own, and leaves time for the later ones: of
+# $GPU_SECONDS, 525 unless said otherwise, which all limits scale with. At the end stands what was not run; the exit code
+# is 1 where a part failed or did not come to its turn, the report aside.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
-deadline=$((SECONDS + 525))
+log=${OUT:-build}/gpu.log
+stems=(${GPU_STEMS:-combine adatask moments step alphavil})
+total=${GPU_SECONDS:-525}
+unit=$((total * 1000 / 525))  # milliseconds to a second of the limits below
 failed=0
-mkdir -p "$out"
+missing=()
+mkdir -p "$out" "$(dirname "$log")"
+: >"$log"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 export PYTHONUNBUFFERED=1
 
-# part NAME SECONDS LINES COMMAND...: the whole log under $out, its last LINES on the terminal
+now() { echo $((${EPOCHREALTIME/[.,]/} / 1000)); }
+begin=$(now)
+remaining() { echo $(((begin + 525 * unit - $(now)) / unit)); }  # in units
+seconds() { printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000)); }
+
+# part NAME LIMIT LATER LINES COMMAND...: stops after LIMIT, or earlier where LATER would not be left for what follows; the
+# log's last LINES go to the terminal.
 part() {
-  local name=$1 limit=$2 lines=$3 start=$SECONDS
-  shift 3
-  if ((limit > deadline - SECONDS)); then limit=$((deadline - SECONDS)); fi
-  if ((limit < 15)); then
-    echo "== $name: no time left"
+  local name=$1 limit=$2 later=$3 lines=$4 start left code
+  shift 4
+  start=$(now)
+  left=$(($(remaining) - later))
+  if ((limit > left)); then limit=$left; fi
+  if ((limit < 8)); then
+    echo "== $name: not run, no time left" | tee -a "$log"
+    missing+=("$name (no time left)")
     failed=1
-  elif timeout --kill-after=5 "$limit" "$@" >"$out/gpu_$name.log" 2>&1; then
-    echo "== $name: ok, $((SECONDS - start)) s"
-    tail -n "$lines" "$out/gpu_$name.log"
-  else
-    echo "== $name: FAILED (exit code $?), $((SECONDS - start)) s"
-    tail -n 40 "$out/gpu_$name.log"
-    failed=1
+    return 1
   fi
+  timeout --kill-after="$(seconds $((3 * unit)))" "$(seconds $((limit * unit)))" "$@" >"$scratch/log" 2>&1 </dev/null
+  code=$?
+  local verdict="ok"
+  if ((code == 124 || code == 137)); then
+    verdict="FAILED: stopped at its limit"
+  elif ((code)); then
+    verdict="FAILED: exit code $code"
+  fi
+  echo "== $name: $verdict, $(seconds $(($(now) - start))) s" | tee -a "$log"
+  tail -c 1000000 "$scratch/log" >>"$log"  # the whole log stays under the 16 MB that come back from a lent machine
+  if ((code)); then
+    failed=1
+    tail -n 25 "$scratch/log"
+    return 1
+  fi
+  tail -n "$lines" "$scratch/log"
 }
 
-capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || exit 2
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+absent() {
+  echo "== $1: not run, $2" | tee -a "$log"
+  missing+=("$1 ($2)")
+}
+
+part card 20 450 3 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
+part torch 40 430 1 "$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())'
+capability=$(tail -n 1 "$scratch/log")
+[[ $capability =~ ^[0-9]{2,3}$ ]] || { echo "gpu.sh: expected a CUDA device for $python's torch, found none" >&2; exit 2; }
 # Code for the card that is here and no other: a third of the build time.
 export CMAKE_ARGS="-DMTLGRAD_REQUIRE_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=${capability}-real ${CMAKE_ARGS:-}"
+part build 150 290 3 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index .
 
-part build 150 3 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index .
-part info 30 20 "$python" -c 'import mtlgrad; [print(*item) for item in mtlgrad.build_info().items()]'
-chosen=${GPU_TESTS:-cuda or moments or bayesagg or combine or displace or align or jacobian or adatask or optim or alphavil}
-part tests 120 5 "$python" -m pytest -q -k "$chosen" tests
-for stem in ${GPU_STEMS:-combine adatask step alphavil moments}; do
-  part "bench_$stem" 150 400 "$python" -m bench "$stem" --device cuda --results "$out" --rounds 30 --seconds 3
+part info 30 280 20 "$python" -c 'import mtlgrad; [print(*item) for item in mtlgrad.build_info().items()]'
+# Tests that put their tensors on the GPU say so in their names; the emulator has nothing to say here.
+part parity 100 250 4 "$python" -m pytest -q -p no:cacheprovider -k "cuda and not emulated" \
+  --ignore=tests/test_cuda_graphs.py --ignore=tests/test_cuda_streams.py tests
+part graphs 45 230 4 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_graphs.py tests/test_aligned_uses.py -k "graph"
+part streams 30 215 4 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_streams.py
+part resources 60 200 2 "$python" -m bench.resources --arch "sm_$capability" --results "$out/kernels"
+
+todo=${#stems[@]}
+for stem in "${stems[@]}"; do  # an even share of the time for each, what one does not need going to the next
+  share=$((($(remaining) - 65) / todo--))
+  part "bench $stem" "$share" 60 400 "$python" -m bench "$stem" --device cuda --results "$out" --rounds 30 --seconds 2
 done
+
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-if [ -n "$sanitizer" ]; then
-  for stem in ${GPU_STEMS:-combine adatask moments}; do
-    for tool in memcheck racecheck; do
-      part "${tool}_$stem" 60 3 "$sanitizer" --tool "$tool" --error-exitcode 1 \
-        "$python" -m bench "$stem" --quick --device cuda
-    done
+checked=()
+for stem in "${stems[@]}"; do [[ $stem =~ ^(combine|adatask|moments)$ ]] && checked+=("$stem"); done
+todo=$((3 * ${#checked[@]}))
+for tool in memcheck racecheck synccheck; do
+  for stem in ${checked[@]+"${checked[@]}"}; do
+    if [ -z "$sanitizer" ]; then
+      absent "$tool $stem" "no compute-sanitizer here"
+      continue
+    fi
+    share=$((($(remaining) - 20) / todo--))
+    part "$tool $stem" $((share < 60 ? share : 60)) 15 2 "$sanitizer" --tool "$tool" --error-exitcode 1 \
+      "$python" -m bench "$stem" --quick --device cuda
   done
-else
-  echo "== compute-sanitizer: not here"
-fi
+done
+
+before=$failed
+part report 12 0 20 "$python" -m bench.report --check --no-figures
+failed=$before  # a card that the README's tables do not have yet is no failure
+
+echo "== $(seconds $(($(now) - begin))) s in all; log: $log"
+if ((${#missing[@]})); then printf 'not run: %s\n' "${missing[@]}"; else echo "not run: nothing, all parts came to their turn"; fi
 exit $failed

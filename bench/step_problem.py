@@ -25,15 +25,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.bench_combine import exact_sum
+from bench.peers.bayesagg_published import Kind
 from bench.peers.torchjd_merge import RIDGE
 from mtlgrad import optim, posterior, reference
 from mtlgrad.recipes.backbones import Encoder, resnet18, resnet50
 
 LR, BETAS, EPS = 1e-2, (0.9, 0.999), 1e-8
 STEPS = 10_000.0  # made before: Adam's corrections are over
+SLOW = 300_000_000  # gradients of single tasks, all together: beyond it a step is timed once
 FULL = 6000  # weights of a head, at most, whose joint covariance BayesAgg can have: it is their square
 
-HEADS = {3: (("regression", 1), ("multiclass", 10), ("binary", 5)), 20: (("binary", 1),) * 20}
+HEADS: dict[int, tuple[tuple[Kind, int], ...]] = {
+    3: (("regression", 1), ("multiclass", 10), ("binary", 5)),
+    20: (("binary", 1),) * 20,
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,8 @@ class Problem:
         self.buffers = list(self.model.buffers())
         self.images = torch.randn(shape.batch, 3, *shape.size, device=device)
         self.targets = [self.target(kind, outputs).to(device) for kind, outputs in self.kinds]
-        self.begin = [[tensor.detach().clone() for tensor in tensors] for tensors in (self.every, self.buffers)]
+        self.begin = [p.detach().clone() for p in self.every]
+        self.begin_buffers = [buffer.clone() for buffer in self.buffers]
         self.adam = torch.optim.Adam(self.every, lr=LR, betas=BETAS, eps=EPS)
         for p in self.every:
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -134,9 +140,8 @@ class Problem:
     @torch.no_grad()
     def restore(self) -> None:
         """Parameters and buffers as at first, without gradients."""
-        for tensors, begin in zip((self.every, self.buffers), self.begin, strict=True):
-            for tensor, first in zip(tensors, begin, strict=True):
-                tensor.copy_(first)
+        for tensor, first in zip([*self.every, *self.buffers], [*self.begin, *self.begin_buffers], strict=True):
+            tensor.copy_(first)
         for p in self.every:
             p.grad = None
             if hasattr(p, "jac"):
@@ -153,9 +158,14 @@ class Problem:
                     elif name.startswith("exp_avg"):
                         value.fill_(self.scale**2 if "sq" in name else 0.5 * self.scale)
 
+    @property
+    def slow(self) -> bool:
+        """Whether a gradient a task takes seconds and gigabytes: a ResNet-50 with 20 heads, on the host."""
+        return self.images.device.type == "cpu" and len(self.kinds) * sum(p.numel() for p in self.shared) > SLOW
+
     # ---- BayesAgg ----
 
-    def groups(self) -> list[tuple[str, list[nn.Linear], Tensor]]:
+    def groups(self) -> list[tuple[Kind, list[Any], Tensor]]:
         """(kind, its heads, targets): binary tasks that lie side by side are one group."""
         heads = list(self.model.heads)
         if len(set(self.kinds)) == 1:
@@ -178,7 +188,7 @@ class Problem:
     def difference(self, after: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
         """The largest over the largest of the exact change; NaN and infinity count as infinitely wrong."""
         worst, largest = 0.0, 0.0
-        for p, begin, change in zip(after, self.begin[0], exact, strict=True):
+        for p, begin, change in zip(after, self.begin, exact, strict=True):
             off = (p.double() - begin.double() - change).abs()
             worst = max(worst, float(torch.nan_to_num(off, nan=torch.inf).max()))
             largest = max(largest, float(change.abs().max()))
@@ -200,8 +210,9 @@ class Problem:
             return [adam(g, scale) for g in passed]
 
         weights = reference.align(reference.gram(arrived)).weights.tolist()
-        found["sum"] = passed_on(sum(g.double() for g in arrived)) + heads
-        found["features"] = passed_on(sum(w * g.double() for w, g in zip(weights, arrived, strict=True))) + heads
+        wide = torch.stack([g.double() for g in arrived])
+        found["sum"] = passed_on(wide.sum(0)) + heads
+        found["features"] = passed_on(torch.einsum("t,tbd->bd", wide.new_tensor(weights), wide)) + heads
         doubled = [w for w in weights for _ in ("weight", "bias")]
         weighed = [adam(w * g.double(), scale) for w, g in zip(doubled, head_gradients, strict=True)]
         found["weighed"] = found["features"][: len(self.shared)] + weighed

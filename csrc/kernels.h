@@ -155,7 +155,7 @@ void weighted_mean(DType, const void* numerator, const void* denominator, void* 
                    Place);
 
 // The posterior of a batch from its prior (bayesagg/conditioning.py), for each of `rows` outputs: cross [R, B, W] = H S in
-// and, after, the same of the batch posterior; gram [R, B, B] = H S H', curvature [R, B] >= 0, spread [R, W] = diag S in
+// and, after, the same of the batch posterior; gram [R, B, B] = H S H', curvature [R, B] > 0, spread [R, W] = diag S in
 // and out. False, and then nothing of use in either, if a pivot is not positive. Host only: on a device the batched
 // Cholesky of a library does it.
 bool condition_on_batch(DType, void* cross, const void* gram, const void* curvature, void* spread, int64_t rows,

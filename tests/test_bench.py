@@ -78,7 +78,7 @@ def test_quick_run_of_the_moments_benchmark(tmp_path: Path) -> None:
 def test_quick_run_of_the_combine_benchmark(tmp_path: Path) -> None:
     rows = quick_rows("combine", tmp_path)
     assert contenders(rows, "aligned matrix") == {"mtlgrad", "mtlgrad out=", "reference", "torchjd"}
-    peers = {"torchjd", "torchjd per tensor"}
+    peers = {"torchjd", "torchjd per tensor", "libmtl"}
     assert contenders(rows, "aligned resnet-50") == {
         *("mtlgrad merge", "mtlgrad stacked", "mtlgrad lists", "reference"),
         *peers,

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 THREE = {
     *("plain", "mtlgrad aligned layer", "mtlgrad aligned weigh", "mtlgrad aligned merge", "mtlgrad bayesagg"),
-    *("mtlgrad adatask", "mtlgrad alphavil", "torchjd aligned", "torchjd upgrad", "libmtl loop"),
+    *("mtlgrad adatask", "mtlgrad alphavil", "torchjd aligned merge", "torchjd upgrad", "libmtl aligned merge"),
     *("published adatask", "published bayesagg"),
 }
 SLOW = {"published bayesagg"}  # but for one case
@@ -95,7 +95,7 @@ def planted(name: str, patch: pytest.MonkeyPatch, problem: Problem) -> Contender
         vil = bench_step.alphavil(problem)
         patch.setattr(step_alphavil, "ALPHA_LR", 1.03 * step_alphavil.ALPHA_LR)  # what is expected
         return vil
-    elif name == "torchjd aligned":
+    elif name == "torchjd aligned merge":
         patch.setattr(torchjd_merge, "to_grad", lambda parameters, **_: torchjd_merge.upgrad_to_grad(parameters))
     elif name == "torchjd upgrad":
         patch.setattr(
@@ -103,7 +103,7 @@ def planted(name: str, patch: pytest.MonkeyPatch, problem: Problem) -> Contender
             "upgrad_to_grad",
             lambda ps: [setattr(p, "grad", p.jac.mean(0)) or delattr(p, "jac") for p in ps],
         )
-    elif name == "libmtl loop":
+    elif name == "libmtl aligned merge":
         patch.setattr(libmtl_loops, "aligned", scaled(libmtl_loops.aligned))
     elif name == "published adatask":
         correct = adatask_published.adam
@@ -130,7 +130,7 @@ def test_forms_differ_by_more_than_is_allowed(form: str) -> None:
     assert set(problem.exact) == {"sum", "features", "weighed", "parameters", "upgrad", "adatask", "bayesagg"}
     allowed = max(bench_step.ROUNDING, bench_step.MONTE_CARLO * (form == "bayesagg"))
     for other, change in problem.exact.items():
-        after = [begin + part for begin, part in zip(problem.begin[0], change, strict=True)]
+        after = [begin + part for begin, part in zip(problem.begin, change, strict=True)]
         error = problem.difference(after, problem.exact[form])
         assert error < 1e-5 if other == form else error > allowed
 

@@ -7,7 +7,7 @@ the result copied back piece by piece into ``.grad``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,18 @@ EPS = 1.2e-7  # float32's; eigenvalues up to T EPS of the largest are left out
 
 def collect(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
     """The gradients, [T, N]; the graph stays, since the heads' gradients are still to come."""
+    return in_rows(
+        (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses), len(losses), parameters
+    )
+
+
+def in_rows(gradients: Iterable[Sequence[Tensor]], tasks: int, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """A task's gradients after another's, each copied to its place in [T, N]."""
     first = parameters[0]
-    matrix = torch.zeros(len(losses), sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-    for row, loss in zip(matrix, losses, strict=True):
+    matrix = torch.zeros(tasks, sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+    for row, parts in zip(matrix, gradients, strict=True):
         start = 0
-        for gradient in torch.autograd.grad(loss, parameters, retain_graph=True):
+        for gradient in parts:
             row[start : start + gradient.numel()].copy_(gradient.reshape(-1))
             start += gradient.numel()
     return matrix

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 OPTIONS: dict[str, Any] = {"optional": True, "tolerated": True}  #: of its contenders: its Gram matrix is float32
 RIDGE = 1e-4  #: added by UPGrad to the diagonal of the Gram matrix, whose trace is one then
@@ -49,7 +49,7 @@ def weights(gram: Tensor) -> Tensor:
     return aggregator(len(gram), gram.dtype, gram.device).gramian_weighting(gram)
 
 
-def to_grad(parameters: Sequence[nn.Parameter], per_tensor: bool, retain: bool) -> None:
+def to_grad(parameters: Sequence[Any], per_tensor: bool, retain: bool) -> None:
     """``.jac`` to ``.grad`` by Aligned-MTL: through the concatenated Jacobian (the default), or by a Gram matrix per
     parameter."""
     from torchjd.autojac import jac_to_grad
@@ -59,7 +59,7 @@ def to_grad(parameters: Sequence[nn.Parameter], per_tensor: bool, retain: bool) 
     jac_to_grad(parameters, aligned, retain_jac=retain, optimize_gramian_computation=per_tensor)
 
 
-def upgrad_to_grad(parameters: Sequence[nn.Parameter]) -> None:
+def upgrad_to_grad(parameters: Sequence[Any]) -> None:
     """``.jac`` to ``.grad`` by UPGrad."""
     from torchjd.autojac import jac_to_grad
 

@@ -52,9 +52,9 @@ MTLGRAD_INLINE void subtract_products(T* rows, int64_t stride, const T* factors,
   store(rows + 3 * stride, d0), store(rows + 3 * stride + kLanes<T>, d1);
 }
 
-// Column blocks of the scratch, B rows: M = I + sqrt(q) G sqrt(q), sqrt(q) K, sqrt(q) G, each padded to pairs of vectors.
-// Eliminating row by row turns them into L', R = L^-1 sqrt(q) K and W = L^-1 sqrt(q) G: the Cholesky factor's columns are
-// the eliminated rows of M themselves. False if a pivot is not positive.
+// Column blocks of the scratch, B rows: M = I + sqrt(q) G sqrt(q) and sqrt(q) K, each padded to pairs of vectors.
+// Eliminating row by row turns them into L' and R = L^-1 sqrt(q) K: the Cholesky factor's columns are the eliminated rows
+// of M themselves. False if a pivot is not positive.
 template <typename T>
 MTLGRAD_INLINE bool eliminate(T* scratch, int64_t stride, int64_t batch) {
   for (int64_t first = 0; first < batch; first += 4) {
@@ -77,21 +77,41 @@ MTLGRAD_INLINE bool eliminate(T* scratch, int64_t stride, int64_t batch) {
   return true;
 }
 
+// R -> Y = L'^-1 R from the last row up, four rows at a time; `panel`: their entries of L' side by side.
+template <typename T>
+MTLGRAD_INLINE void substitute_back(T* scratch, int64_t stride, int64_t k_at, int64_t batch, T* panel) {
+  for (int64_t first = (batch - 1) / 4 * 4; first >= 0; first -= 4) {
+    const int64_t last = std::min(first + 4, batch), rest = batch - last;
+    for (int64_t i = 0; i < 4; ++i)
+      for (int64_t j = 0; j < rest; ++j) panel[4 * j + i] = scratch[(first + i) * stride + last + j];
+    for (int64_t column = k_at; column < stride; column += 2 * kLanes<T>)
+      subtract_products(scratch + first * stride + column, stride, panel, 4, scratch + last * stride + column, stride,
+                        rest);
+    for (int64_t i = last - 1; i >= first; --i) {
+      T* row = scratch + i * stride;
+      for (int64_t k = i + 1; k < last; ++k) {
+        const T factor = row[k];
+        const T* other = scratch + k * stride;
+#pragma omp simd
+        for (int64_t column = k_at; column < stride; ++column) row[column] -= factor * other[column];
+      }
+      const T scale = T(1) / row[i];
+      for (int64_t column = k_at; column < stride; ++column) row[column] *= scale;
+    }
+  }
+}
+
 template <typename T>
 MTLGRAD_INLINE bool condition_row(T* cross, const T* gram, const T* curvature, T* spread, int64_t batch, int64_t width,
                                   T* scratch) {
   constexpr int64_t kPair = 2 * kLanes<T>;
   const auto padded = [](int64_t n) __attribute__((always_inline)) { return (n + kPair - 1) / kPair * kPair; };
-  const int64_t k_at = padded(batch), g_at = k_at + padded(width), stride = g_at + padded(batch);
-  const int64_t rows = (batch + 3) / 4 * 4;
+  const int64_t k_at = padded(batch), stride = k_at + padded(width), rows = (batch + 3) / 4 * 4;
   std::fill_n(scratch, rows * stride, T(0));
   for (int64_t b = 0; b < batch; ++b) {
     T* row = scratch + b * stride;
     const T root = std::sqrt(curvature[b]);
-    for (int64_t i = 0; i < batch; ++i) {
-      row[g_at + i] = root * gram[b * batch + i];
-      row[i] = row[g_at + i] * std::sqrt(curvature[i]);
-    }
+    for (int64_t i = 0; i < batch; ++i) row[i] = root * gram[b * batch + i] * std::sqrt(curvature[i]);
     row[b] += T(1);
     for (int64_t d = 0; d < width; ++d) row[k_at + d] = root * cross[b * width + d];
   }
@@ -101,15 +121,12 @@ MTLGRAD_INLINE bool condition_row(T* cross, const T* gram, const T* curvature, T
 #pragma omp simd
     for (int64_t d = 0; d < width; ++d) spread[d] -= r[d] * r[d];
   }
-  // cross = K - W' R, four examples and a pair of vectors at a time, by way of a tile where rows or columns run out
-  for (int64_t b = 0; b < batch; b += 4)
-    for (int64_t d = 0; d < width; d += kPair) {
-      T tile[4 * kPair] = {};
-      const int64_t m = std::min<int64_t>(4, batch - b), n = std::min(kPair, width - d);
-      for (int64_t i = 0; i < m; ++i) std::copy_n(cross + (b + i) * width + d, n, tile + i * kPair);
-      subtract_products(tile, kPair, scratch + g_at + b, stride, scratch + k_at + d, stride, batch);
-      for (int64_t i = 0; i < m; ++i) std::copy_n(tile + i * kPair, n, cross + (b + i) * width + d);
-    }
+  substitute_back(scratch, stride, k_at, batch, scratch + rows * stride);
+  for (int64_t b = 0; b < batch; ++b) {
+    const T* y = scratch + b * stride + k_at;
+    const T scale = T(1) / std::sqrt(curvature[b]);
+    for (int64_t d = 0; d < width; ++d) cross[b * width + d] = scale * y[d];
+  }
   return true;
 }
 
@@ -130,9 +147,9 @@ bool condition_on_batch(DType dtype, void* cross, const void* gram, const void* 
   for_dtype("condition_on_batch", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int64_t kPair = 2 * kLanes<T>;
-    const int64_t stride = 2 * ((batch + kPair - 1) / kPair * kPair) + (width + kPair - 1) / kPair * kPair;
+    const int64_t stride = (batch + kPair - 1) / kPair * kPair + (width + kPair - 1) / kPair * kPair;
     parallel_for(rows, place.threads, [&](int64_t r) {
-      std::vector<T> scratch((batch + 3) / 4 * 4 * stride + kPair);
+      std::vector<T> scratch((batch + 3) / 4 * 4 * (stride + 4));
       done[r] =
           condition_row_of(static_cast<T*>(cross) + r * batch * width, static_cast<const T*>(gram) + r * batch * batch,
                            static_cast<const T*>(curvature) + r * batch, static_cast<T*>(spread) + r * width, batch,

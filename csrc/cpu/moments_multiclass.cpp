@@ -103,6 +103,7 @@ MTLGRAD_INLINE void evaluate(const Example<T>& e, const SinkRow<T>& out) {
         const T twice = static_cast<T>(2 * s.second[i * (i + 1) / 2 + j]);
 #pragma omp simd
         for (int64_t d = 0; d < m; ++d) product[d] += twice * b[d];
+        asm volatile("" : : "r"(product) : "memory");  // GCC would take two j at once, and then not vectorise
       }
       const T diagonal = static_cast<T>(s.second[i * (i + 1) / 2 + i]), first = static_cast<T>(s.first[i]);
 #pragma omp simd

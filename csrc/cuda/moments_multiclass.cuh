@@ -34,9 +34,10 @@ __device__ __forceinline__ double warp_slack(const T* variances, const T* h, int
 //   6  E[r r'], a pair a thread                                      -> the correction reads any of them
 //   7  corrections                                                   -> every feature needs all coefficients
 //   8  the quadratic form, a feature a thread                        -> the next example overwrites the workspace
-// The structure is a template argument: each of the three needs half the registers of one kernel for all.
+// The structure is a template argument: each of the three needs half the registers of one kernel for all. Three blocks a
+// multiprocessor: left to itself the compiler stops at 128 registers, and spills some.
 template <typename T, int kThreads, Structure structure>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     multiclass_kernel(Features features, const int64_t* __restrict__ targets, MulticlassPosterior posterior,
                       const double* __restrict__ points, int64_t num_points, double* __restrict__ workspace,
                       int64_t slice_size, Sink sink) {

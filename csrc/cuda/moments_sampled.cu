@@ -6,8 +6,31 @@
 namespace mtlgrad::cuda {
 
 namespace {
+
 constexpr int kThreads = 128;
+
+// Blocks of a launch that are worth larger tiles: one for each multiprocessor of an H100 or H200. A constant, and the
+// sums of an example and feature are the same whatever the tile.
+#ifdef MTLGRAD_EMULATE
+constexpr int64_t kEnoughBlocks = 3;  // tests are to meet all tiles
+#else
+constexpr int64_t kEnoughBlocks = 132;
+#endif
+
+// launch(tile, its grid) for the largest of these tiles that makes enough blocks, or else the last.
+template <typename Tile, typename... Smaller, typename Launch>
+void for_tile(int64_t batch, int64_t width, unsigned task_blocks, const Launch& launch) {
+  const int64_t columns = (width + Tile::kFeatures - 1) / Tile::kFeatures;
+  const int64_t rows = (batch + Tile::kExamples - 1) / Tile::kExamples;
+  if constexpr (sizeof...(Smaller) > 0)
+    if (columns * rows * task_blocks < kEnoughBlocks) return for_tile<Smaller...>(batch, width, task_blocks, launch);
+  if (rows > kMaxGridY)
+    throw std::invalid_argument("sampled_moments (cuda): at most " + std::to_string(kMaxGridY * Tile::kExamples) +
+                                " examples");
+  launch(Tile{}, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(rows), task_blocks));
 }
+
+}  // namespace
 
 void sample_residuals(DType dtype, Likelihood likelihood, void* logits, const void* targets, int64_t batch,
                       int64_t samples, int64_t classes, Place place) {
@@ -29,19 +52,18 @@ void sample_residuals(DType dtype, Likelihood likelihood, void* logits, const vo
 void sampled_moments(DType dtype, Likelihood likelihood, const void* residuals, const void* samples, int64_t batch,
                      int64_t num_samples, int64_t classes, int64_t width, Sink sink, Place place) {
   if (batch == 0 || width == 0) return;
-  constexpr int kExamples = 8, kTile = 128;
   DeviceGuard guard(place.device);
   const bool binary = likelihood == Likelihood::binary;
-  constexpr int64_t kPerLaunch = kMaxGridY * kExamples;
   for_dtype("sampled_moments", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (batch > kPerLaunch) throw std::invalid_argument("sampled_moments (cuda): at most 524,280 examples");
-    const dim3 grid(static_cast<unsigned>((width + kThreads - 1) / kThreads),
-                    static_cast<unsigned>((batch + kExamples - 1) / kExamples),
-                    task_blocks(sink, binary ? classes : 1));
-    KERNEL_LAUNCH((sampled_kernel<T, kThreads, kExamples, kTile>), grid, kThreads, 0,
-                  static_cast<cudaStream_t>(place.stream), static_cast<const T*>(residuals),
-                  static_cast<const T*>(samples), batch, num_samples, classes, width, binary, sink);
+    constexpr int kPacket = 16 / sizeof(T);
+    for_tile<SampledTile<T, 2 * kPacket, kPacket>, SampledTile<T, kPacket, kPacket / 2>, SampledTile<T, 2, 1>>(
+        batch, width, task_blocks(sink, binary ? classes : 1), [&](auto tile, const dim3& grid) {
+          using Tile = decltype(tile);
+          KERNEL_LAUNCH((sampled_kernel<T, Tile>), grid, Tile::kThreads, 0, static_cast<cudaStream_t>(place.stream),
+                        static_cast<const T*>(residuals), static_cast<const T*>(samples), batch, num_samples, classes,
+                        width, binary, sink);
+        });
   });
   MTLGRAD_CUDA_CHECK(cudaGetLastError());
 }

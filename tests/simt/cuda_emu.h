@@ -7,7 +7,7 @@
 // memory read before it is written (it starts as NaN), and results under three orders of threads and blocks. Under
 // ThreadSanitizer it also sees races inside a block, under AddressSanitizer overruns of shared memory.
 // What it cannot see: races between blocks other than through the order of blocks, the memory model, clusters,
-// cooperative groups, mma, cp.async, TMA, inline PTX.
+// cooperative groups, mma, TMA, inline PTX. A copy of cp.async is made as late as it may be, when the thread waits for it.
 #pragma once
 #include <math.h>  // not <cmath> alone: device code calls expf, isnan and their like without std::
 
@@ -86,9 +86,16 @@ struct Site {  // where a barrier or a shuffle stands in the source
   int line = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Thread {
   uint3 tid;
   int lane, warp;
+  std::vector<std::vector<Copy>> copies = {{}};  // asked for, not yet waited for: the batches, the last one still open
 };
 
 struct Block {
@@ -180,6 +187,22 @@ T __shfl_up_sync(unsigned mask, T v, unsigned d, int width = 32, EMU_HERE) {
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T v, int x, int width = 32, EMU_HERE) {
   return emu::exchange(EMU_SITE("__shfl_xor_sync"), mask, v, emu::in_segment(emu::self().lane ^ x, width));
+}
+
+// <cuda_pipeline_primitives.h>, as far as it is used: cp.async of 4, 8 or 16 bytes.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  const auto both = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || both % bytes)
+    emu::fail("__pipeline_memcpy_async: %zu bytes, misaligned or not 4, 8 or 16", bytes);
+  emu::self().copies.back().push_back({to, from, bytes});
+}
+inline void __pipeline_commit() { emu::self().copies.emplace_back(); }
+inline void __pipeline_wait_prior(size_t batches) {
+  auto& copies = emu::self().copies;
+  while (copies.size() > batches + 1) {
+    for (const emu::Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    copies.erase(copies.begin());
+  }
 }
 
 template <typename T>

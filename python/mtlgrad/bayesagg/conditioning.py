@@ -4,13 +4,14 @@ At the batch's examples the moments depend on the mean, on the cross covariance 
 logit, and on the diagonal of S. With fewer examples than weights these follow from the prior's covariance without any
 matrix of the weights being factorised (the matrix inversion lemma): for one output, curvatures q, K = H S0, G = K H'::
 
-    M = I + sqrt(q) G sqrt(q) = L L',   R = L^-1 sqrt(q) K,   W = L^-1 sqrt(q) G
-    S H' = (K - W' R)',   diag S = diag S0 - colsum R^2,   mean = m0 + S H' (q (H (w - m0)) - r)
+    M = I + sqrt(q) G sqrt(q) = L L',   R = L^-1 sqrt(q) K,   Y = L'^-1 R
+    S H' = (Y / sqrt(q))',   diag S = diag S0 - colsum R^2,   mean = m0 + S H' (q (H (w - m0)) - r)
 
 with m0 the prior's mean and r the derivatives of the losses in the logits at w (regression: the last factor is
 y - H m0). This costs two GEMMs and a B x B Cholesky in place of a P x P one with its inverse, and keeps the prior's
-accuracy: the prior's covariance was made once, in float64. With more examples than weights the precision is summed and
-factorised, in float64.
+accuracy: the prior's covariance was made once, in float64. A row of Y is as small as its sqrt(q), so dividing by that
+loses nothing; where q is zero, a number takes its place that is nothing beside the one in M. With more examples than
+weights the precision is summed and factorised, in float64.
 
 What is subtracted from the prior's covariance is nearly all of it where the prior knows next to nothing of the batch's
 directions: in float32 about 1e-7 trace(M) of the result is lost. Beyond LARGEST_TRACE the computation starts again from
@@ -41,7 +42,7 @@ from ..posterior.summing import forget_prior
 
 LARGEST_TRACE = 4e3  # of M in float32; an ordinary batch has about one an example
 ALL_ROWS = slice(None)
-CHUNK_BYTES = 16 << 20  # on a device, of [outputs, B, W] at a time; on the host a quarter of the outputs
+CHUNK_BYTES = 16 << 20  # on a device, of [outputs, B, W] at a time; on the host an even quarter of the outputs
 
 
 class Conditioned(NamedTuple):
@@ -61,12 +62,12 @@ class Conditioned(NamedTuple):
         return self._replace(mean=mean, cross=cross, spread=spread, class_factor=class_factor)
 
 
-def _wants_float64(m: Tensor, summands: Tensor, prior: Posterior) -> bool:
+def _wants_float64(trace: Tensor, summands: Tensor, prior: Posterior, m: Tensor) -> bool:
     """``summands``: about how large what adds up to trace(M) is before it cancels. Reads the device, except while a
-    CUDA graph is captured: there ``m`` becomes NaN."""
+    CUDA graph is captured: there ``m``, or what M is made of, becomes NaN."""
     if prior.exact is None:
         return False
-    too_large = torch.maximum(m.diagonal(dim1=-2, dim2=-1).sum(-1), summands) > LARGEST_TRACE
+    too_large = torch.maximum(trace, summands) > LARGEST_TRACE
     if m.is_cuda and torch.cuda.is_current_stream_capturing():
         m.masked_fill_(too_large[..., None, None], torch.nan)
         return False
@@ -179,7 +180,7 @@ def _condition_blocks(
     elif hidden.is_cuda:
         chunk = max(1, CHUNK_BYTES // (batch * width * hidden.element_size()))
     else:
-        chunk = max(1, rows // 4)
+        chunk = max(1, rows // 8 * 2)
     innovation = (terms.curved(hidden @ (anchor - prior.mean).T) - terms.residual).T
     together = prior.likelihood == "multiclass"  # block structure: the classes meet in one softmax
     parts = []
@@ -221,32 +222,28 @@ def _condition_rows(
     k = torch.matmul(hidden, covariance)
     g = torch.matmul(k, hidden.T)
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
-    weights = hidden.square() if curvature is None else curvature[..., None] * hidden.square()
-    summands = (weights.sum(-2) * diagonal).sum(-1)
+    ones = curvature is None
     if curvature is None:
-        weighted_k, weighted_g, m = k, g, g.clone()
-    else:
-        root = curvature.sqrt()[..., None]
-        weighted_k, weighted_g = root * k, root * g
-        m = weighted_g * root.mT
-    m.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    if _wants_float64(m, summands, prior):
+        curvature = hidden.new_ones(1, 1).expand(len(covariance), len(hidden))
+    curvature = curvature.clamp(min=torch.finfo(hidden.dtype).tiny ** 0.75)
+    summands = (curvature @ hidden.square() * diagonal).sum(-1)
+    trace = len(hidden) + (curvature * g.diagonal(dim1=-2, dim2=-1)).sum(-1)
+    if _wants_float64(trace, summands, prior, g):
         return None
     if hidden.device.type == "cpu" and covariance.shape[0] > 1:
         # Many small matrices, one to a thread: several times quicker than as many calls of LAPACK. What fails there
         # fails again below, which has words for it.
-        cross, spread = k.clone(), diagonal.contiguous()
-        ones = torch.ones_like(spread[:, :1]).expand(-1, hidden.shape[0]) if curvature is None else curvature
-        if condition_on_batch(cross, g, ones.contiguous(), spread):
-            return cross, spread
+        spread = diagonal.contiguous()
+        if condition_on_batch(k, g, curvature.contiguous(), spread):
+            return k, spread
+        k = torch.matmul(hidden, covariance)
+    root = curvature.sqrt()[..., None]
+    m = g if ones else g * root * root.mT
+    m.diagonal(dim1=-2, dim2=-1).add_(1.0)
     factor = checked_cholesky(m, name)
-    r = torch.linalg.solve_triangular(factor, weighted_k, upper=False)
-    if curvature is None:
-        cross = torch.linalg.solve_triangular(factor.mT, r, upper=True)
-    else:
-        w = torch.linalg.solve_triangular(factor, weighted_g, upper=False)
-        cross = torch.baddbmm(k, w.mT, r, alpha=-1.0)
-    return cross, diagonal - r.square().sum(-2)
+    r = torch.linalg.solve_triangular(factor, k if ones else root * k, upper=False)
+    y = torch.linalg.solve_triangular(factor.mT, r, upper=True)
+    return y if ones else y / root, diagonal - r.square().sum(-2)
 
 
 def softmax_curvature_factor(probability: Tensor) -> Tensor:
@@ -272,17 +269,16 @@ def _condition_joint(
     classes, width = anchor.shape
     batch, rank = hidden.shape[0], classes - 1
     covariance = prior.contrasts
-    features = hidden[:, :-1]
-    _, k = multiclass_cross(features, covariance, classes)  # [C(k), B, C*P]: S J'
+    k = hidden @ covariance.view(classes, width, -1)  # [C(k), B, C*P]: S J', its block k of rows being that of columns
     f = softmax_curvature_factor(terms.probability)
     # F' J S, a row for each pseudo-example (b, r); batched products of dense operands, where einsum would copy each
-    weighted_k = torch.bmm(f.mT, k.transpose(0, 1).contiguous()).view(batch * rank, classes * width)
+    weighted_k = torch.bmm(f.mT, k.transpose(0, 1)).view(batch * rank, classes * width)
     # J S J' F, [B, B*rank, C]: with the other side's factor it is M
     weighted_g = torch.mm(hidden, weighted_k.view(-1, width).T).view(batch, batch * rank, classes)
-    m = torch.bmm(f.mT, weighted_g.mT).view(batch * rank, batch * rank)
+    m = torch.bmm(weighted_g, f).transpose(0, 1).reshape(batch * rank, batch * rank)
     m.diagonal().add_(1.0)
     summands = (terms.diagonal(hidden) * covariance.diagonal().view_as(anchor)).sum()
-    if _wants_float64(m, summands, prior):
+    if _wants_float64(m.diagonal().sum(), summands, prior, m):
         weight = None if weight is None else weight.double()
         exact = prior.exact
         assert isinstance(exact, JointPosterior)

@@ -198,7 +198,8 @@ def run_sampled(features: Tensor, targets: Tensor, samples: Tensor, kind: str, s
 
 def condition_on_batch(cross: Tensor, gram: Tensor, curvature: Tensor, spread: Tensor) -> bool:
     """In place, on the host, contiguous: cross [R, B, W] and spread [R, W] of the prior become the batch posterior's
-    (see :mod:`mtlgrad.bayesagg.conditioning`). False if a pivot is not positive: then both are spoilt."""
+    (see :mod:`mtlgrad.bayesagg.conditioning`), with curvatures above zero. False if a pivot is not positive: then both
+    are spoilt."""
     ok: bool = _C.condition_on_batch(
         DTYPE_CODES[cross.dtype],
         cross.data_ptr(),
