@@ -15,7 +15,7 @@ import torch
 
 from bench import memory
 from bench.bench_training import Training
-from bench.harness import BenchError, Case, Options
+from bench.harness import BenchError, Case, Options, first_line
 from bench.table import ROOT, Row, facts, slug, write_rows
 
 STEMS = ("combine", "adatask", "moments", "alphavil", "step")  # what runs when none is named
@@ -56,6 +56,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive(int), default=2, metavar="N", help="on the CPU (default: 2)")
     parser.add_argument("--quick", action="store_true", help="toy shapes, a few rounds, no memory: does it run?")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument("--without", action="append", default=[], metavar="TEXT", help="no contenders named so")
     parser.add_argument("--list", action="store_true", help="name the cases, run none")
     parser.add_argument("--rounds", type=positive(int), metavar="N", help="runs per contender at most (default: 40)")
     parser.add_argument("--seconds", type=positive(float), help="of runs per contender and case, about (default: 4)")
@@ -83,18 +84,27 @@ def chosen(args: argparse.Namespace) -> dict[str, list[Case | Training]]:
     return {stem: cases for stem, cases in found.items() if cases}
 
 
-def run_stem(stem: str, cases: Sequence[Case | Training], options: Options, args: argparse.Namespace) -> None:
+def run_stem(stem: str, cases: Sequence[Case | Training], options: Options, args: argparse.Namespace) -> bool:
+    """Whether all went well. A case that is wrong or fails is named and gets no row; the others go on."""
     extra = ["--device", args.device, "--threads", str(args.threads), *(["--quick"] if args.quick else [])]
-    shared = facts(options.device)
+    shared = facts(torch.device("cpu") if stem in ALSO else options.device)
     folder = args.results or (None if args.quick else ROOT / "bench" / "results")
     path = None if folder is None else folder / f"{stem}_{slug(shared['device'])}.csv"
     rows: list[Row] = []
+    failed = False
     for case in cases:
-        rows += [shared | row for row in case.rows(stem, options, extra)]
-        if path is not None:  # after each case: a run that is cut short keeps what it has
-            write_rows(path, rows, keep=bool(args.only))
-    if path is not None:
+        try:
+            rows += [shared | row for row in case.rows(stem, options, extra)]
+        except Exception as error:
+            reason = str(error) if isinstance(error, BenchError) else f"{case.title}: {first_line(error)}"
+            print(f"mtlgrad bench: {stem}: {reason}", file=sys.stderr)
+            failed = True
+        if path is not None and rows:  # after each case: a run that is cut short keeps what it has, and the rows before
+            write_rows(path, rows, keep=True)
+    if path is not None and rows:
+        write_rows(path, rows, keep=bool(args.only))
         print(f"\nwritten: {path}", flush=True)
+    return not failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stem, cases in listed.items():
             print("\n".join(f"{stem}: {case.title}" for case in cases))
         return 0
-    options = Options(torch.device(args.device), with_memory=not (args.no_memory or args.quick))
+    options = Options(torch.device(args.device), with_memory=not (args.no_memory or args.quick), small=args.quick)
+    options.without = args.without
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what all rows say
     if args.device == "cuda":
         options.flush_bytes = 512 << 20
     if args.quick:
@@ -125,16 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.rounds = args.rounds or options.rounds
     options.seconds = args.seconds or options.seconds
     failed = False
-    for stem, cases in listed.items():
-        torch.manual_seed(0)
-        try:
-            run_stem(stem, cases, options, args)
-        except BenchError as error:  # the other stems are worth their time all the same
-            print(f"mtlgrad bench: {stem}: {error}", file=sys.stderr)
-            failed = True
-        except KeyboardInterrupt:
-            print("stopped; what was done is written", file=sys.stderr)
-            return STOPPED
+    try:
+        for stem, cases in listed.items():
+            failed |= not run_stem(stem, cases, options, args)
+    except KeyboardInterrupt:
+        print("stopped; what was done is written", file=sys.stderr)
+        return STOPPED
     return FAILED if failed else 0
 
 

@@ -338,8 +338,9 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
         shape = toy(shape) if quick else shape
         build = functools.partial(build_step, shape, device, quick)
         found.append(Case(f"aggregate {shape.name}", shape.text, build, memory=False))
-    large = [("sampled_moments binary", {"B": 1024, "D": 2048, "C": 20, "S": 512})] * (device.type == "cuda")
-    for operation, size in (*OPERATIONS, *large):
+    large = {"B": 1024, "D": 2048, "C": 20, "S": 512}
+    larger = [(f"sampled_moments {kind}", large) for kind in ("multiclass", "binary") if device.type == "cuda"]
+    for operation, size in (*OPERATIONS, *larger):
         size = {key: min(value, 24) for key, value in size.items()} if quick else size
         text = " ".join(f"{key}={value}" for key, value in size.items())
         found.append(Case(operation, text, functools.partial(build_operation, operation, size, device, quick)))

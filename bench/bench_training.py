@@ -37,7 +37,7 @@ class Training:
 
     def rows(self, stem: str, options: Options, extra: Sequence[str]) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "mtlgrad", "train", *self.arguments, "--threads", "1"]
+            command = [sys.executable, "-m", "mtlgrad", "train", *self.arguments, "--threads", "1", "--device", "cpu"]
             done = subprocess.run(
                 [*command, "--out", folder, "--name", "run"],
                 capture_output=True,

@@ -37,10 +37,10 @@ class BenchError(Exception):
 class Contender:
     """One way to compute the operation.
 
-    `bound` is the largest error allowed, or finds it out after the first call. `once`: so slow that its checking call
-    is also its only timed one. `optional`: it may fail to run (a compiler is missing, say) or be wrong (compilers err);
-    its row then says so. `tolerated`: timed even where it is wrong; its row says how wrong. `prepare` runs before each
-    call, untimed.
+    `bound` is the largest error allowed, or finds it out after the first call. `once`: so slow that after its checking
+    call it is timed in one more, before the turns. `examples`: of all its trainings, where it is more than a step.
+    `optional`: it may fail to run (a compiler is missing, say) or be wrong (compilers err); its row then says so.
+    `tolerated`: timed even where it is wrong; its row says how wrong. `prepare` runs before each call, untimed.
     """
 
     call: Callable[[], Any]
@@ -50,6 +50,7 @@ class Contender:
     optional: bool = False
     tolerated: bool = False
     prepare: Callable[[], None] = lambda: None
+    examples: int | None = None
 
 
 @dataclass
@@ -79,10 +80,15 @@ class Case:
 
     def rows(self, stem: str, options: Options, extra: Sequence[str]) -> list[Row]:
         """Checks, times and measures; `stem` and `extra` are for memory's ``python -m bench STEM EXTRA...``."""
+        torch.manual_seed(0)
         work = self.build(False)
+        for name in [name for name in work.contenders if any(text in name for text in options.without)]:
+            del work.contenders[name]
         results, copy_rate, gemm_rate = check_and_time(self, work, options, Clock(options.device, options.flush_bytes))
         if options.with_memory and self.memory:
             for name, result in results.items():
+                if name.endswith(" graph"):
+                    continue  # its memory was taken when it was captured
                 if result.times and options.device.type == "cuda":
                     result.peak_mb = memory.on_cuda(work.contenders[name], options.device)
                 elif result.times:
@@ -98,6 +104,8 @@ class Options:
     seconds: float = 4.0  #: per contender and case, about
     with_memory: bool = True
     flush_bytes: int = 128 << 20
+    without: Sequence[str] = ()  #: texts in the names of contenders to leave out
+    small: bool = False  #: toy sizes, also of what shows the machine's limits
 
 
 @dataclass
@@ -151,10 +159,12 @@ class Clock:
         return begin.elapsed_time(end), value
 
 
-def ceilings(device: torch.device) -> tuple[dict[str, Callable[[], Any]], float, float]:
+def ceilings(device: torch.device, small: bool) -> tuple[dict[str, Callable[[], Any]], float, float]:
     """Calls that reach the machine's limits, with the bytes one copies and the operations the other makes."""
     cuda = device.type == "cuda"
     size, width = (1 << 28, 8192) if cuda else (1 << 24, 1536)  # floats: 1 GiB and 64 MiB, past any cache
+    if small:
+        size, width = 1 << 18, 256
     source, target = torch.ones(size, device=device), torch.empty(size, device=device)
     a, b = torch.randn(width, width, device=device), torch.randn(width, width, device=device)
     product = torch.empty(width, width, device=device)
@@ -196,14 +206,16 @@ def check_and_time(case: Case, work: Work, options: Options, clock: Clock) -> tu
                 continue
             else:
                 raise BenchError(f"{case.title}: {name} is wrong, so nothing was timed: {wrong}")
+        again, _ = clock.run(contender)  # the first call may have compiled something, or made what it keeps
         if contender.once:
-            result.times[-1] = spent
+            result.times[-1] = again
         else:
-            again, _ = clock.run(contender)  # the first call may have compiled something
+            if again < 1e3 * options.seconds:  # torch.compile makes some things anew when they change
+                again = min(again, clock.run(contender)[0])
             quickest = max(min(spent, again), 1e-3)
             wanted[name] = max(3, min(options.rounds, int(1e3 * options.seconds / quickest)))
 
-    calls, copied, multiplied = ceilings(options.device)
+    calls, copied, multiplied = ceilings(options.device, options.small)
     limits: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()

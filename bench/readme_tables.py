@@ -176,23 +176,25 @@ def without_sizes(case: CaseRows) -> str:
 
 
 def aligned(results: Results) -> str:
-    """Whole Aligned-MTL aggregations: of a matrix into memory that is there, of the ResNet-50's parameters in .jac."""
+    """Whole Aligned-MTL aggregations: of a matrix, of the ResNet-50's parameters in .jac. Ratios are of those that make
+    their output anew, as TorchJD does."""
 
     def ours(case: CaseRows) -> Measurement | None:
-        return case.get("mtlgrad out=", "mtlgrad merge")
+        return case.get("mtlgrad", "mtlgrad merge")
 
     columns: dict[str, Cell] = {
         "gradients": lambda c: spoken(c.shape) + (", one matrix" if "matrix" in c.operation else " of a ResNet-50"),
         "mtlgrad": lambda c: time_cell(ours(c)),
-        "without `out=`": lambda c: time_cell(c.get("mtlgrad")),
+        "with `out=`": lambda c: time_cell(c.get("mtlgrad out=")),
         "CUDA graph": lambda c: time_cell(c.get("mtlgrad graph")),
         "TorchJD": lambda c: time_cell(c.get("torchjd")),
         "faster": lambda c: faster_cell(ours(c), c.get("torchjd")),
         "TorchJD, tensor by tensor": lambda c: both_cell(ours(c), c.get("torchjd per tensor")),
-        "over the floor": lambda c: floor_cell(ours(c)),
+        "LibMTL's way": lambda c: both_cell(ours(c), c.get("libmtl")),
+        "over the floor": lambda c: floor_cell(c.get("mtlgrad out=", "mtlgrad merge")),
         "error: mtlgrad, TorchJD": lambda c: error_cell(ours(c), c.get("torchjd")),
     }
-    names = ("mtlgrad", "mtlgrad out=", "mtlgrad merge", "mtlgrad graph", "torchjd", "torchjd per tensor")
+    names = ("mtlgrad", "mtlgrad out=", "mtlgrad merge", "mtlgrad graph", "torchjd", "torchjd per tensor", "libmtl")
     return by_device(
         results,
         lambda d: table(ordered(c for c in results.of(d) if c.operation.startswith("aligned ")), columns, names),
@@ -206,7 +208,10 @@ def step(results: Results) -> str:
         rows = []
         for m in case.contenders.values():
             ratio = NONE if m is case.first else times(m.number("times_first"), fine=True)
-            share = NONE if m is case.first else percent(m.number("method_share"))
+            low, high = m.number("times_first_p20"), m.number("times_first_p80")
+            if m is not case.first and math.isfinite(low):
+                ratio += f" ({times(low, fine=True)} to {times(high, fine=True)})"
+            share = NONE if m is case.first or not m["method_share"] else percent(m.number("method_share"))
             examples = digits(m.number("examples_per_s"), 3)
             rows.append([m.contender, time_cell(m), ratio, share, memory_cell(m), examples])
         first = case.first.contender

@@ -114,4 +114,5 @@ class Vil:
 def alphavil(problem: Problem) -> Contender:
     vil = Vil(problem)
     note = f"a round: {len(problem.kinds)} trainings and a search, each of one batch; Adam"
-    return Contender(vil.call, SEARCHED, note, prepare=vil.prepare)
+    examples = len(problem.kinds) * problem.shape.batch
+    return Contender(vil.call, SEARCHED, note, prepare=vil.prepare, examples=examples)

@@ -33,8 +33,9 @@ COLUMNS = (
     *("operation", "shape", "dtype", "contender", "note"),
     # checked against float64 first: the largest difference over the largest entry, and what was allowed
     *("checked_error", "allowed_error"),
-    # time of a call; `times_first`: over that of the case's first contender, median of the ratios within rounds
-    *("runs", "median_ms", "p20_ms", "p80_ms", "times_first"),
+    # time of a call; `times_first`: over that of the case's first contender, median and 20th and 80th percentile of the
+    # ratios within rounds
+    *("runs", "median_ms", "p20_ms", "p80_ms", "times_first", "times_first_p20", "times_first_p80"),
     # compulsory traffic and cheapest arithmetic by formula, and what the machine does at best in the same minutes
     *("bytes", "flops", "copy_gb_per_s", "gemm_gflop_per_s", "gb_per_s", "share_of_copy", "gflop_per_s"),
     *("share_of_gemm", "peak_extra_mb"),
@@ -55,7 +56,8 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The short hash, with a + where the work tree (but for results) differs from it; "none" without git."""
+    """The short hash, with a + where the work tree (but for results) differs from it. Without git what MTLGRAD_COMMIT
+    says, or "none", which no report takes."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -65,7 +67,7 @@ def commit() -> str:
             "+" if git("status", "--porcelain", "--", ".", ":!bench/results") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return "none"
+        return os.environ.get("MTLGRAD_COMMIT", "none")
 
 
 def device_name(device: torch.device) -> str:
@@ -119,14 +121,15 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def times_first(result: Result, first: Result) -> float:
+def times_first(result: Result, first: Result, percentile: float = 50) -> float:
     """How many times as long as the first contender: the median, over the rounds that both ran in, of their ratio.
 
-    Neighbours in time see the same machine, so this is steadier than the ratio of two medians."""
+    Neighbours in time see the same machine, so this is steadier than the ratio of two medians. Where there is no such
+    round it is that, and other percentiles are NaN."""
     shared = sorted(result.times.keys() & first.times.keys())
     if not shared:
-        return result.median / first.median
-    return float(np.median([result.times[i] / first.times[i] for i in shared]))
+        return result.median / first.median if percentile == 50 else math.nan
+    return float(np.percentile([result.times[i] / first.times[i] for i in shared], percentile))
 
 
 def rows_of(case: Case, work: Work, results: dict[str, Result], copy_rate: float, gemm_rate: float) -> list[Row]:
@@ -148,9 +151,12 @@ def rows_of(case: Case, work: Work, results: dict[str, Result], copy_rate: float
             row |= {"gflop_per_s": f"{rate:.2f}", "share_of_gemm": f"{rate / gemm_rate:.4f}"}
             ratio = times_first(result, first)
             row["times_first"] = known(ratio, ".4f")
-            if work.examples:
-                row["examples_per_s"] = f"{1e3 * work.examples / median:.2f}"
-                row["method_share"] = known(1.0 - 1.0 / ratio, ".4f")
+            for percentile in 20, 80:
+                row[f"times_first_p{percentile}"] = known(times_first(result, first, percentile), ".4f")
+            examples = work.contenders[name].examples
+            if examples or work.examples:
+                row["examples_per_s"] = f"{1e3 * (examples or work.examples or 0) / median:.2f}"
+                row["method_share"] = "" if examples else known(1.0 - 1.0 / ratio, ".4f")
         rows.append(row)
     return rows
 

@@ -201,7 +201,7 @@ def test_a_slow_contender_is_called_once() -> None:
         return torch.tensor(2.0)
 
     rows = doubled(fine=right(), slow=Contender(slow, 1e-6, once=True)).rows("", QUICK, [])
-    assert len(calls) == 1
+    assert len(calls) == 2  # to check, and to time
     assert next(row for row in rows if row["contender"] == "slow")["runs"] == 1
 
 
@@ -209,6 +209,9 @@ def test_times_are_compared_within_rounds() -> None:
     first = Result(times={0: 1.0, 1: 10.0, 2: 1.0})
     assert table.times_first(Result(times={1: 20.0, 2: 2.0}), first) == 2.0
     assert table.times_first(Result(times={-1: 3.0}), first) == 3.0
+    assert math.isnan(table.times_first(Result(times={-1: 3.0}), first, 20))
+    spread = Result(times={i: float(i) for i in range(1, 12)})
+    assert table.times_first(spread, Result(times=dict.fromkeys(range(20), 1.0)), 20) == 3.0
     assert math.isnan(table.times_first(Result(), first))
 
 
@@ -319,10 +322,14 @@ def test_an_installed_package_says_where_the_benchmarks_are(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "mtlgrad" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "--quick"]) == 2
     found = capsys.readouterr().err
-    assert found.startswith("mtlgrad bench: expected the source tree")
+    assert found.startswith("mtlgrad bench: expected mtlgrad's source tree")
     assert len(found.splitlines()) == 1
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["bench", "alphavil", "--list"]) == 0
+    assert "alpha step" in capsys.readouterr().out
 
 
 def test_results_do_not_make_the_work_tree_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,3 +349,73 @@ def test_results_do_not_make_the_work_tree_differ(tmp_path: Path, monkeypatch: p
     assert table.commit() == clean
     (tmp_path / "kept").write_text("b")
     assert table.commit() == clean + "+"
+
+
+def two_cases(*broken: str) -> list[Case]:
+    """Cases named a and b, of which some raise what no benchmark expects."""
+
+    def build(name: str) -> Work:
+        if name in broken:
+            raise MemoryError("no room\nat all")
+        return doubled(fine=right()).build(False)
+
+    return [Case(name, "s", lambda small, name=name: build(name)) for name in "ab"]
+
+
+def test_one_case_that_fails_does_not_end_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, arguments = (
+        tmp_path / "moments_cpu.csv",
+        ["moments", "--quick", "--device", "cpu", "--results", str(tmp_path)],
+    )
+
+    def operations() -> list[str]:
+        with path.open(newline="") as file:
+            return [row["operation"] for row in csv.DictReader(file)]
+
+    monkeypatch.setattr(bench_moments, "cases", lambda quick, device: two_cases("a"))
+    assert command.main(arguments) == 1
+    assert capsys.readouterr().err == "mtlgrad bench: moments: a s: MemoryError: no room\n"
+    assert operations() == ["b"]
+
+    def stopped(quick: bool, device: torch.device) -> list[Case]:
+        first, second = two_cases()
+
+        def stop(small: bool) -> Work:
+            raise KeyboardInterrupt
+
+        return [first, Case(second.operation, second.shape, stop)]
+
+    monkeypatch.setattr(bench_moments, "cases", stopped)
+    assert command.main(arguments) == 130
+    assert operations() == ["b", "a"]  # what was measured before stays until a whole run takes its place
+    monkeypatch.setattr(bench_moments, "cases", lambda quick, device: two_cases()[:1])
+    assert command.main(arguments) == 0
+    assert operations() == ["a"]
+
+
+def test_contenders_can_be_left_out() -> None:
+    options = Options(CPU, rounds=3, seconds=0.05, with_memory=False, flush_bytes=1 << 16, without=["comp"])
+    rows = doubled(fine=right(), compiled=Contender(raises, 1e-6)).rows("", options, [])
+    assert [row["contender"] for row in rows] == ["fine"]
+
+
+def test_throughput_and_share_of_a_step() -> None:
+    case = doubled(plain=right(), other=right(), long=right(examples=30))
+    work = case.build(False)
+    work.examples = 10
+    rows = {row["contender"]: row for row in case.rows("", QUICK, [])}
+    for name, examples in ("plain", 10), ("other", 10), ("long", 30):
+        found = float(rows[name]["examples_per_s"]) * float(rows[name]["median_ms"]) / 1e3
+        assert found == pytest.approx(examples, rel=0.1)
+    assert float(rows["other"]["method_share"]) == pytest.approx(1 - 1 / float(rows["other"]["times_first"]), abs=1e-3)
+    assert rows["long"]["method_share"] == ""
+
+
+def test_the_commit_can_be_told_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.delenv("MTLGRAD_COMMIT", raising=False)
+    assert table.commit() == "none"
+    monkeypatch.setenv("MTLGRAD_COMMIT", "abc1234")
+    assert table.commit() == "abc1234"

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 THREE = {
     *("plain", "mtlgrad aligned layer", "mtlgrad aligned weigh", "mtlgrad aligned merge", "mtlgrad bayesagg"),
-    *("mtlgrad adatask", "mtlgrad alphavil", "torchjd aligned merge", "torchjd upgrad", "libmtl aligned merge"),
+    *("mtlgrad adatask", "mtlgrad alphavil round", "torchjd aligned merge", "torchjd upgrad", "libmtl aligned merge"),
+    "torchjd aligned per tensor",
     *("published adatask", "published bayesagg"),
 }
 SLOW = {"published bayesagg"}  # but for one case
@@ -42,7 +43,7 @@ def test_quick_run_of_the_step_benchmark(tmp_path: Path) -> None:
         found = [r for r in rows if r["operation"] == f"step {network}" and r["shape"].endswith(f", {heads} heads")]
         missing = THREE - {row["contender"] for row in found}
         expected = set() if (network, heads) == ("transformer", 3) else SLOW
-        assert missing == (expected if heads == 3 else expected | {"mtlgrad alphavil"})
+        assert missing == (expected if heads == 3 else expected | {"mtlgrad alphavil round"})
         assert found[0]["contender"] == "plain"  # the first, whose time the others' is compared with
         for row in found:
             assert float(row["checked_error"]) <= float(row["allowed_error"]), row["contender"]
@@ -91,12 +92,12 @@ def planted(name: str, patch: pytest.MonkeyPatch, problem: Problem) -> Contender
         patch.setattr(mtlgrad, "Regression", functools.partial(mtlgrad.Regression, power=0.9))
     elif name == "mtlgrad adatask":
         problem.adatask.param_groups[0]["betas"] = (0.9, 0.99)
-    elif name == "mtlgrad alphavil":
+    elif name == "mtlgrad alphavil round":
         vil = bench_step.alphavil(problem)
         patch.setattr(step_alphavil, "ALPHA_LR", 1.03 * step_alphavil.ALPHA_LR)  # what is expected
         return vil
-    elif name == "torchjd aligned merge":
-        patch.setattr(torchjd_merge, "to_grad", lambda parameters, **_: torchjd_merge.upgrad_to_grad(parameters))
+    elif name.startswith("torchjd aligned"):
+        patch.setattr(torchjd_merge, "to_grad", lambda parameters, *_, **__: torchjd_merge.upgrad_to_grad(parameters))
     elif name == "torchjd upgrad":
         patch.setattr(
             torchjd_merge,

@@ -22,7 +22,7 @@ if [[ -n ${FAIL:-} && "$*" == *"$FAIL"* ]]; then echo "as planted"; exit 3; fi
 if [[ "$*" == *--results* ]]; then touch "$OUT/${3/bench.resources/resources}_card.csv"; fi
 echo "${CARD-90}"
 """
-STEMS = ["combine", "adatask", "moments", "step", "alphavil"]
+STEMS = ("moments", "combine", "adatask", "step", "alphavil")
 PARTS = ["card", "torch", "build", "info", "parity", "graphs", "streams", "resources"]
 BENCHES = [f"bench {stem}" for stem in STEMS]
 SANITIZERS = [f"{tool} {stem}" for tool in ("memcheck", "racecheck", "synccheck") for stem in STEMS[:3]]

@@ -68,14 +68,15 @@ def test_block_of_aligned_mtl(tmp_path: Path) -> None:
         row("aligned resnet-50", shape, "mtlgrad merge", 30.1, 1.0),
         row("aligned resnet-50", shape, "torchjd", None, note="failed: ModuleNotFoundError: torchjd"),
         row("aligned resnet-50", shape, "torchjd per tensor", 81.3, 2.7),
+        row("aligned resnet-50", shape, "libmtl", 90.3, 3.0),
         row("gram", "T=2 N=1e+07", "mtlgrad", 77.7),
     )
     block = BLOCKS["aligned"](results)
-    line = ["10.5 ms", "24.1 ms", "24.9 ms*", "2.4x*", "-", "10x", "1.2e-7, 1.2e-4"]
+    line = ["24.1 ms", "10.5 ms", "24.9 ms*", "1.20x*", "-", "-", "10x", "1.2e-7, 1.2e-4"]
     assert cells(block, "T 2, N 1e7, one matrix")[1:] == line
-    line = ["30.1 ms", "-", "failed", "failed", "81.3 ms, 2.7x", "30x", "1.2e-7, 1.2e-7"]
+    line = ["30.1 ms", "-", "failed", "failed", "81.3 ms, 2.7x", "90.3 ms, 3.0x", "30x", "1.2e-7, 1.2e-7"]
     assert cells(block, "T 3, 161 parameters of a ResNet-50")[1:] == line
-    assert cells(block, "T 2, N 1e6, one matrix")[1:] == ["-", "1.00 ms", "-", "-", "-", "-", "-, -"]
+    assert cells(block, "T 2, N 1e6, one matrix")[1:] == ["1.00 ms", *"------", "1.2e-7, -"]
     assert block.index("N 1e7") < block.index("N 1e6")
     assert "\\* Its error is larger" in block
     assert "torchjd, failed: ModuleNotFoundError: torchjd (aligned resnet-50 T 3, 161 parameters)." in block

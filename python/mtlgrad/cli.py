@@ -354,10 +354,11 @@ def _run(comparison: Comparison, stop: Stop) -> int:
 
 def _bench(argv: Sequence[str]) -> int:
     """The benchmarks lie in the source tree, with their peers and results; they are no part of the package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "bench" / "__main__.py").is_file():
-        where = "expected the source tree, where the benchmarks lie, found an installed package"
-        sys.stderr.write(f"mtlgrad bench: {where}; clone it and `pip install -e .` there\n")
+    places = (Path(__file__).resolve().parents[2], Path.cwd())
+    root = next((place for place in places if (place / "bench" / "bench_moments.py").is_file()), None)
+    if root is None:
+        where = f"expected mtlgrad's source tree, where the benchmarks lie, found none in {places[1]}"
+        sys.stderr.write(f"mtlgrad bench: {where}; clone it and run this there\n")
         return BAD_INPUT
     sys.path.insert(0, str(root))
     from bench.__main__ import main as run

@@ -7,7 +7,8 @@
 // memory read before it is written (it starts as NaN), and results under three orders of threads and blocks. Under
 // ThreadSanitizer it also sees races inside a block, under AddressSanitizer overruns of shared memory.
 // What it cannot see: races between blocks other than through the order of blocks, the memory model, clusters,
-// cooperative groups, mma, TMA, inline PTX. A copy of cp.async is made as late as it may be, when the thread waits for it.
+// cooperative groups, mma, TMA, inline PTX. A copy of cp.async is made as late as it may be,
+// when the thread waits for it; in backward order as early, when it is asked for.
 #pragma once
 #include <math.h>  // not <cmath> alone: device code calls expf, isnan and their like without std::
 
@@ -194,7 +195,10 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   const auto both = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
   if ((bytes != 4 && bytes != 8 && bytes != 16) || both % bytes)
     emu::fail("__pipeline_memcpy_async: %zu bytes, misaligned or not 4, 8 or 16", bytes);
-  emu::self().copies.back().push_back({to, from, bytes});
+  if (emu::options.order == emu::Order::backward)
+    std::memcpy(to, from, bytes);
+  else
+    emu::self().copies.back().push_back({to, from, bytes});
 }
 inline void __pipeline_commit() { emu::self().copies.emplace_back(); }
 inline void __pipeline_wait_prior(size_t batches) {
