@@ -128,7 +128,10 @@ def build(tasks: int, batch: int, size: int, width: int, device: torch.device, s
         {
             "forward, backward": contender(problem.plain, "of the network alone"),
             "mtlgrad alpha step": contender(problem.step, "Search.epoch of one batch"),
-            "torch alpha step": contender(problem.eager, "theta + sum_t alpha_t delta_t by torch's operations"),
+            # It rounds theta after every task, which the network's passes amplify.
+            "torch alpha step": contender(
+                problem.eager, "theta + sum_t alpha_t delta_t by torch's operations", tolerated=True
+            ),
         },
         error,
         bytes=2 * tasks * count * problem.images.element_size(),  # the floor: T deltas, read twice
