@@ -209,7 +209,7 @@ def step(results: Results) -> str:
         for m in case.contenders.values():
             ratio = NONE if m is case.first else times(m.number("times_first"), fine=True)
             low, high = m.number("times_first_p20"), m.number("times_first_p80")
-            if m is not case.first and math.isfinite(low):
+            if m is not case.first and low < high:  # not of a single round
                 ratio += f" ({times(low, fine=True)} to {times(high, fine=True)})"
             share = NONE if m is case.first or not m["method_share"] else percent(m.number("method_share"))
             examples = digits(m.number("examples_per_s"), 3)
