@@ -47,8 +47,14 @@ def test_quick_run_of_the_step_benchmark(tmp_path: Path) -> None:
         assert found[0]["contender"] == "plain"  # the first, whose time the others' is compared with
         for row in found:
             assert float(row["checked_error"]) <= float(row["allowed_error"]), row["contender"]
-            assert float(row["examples_per_s"]) == pytest.approx(8e3 / float(row["median_ms"]), rel=1e-3, abs=0.01)
-            assert float(row["method_share"]) == pytest.approx(1 - 1 / float(row["times_first"]), abs=1e-3)
+            a_round = row["contender"] == "mtlgrad alphavil round"  # a training of the batch for each task
+            passed = 8 * (heads if a_round else 1)
+            rate = pytest.approx(1e3 * passed / float(row["median_ms"]), rel=1e-3, abs=0.01)
+            assert float(row["examples_per_s"]) == rate
+            if a_round:
+                assert row["method_share"] == ""
+            else:
+                assert float(row["method_share"]) == pytest.approx(1 - 1 / float(row["times_first"]), abs=1e-3)
 
 
 def problem_of(tasks: int = 3, network: str = "resnet-18") -> Problem:
