@@ -173,7 +173,6 @@ def test_resident_threads(changed: dict[str, int], threads: int) -> None:
     assert kernel(**changed).resident_threads == threads
 
 
-@pytest.mark.skipif(not resources.RESULT.exists(), reason="bench/results/kernels has no resources_cuda.csv")
 def test_kept_rows() -> None:
     with resources.RESULT.open(newline="") as file:
         rows = list(csv.DictReader(file))
