@@ -1,7 +1,5 @@
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
 #include <limits>
 #include <stdexcept>
 #include <tuple>
@@ -14,232 +12,208 @@ using namespace mtlgrad;
 
 namespace {
 
-using Ptr = std::uintptr_t;
+// How an argument of a kernel comes from Python. A wire is made and ends with the GIL held, and lives as long as the
+// call; value() is what the kernel gets; fits() tells whether its tables have the entries that go with Rows beside it.
+// Numbers and enums are themselves, a pointer is an address.
+template <typename T>
+class Wire {
+ public:
+  explicit Wire(py::handle from) : value_(convert(from)) {}
+  T value() const { return value_; }
+  bool fits(const Rows&) const { return true; }
+
+ private:
+  static T convert(py::handle from);
+
+  T value_;
+};
+
+template <typename E>
+constexpr E kLast{};
+template <>
+constexpr DType kLast<DType> = DType::f64;
+template <>
+constexpr Structure kLast<Structure> = Structure::kron;
+template <>
+constexpr Likelihood kLast<Likelihood> = Likelihood::multiclass;
+template <>
+constexpr Scale kLast<Scale> = Scale::rmse;
 
 template <typename T>
-T* as(Ptr p) {
-  return reinterpret_cast<T*>(p);
+T Wire<T>::convert(py::handle from) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(from.cast<std::uintptr_t>());
+  } else if constexpr (std::is_enum_v<T>) {
+    const int code = from.cast<int>();
+    if (code < 0 || code > static_cast<int>(kLast<T>))
+      throw std::invalid_argument("unknown code " + std::to_string(code));
+    return static_cast<T>(code);
+  } else {
+    return from.cast<T>();
+  }
 }
 
-DType dtype_of(int code) {
-  if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
-  return static_cast<DType>(code);
-}
+// What a table has an entry for; an entry is a parameter and a task.
+enum class Per { tensor, task, entry };
+enum class Need { required, optional };
 
-// Python's side of Sink: two pointers and a flag that says which two, then the powers.
-Sink sink_of(bool fold, Ptr first, Ptr second, Ptr power) {
-  if (fold) return {nullptr, nullptr, as<void>(first), as<void>(second), as<const double>(power)};
-  return {as<void>(first), as<void>(second), nullptr, nullptr, nullptr};
-}
+// A table in host memory is an object with a buffer, or None for null.
+template <typename T, Per kPer, Need kNeed = Need::required>
+struct Table;
 
-// The kernels of the `moments` stem on one device; every one takes its Place as (threads, stream, device).
-struct MomentsKernels {
-  decltype(&cpu::regression_moments) regression_moments;
-  decltype(&cpu::binary_moments) binary_moments;
-  decltype(&cpu::multiclass_moments) multiclass_moments;
-  decltype(&cpu::sample_residuals) sample_residuals;
-  decltype(&cpu::sampled_moments) sampled_moments;
-  decltype(&cpu::precision_mean) precision_mean;
-  decltype(&cpu::weighted_mean) weighted_mean;
+template <typename T, Per kPer, Need kNeed>
+class Wire<Table<T, kPer, kNeed>> {
+ public:
+  static_assert(sizeof(T) == 8, "Python makes tables of 64-bit integers and floats");
+
+  explicit Wire(py::handle from) {
+    if (!from.is_none() && PyObject_GetBuffer(from.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  }
+  ~Wire() {
+    if (view_.obj) PyBuffer_Release(&view_);
+  }
+  Wire(const Wire&) = delete;
+  Wire& operator=(const Wire&) = delete;
+
+  T* value() const { return static_cast<T*>(view_.buf); }
+  int64_t size() const { return view_.len / 8; }
+  bool fits(const Rows& rows) const {
+    if (kNeed == Need::optional && !view_.obj) return true;
+    return has((kPer == Per::task ? 1 : rows.tensors) * (kPer == Per::tensor ? 1 : rows.tasks));
+  }
+  bool has(int64_t entries) const { return view_.len == 8 * entries; }
+
+ private:
+  Py_buffer view_{};
 };
 
-void bind_moments(py::module_& m, const MomentsKernels& kernels) {
-  m.def("regression_moments",
-        [run = kernels.regression_moments](int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width,
-                                           Ptr targets, Ptr mean, Ptr cross, int64_t cross_stride, Ptr spread,
-                                           int64_t spread_stride, int64_t outputs, bool fold, Ptr first, Ptr second,
-                                           Ptr power, int threads, Ptr stream, int index) {
-          py::gil_scoped_release nogil;
-          run(dtype_of(dtype), {as<void>(features), stride, batch, width}, as<void>(targets), as<void>(mean),
-              as<void>(cross), cross_stride, as<void>(spread), spread_stride, outputs,
-              sink_of(fold, first, second, power), {threads, as<void>(stream), index});
-        });
-
-  m.def("binary_moments",
-        [run = kernels.binary_moments](int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width,
-                                       Ptr targets, Ptr mean, Ptr cross, Ptr spread, Ptr nodes, Ptr weights,
-                                       int64_t num_nodes, int64_t outputs, bool fold, Ptr first, Ptr second, Ptr power,
-                                       int threads, Ptr stream, int index) {
-          py::gil_scoped_release nogil;
-          run(dtype_of(dtype), {as<void>(features), stride, batch, width}, as<void>(targets), as<void>(mean),
-              as<void>(cross), as<void>(spread), as<void>(nodes), as<void>(weights), num_nodes, outputs,
-              sink_of(fold, first, second, power), {threads, as<void>(stream), index});
-        });
-
-  m.def("multiclass_moments",
-        [run = kernels.multiclass_moments](
-            int dtype, Ptr features, int64_t stride, int64_t batch, int64_t width, Ptr targets, int structure, Ptr mean,
-            Ptr cross, Ptr spread, Ptr classes, int64_t num_classes, Ptr points, int64_t num_points, Ptr workspace,
-            int64_t slots, bool fold, Ptr first, Ptr second, Ptr power, int threads, Ptr stream, int index) {
-          py::gil_scoped_release nogil;
-          const MulticlassPosterior posterior{static_cast<Structure>(structure),
-                                              as<void>(mean),
-                                              as<void>(cross),
-                                              as<void>(spread),
-                                              as<void>(classes),
-                                              num_classes};
-          run(dtype_of(dtype), {as<void>(features), stride, batch, width}, as<const int64_t>(targets), posterior,
-              as<const double>(points), num_points, as<double>(workspace), slots, sink_of(fold, first, second, power),
-              {threads, as<void>(stream), index});
-        });
-
-  m.def("sample_residuals",
-        [run = kernels.sample_residuals](int dtype, bool multiclass, Ptr logits, Ptr targets, int64_t batch,
-                                         int64_t samples, int64_t classes, int threads, Ptr stream, int index) {
-          py::gil_scoped_release nogil;
-          run(dtype_of(dtype), static_cast<Likelihood>(multiclass), as<void>(logits), as<void>(targets), batch, samples,
-              classes, {threads, as<void>(stream), index});
-        });
-
-  m.def("sampled_moments",
-        [run = kernels.sampled_moments](int dtype, bool multiclass, Ptr residuals, Ptr samples, int64_t batch,
-                                        int64_t num_samples, int64_t classes, int64_t width, bool fold, Ptr first,
-                                        Ptr second, Ptr power, int threads, Ptr stream, int index) {
-          py::gil_scoped_release nogil;
-          run(dtype_of(dtype), static_cast<Likelihood>(multiclass), as<void>(residuals), as<void>(samples), batch,
-              num_samples, classes, width, sink_of(fold, first, second, power), {threads, as<void>(stream), index});
-        });
-
-  m.def("precision_mean",
-        [run = kernels.precision_mean](int dtype, Ptr means, Ptr variances, Ptr power, Ptr out, int64_t batch,
-                                       int64_t tasks, int64_t width, int threads, Ptr stream, int index) {
-          py::gil_scoped_release nogil;
-          run(dtype_of(dtype), as<void>(means), as<void>(variances), as<const double>(power), as<void>(out), batch,
-              tasks, width, {threads, as<void>(stream), index});
-        });
-
-  m.def("weighted_mean",
-        [run = kernels.weighted_mean](int dtype, Ptr numerator, Ptr denominator, Ptr out, int64_t batch, int64_t width,
-                                      int threads, Ptr stream, int index) {
-          py::gil_scoped_release nogil;
-          run(dtype_of(dtype), as<void>(numerator), as<void>(denominator), as<void>(out), batch, width,
-              {threads, as<void>(stream), index});
-        });
-}
-
-// The kernels of the `combine` and `align` stems on one device.
-struct CombineKernels {
-  decltype(&cpu::gram_workspace) gram_workspace;
-  decltype(&cpu::dots_workspace) dots_workspace;
-  decltype(&cpu::gram) gram;
-  decltype(&cpu::dots) dots;
-  decltype(&cpu::combine) combine;
-  decltype(&cpu::displace) displace;
-  decltype(&cpu::align_workspace) align_workspace;
-  decltype(&cpu::align) align;
+// By themselves, tables of pointers go with the rows' tensors.
+template <>
+class Wire<void* const*> : public Wire<Table<void* const, Per::tensor>> {
+  using Wire<Table<void* const, Per::tensor>>::Wire;
+};
+template <>
+class Wire<const void* const*> : public Wire<Table<const void* const, Per::tensor>> {
+  using Wire<Table<const void* const, Per::tensor>>::Wire;
 };
 
-using Pointers = std::vector<Ptr>;
-using Sizes = std::vector<int64_t>;
+template <typename... Fields>
+class Tuple {
+ public:
+  explicit Tuple(py::handle from) : Tuple(from.cast<py::tuple>(), std::index_sequence_for<Fields...>{}) {}
+  bool fits(const Rows& rows) const {
+    return std::apply([&](const auto&... field) { return (field.fits(rows) && ...); }, fields_);
+  }
 
-static_assert(sizeof(Ptr) == sizeof(void*), "a table of integers is read as a table of pointers");
+ protected:
+  auto values() const {
+    return std::apply([](const auto&... field) { return std::make_tuple(field.value()...); }, fields_);
+  }
 
-Rows rows_of(const Pointers& data, const Sizes& sizes, int64_t tasks) {
-  if (data.size() != sizes.size() * static_cast<size_t>(tasks)) throw std::invalid_argument("rows: tables disagree");
-  return {reinterpret_cast<const void* const*>(data.data()), sizes.data(), tasks, static_cast<int64_t>(sizes.size())};
-}
+  std::tuple<Wire<Fields>...> fields_;
 
-void bind_combine(py::module_& m, const CombineKernels& kernels) {
-  m.def("gram_workspace", kernels.gram_workspace);
-  m.def("dots_workspace", kernels.dots_workspace);
-  m.def("align_workspace", kernels.align_workspace);
+ private:
+  template <size_t... kIndices>
+  Tuple(const py::tuple& from, std::index_sequence<kIndices...>) : fields_(checked(from)[kIndices]...) {}
 
-  m.def("gram", [run = kernels.gram](int dtype, const Pointers& data, const Sizes& sizes, int64_t tasks, Ptr out,
-                                     Ptr workspace, int threads, Ptr stream, int index) {
-    py::gil_scoped_release nogil;
-    run(dtype_of(dtype), rows_of(data, sizes, tasks), as<double>(out), as<double>(workspace),
-        {threads, as<void>(stream), index});
-  });
-
-  m.def("dots",
-        [run = kernels.dots](int row_type, int vector_type, const Pointers& data, const Sizes& sizes, int64_t tasks,
-                             const Pointers& vector, Ptr out, Ptr workspace, int threads, Ptr stream, int index) {
-          py::gil_scoped_release nogil;
-          run(dtype_of(row_type), dtype_of(vector_type), rows_of(data, sizes, tasks),
-              reinterpret_cast<const void* const*>(vector.data()), as<double>(out), as<double>(workspace),
-              {threads, as<void>(stream), index});
-        });
-
-  m.def("combine", [run = kernels.combine](int dtype, const Pointers& data, const Sizes& sizes, int64_t tasks,
-                                           Ptr weights, const Pointers& out, int threads, Ptr stream, int index) {
-    py::gil_scoped_release nogil;
-    run(dtype_of(dtype), rows_of(data, sizes, tasks), as<const double>(weights),
-        reinterpret_cast<void* const*>(out.data()), {threads, as<void>(stream), index});
-  });
-
-  m.def("displace", [run = kernels.displace](int row_type, int base_type, const Pointers& data, const Sizes& sizes,
-                                             int64_t tasks, const Pointers& base, Ptr weights, const Pointers& out,
-                                             int threads, Ptr stream, int index) {
-    py::gil_scoped_release nogil;
-    run(dtype_of(row_type), dtype_of(base_type), rows_of(data, sizes, tasks),
-        reinterpret_cast<const void* const*>(base.data()), as<const double>(weights),
-        reinterpret_cast<void* const*>(out.data()), {threads, as<void>(stream), index});
-  });
-
-  m.def("align", [run = kernels.align](Ptr gram, Ptr preference, int scale, double rtol, int64_t tasks, Ptr weights,
-                                       Ptr singular_values, Ptr rank, Ptr condition_number, Ptr transform,
-                                       Ptr workspace, int threads, Ptr stream, int index) {
-    py::gil_scoped_release nogil;
-    const Alignment alignment{as<double>(weights), as<double>(singular_values), as<int64_t>(rank),
-                              as<double>(condition_number), as<double>(transform)};
-    run(as<const double>(gram), as<const double>(preference), static_cast<Scale>(scale), rtol, tasks, alignment,
-        as<double>(workspace), {threads, as<void>(stream), index});
-  });
-}
-
-// The kernels of the `adatask` stem on one device.
-struct AdataskKernels {
-  decltype(&cpu::adatask_workspace) workspace;
-  decltype(&cpu::adatask) step;
+  static const py::tuple& checked(const py::tuple& from) {
+    if (from.size() != sizeof...(Fields))
+      throw std::invalid_argument("expected a tuple of " + std::to_string(sizeof...(Fields)) + ", found one of " +
+                                  std::to_string(from.size()));
+    return from;
+  }
 };
 
-void* const* table_of(const Pointers& pointers) {
-  return pointers.empty() ? nullptr : reinterpret_cast<void* const*>(pointers.data());
-}
+// A struct is a tuple of its members, in their order.
+template <typename T, typename... Fields>
+class Struct : public Tuple<Fields...> {
+ public:
+  using Tuple<Fields...>::Tuple;
+  T value() const {
+    return std::apply([](auto... values) { return T{values...}; }, this->values());
+  }
+};
 
-void bind_adatask(py::module_& m, const AdataskKernels& kernels, int64_t max_tasks) {
-  m.attr("adatask_max_tasks") = max_tasks;
-  m.def("adatask_workspace", kernels.workspace);
+#define MTLGRAD_STRUCT(name, ...)                       \
+  template <>                                           \
+  class Wire<name> : public Struct<name, __VA_ARGS__> { \
+    using Struct<name, __VA_ARGS__>::Struct;            \
+  };
 
-  // numbers: lr, first_decay, second_decay, eps, weight_decay, lr_decay, square_decay; flags: extra, decoupled, maximize,
-  // stochastic.
-  m.def("adatask",
-        [run = kernels.step](int parameter_type, int moment_type, int rule, const std::array<double, 7>& numbers,
-                             const std::array<bool, 4>& flags, const std::vector<double>& weights, Ptr lr_tensor,
-                             const Sizes& sizes, const Pointers& parameters, const Pointers& gradients,
-                             const Pointers& first, const Pointers& second, const Pointers& largest,
-                             const Pointers& buffers, const Pointers& steps, const Pointers& squares, const Sizes& keys,
-                             Ptr present, Ptr workspace, int threads, Ptr stream, int index) {
-          py::gil_scoped_release nogil;
-          const size_t tensors = sizes.size(), entries = tensors * weights.size();
-          const auto fits = [](const Pointers& table, size_t size) { return table.empty() || table.size() == size; };
-          if (parameters.size() != tensors || steps.size() != tensors || keys.size() != tensors ||
-              gradients.size() != entries || second.size() != entries || !fits(first, entries) ||
-              !fits(largest, entries) || !fits(buffers, tensors) || !fits(squares, tensors))
-            throw std::invalid_argument("adatask: tables disagree");
-          const TaskMoments table{static_cast<int64_t>(weights.size()),
-                                  static_cast<int64_t>(tensors),
-                                  sizes.data(),
-                                  table_of(parameters),
-                                  reinterpret_cast<const void* const*>(gradients.data()),
-                                  table_of(first),
-                                  table_of(second),
-                                  table_of(largest),
-                                  table_of(buffers),
-                                  reinterpret_cast<const float* const*>(steps.data()),
-                                  squares.empty() ? nullptr : reinterpret_cast<double* const*>(squares.data()),
-                                  keys.data(),
-                                  as<const bool>(present)};
-          Adaptive by;
-          by.rule = static_cast<Rule>(rule);
-          std::tie(by.extra, by.decoupled, by.maximize, by.stochastic) = std::tuple_cat(flags);
-          std::tie(by.lr, by.first_decay, by.second_decay, by.eps, by.weight_decay, by.lr_decay, by.square_decay) =
-              std::tuple_cat(numbers);
-          by.lr_tensor = as<const double>(lr_tensor);
-          by.weights = weights.data();
-          run(dtype_of(parameter_type), dtype_of(moment_type), table, by, as<double>(workspace),
-              {threads, as<void>(stream), index});
-        });
+MTLGRAD_STRUCT(Features, const void*, int64_t, int64_t, int64_t)
+MTLGRAD_STRUCT(Place, int, void*, int)
+MTLGRAD_STRUCT(MulticlassPosterior, Structure, const void*, const void*, const void*, const void*, int64_t)
+MTLGRAD_STRUCT(Alignment, double*, double*, int64_t*, double*, double*)
+MTLGRAD_STRUCT(Adam, double, double, bool)
+MTLGRAD_STRUCT(RMSprop, double, double)
+MTLGRAD_STRUCT(Adagrad, double)
+MTLGRAD_STRUCT(StepSettings, double, const double*, double, double, bool, bool, double, Table<const double, Per::task>,
+               const bool*)
+MTLGRAD_STRUCT(StepTensors, Table<void* const, Per::tensor>, Table<const float* const, Per::tensor>,
+               Table<double* const, Per::tensor, Need::optional>, Table<const int64_t, Per::tensor, Need::optional>)
+using Moments = Table<void* const, Per::entry>;
+using OptionalMoments = Table<void* const, Per::entry, Need::optional>;
+MTLGRAD_STRUCT(AdamMoments, Moments, Moments, OptionalMoments)
+MTLGRAD_STRUCT(RMSpropMoments, Moments, OptionalMoments, Table<void* const, Per::tensor, Need::optional>)
+MTLGRAD_STRUCT(AdagradMoments, Moments)
+#undef MTLGRAD_STRUCT
+
+// Two pointers, to mean and variance; with the powers, to numerator and denominator.
+template <>
+class Wire<Output> : public Tuple<void*, void*, const double*> {
+ public:
+  using Tuple::Tuple;
+  Output value() const {
+    const auto [first, second, power] = values();
+    if (power) return {nullptr, nullptr, first, second, power};
+    return {first, second, nullptr, nullptr, nullptr};
+  }
+};
+
+// (bases, steps, sizes, tasks): the addresses of all entries; or of each tensor's first row, and how many bytes lie
+// between its rows.
+template <>
+class Wire<Rows> : public Tuple<Table<const void* const, Per::tensor>, Table<const int64_t, Per::tensor>,
+                                Table<const int64_t, Per::tensor>, int64_t> {
+ public:
+  explicit Wire(py::handle from) : Tuple(from) {
+    const auto& [bases, steps, sizes, count] = fields_;
+    const int64_t tensors = sizes.size(), tasks = count.value();
+    rows_ = {bases.value(), sizes.value(), tasks, tensors};
+    const int64_t* apart = steps.value();
+    if (tasks < 0 || !sizes.has(tensors) || !bases.has(apart ? tensors : tensors * tasks) ||
+        (apart && !steps.has(tensors)))
+      throw std::invalid_argument("rows: tables disagree");
+    if (!apart) return;
+    entries_.reserve(tensors * tasks);
+    for (int64_t p = 0; p < tensors; ++p)
+      for (int64_t t = 0; t < tasks; ++t) entries_.push_back(static_cast<const char*>(bases.value()[p]) + t * apart[p]);
+    rows_.data = entries_.data();
+  }
+  const Rows& value() const { return rows_; }
+  bool fits(const Rows&) const { return true; }
+
+ private:
+  Rows rows_;
+  std::vector<const void*> entries_;
+};
+
+template <typename T>
+using Handle = py::handle;
+
+template <typename Result, typename... Arguments>
+void bind(py::module_& m, const char* name, Result (*kernel)(Arguments...)) {
+  m.def(name, [name, kernel](Handle<Arguments>... arguments) {
+    using Wires = std::tuple<Wire<std::decay_t<Arguments>>...>;
+    const Wires wires(arguments...);
+    if constexpr ((std::is_same_v<std::decay_t<Arguments>, Rows> || ...)) {
+      const Rows& rows = std::get<Wire<Rows>>(wires).value();
+      if (!std::apply([&](const auto&... wire) { return (wire.fits(rows) && ...); }, wires))
+        throw std::invalid_argument(std::string(name) + ": tables disagree");
+    }
+    py::gil_scoped_release nogil;
+    return std::apply([&](const auto&... wire) { return kernel(wire.value()...); }, wires);
+  });
 }
 
 }  // namespace
@@ -257,21 +231,14 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = 0;
 #endif
-  m.def("multiclass_workspace", [](int structure, int64_t classes, int64_t points) {
-    return multiclass_workspace(static_cast<Structure>(structure), classes, points);
-  });
-  m.def("condition_on_batch", [](int dtype, Ptr cross, Ptr gram, Ptr curvature, Ptr spread, int64_t rows, int64_t batch,
-                                 int64_t width, int threads) {
-    py::gil_scoped_release nogil;
-    return cpu::condition_on_batch(dtype_of(dtype), as<void>(cross), as<void>(gram), as<void>(curvature),
-                                   as<void>(spread), rows, batch, width, {threads, nullptr, 0});
-  });
+  bind(m, "multiclass_workspace", multiclass_workspace);
+  bind(m, "condition_on_batch", cpu::condition_on_batch);
+
   py::module_ on_cpu = m.def_submodule("cpu");
-  bind_moments(on_cpu, {cpu::regression_moments, cpu::binary_moments, cpu::multiclass_moments, cpu::sample_residuals,
-                        cpu::sampled_moments, cpu::precision_mean, cpu::weighted_mean});
-  bind_combine(on_cpu, {cpu::gram_workspace, cpu::dots_workspace, cpu::gram, cpu::dots, cpu::combine, cpu::displace,
-                        cpu::align_workspace, cpu::align});
-  bind_adatask(on_cpu, {cpu::adatask_workspace, cpu::adatask}, std::numeric_limits<int64_t>::max());
+  on_cpu.attr("adatask_max_tasks") = std::numeric_limits<int64_t>::max();
+#define MTLGRAD_BIND(name) bind(on_cpu, #name, cpu::name);
+  MTLGRAD_KERNELS(MTLGRAD_BIND)
+#undef MTLGRAD_BIND
 
 #ifdef MTLGRAD_WITH_CUDA
   m.attr("cuda_compiled") = true;
@@ -281,11 +248,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_error", &cuda::device_error);
   m.def("cuda_runtime_version", &cuda::runtime_version);
   py::module_ on_cuda = m.def_submodule("cuda");
-  bind_moments(on_cuda, {cuda::regression_moments, cuda::binary_moments, cuda::multiclass_moments,
-                         cuda::sample_residuals, cuda::sampled_moments, cuda::precision_mean, cuda::weighted_mean});
-  bind_combine(on_cuda, {cuda::gram_workspace, cuda::dots_workspace, cuda::gram, cuda::dots, cuda::combine,
-                         cuda::displace, cuda::align_workspace, cuda::align});
-  bind_adatask(on_cuda, {cuda::adatask_workspace, cuda::adatask}, kMaxStepTasks);
+  on_cuda.attr("adatask_max_tasks") = kMaxStepTasks;
+#define MTLGRAD_BIND(name) bind(on_cuda, #name, cuda::name);
+  MTLGRAD_KERNELS(MTLGRAD_BIND)
+#undef MTLGRAD_BIND
 #else
   m.attr("cuda_compiled") = false;
   m.attr("cuda_archs") = "";

@@ -12,10 +12,10 @@ namespace mtlgrad {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
-// Where the moments of T tasks go. Either they are written out, mean and variance [B, T, D]; or they are folded at once
-// into numerator += lambda mean and denominator += lambda, [B, D] each, lambda = variance^-power, and no [B, T, D]
+// Where the moments of T tasks go. Either they are written out, mean and variance [B, T, D]; or they are accumulated at
+// once, numerator += lambda mean and denominator += lambda, [B, D] each, lambda = variance^-power, and no [B, T, D]
 // tensor exists.
-struct Sink {
+struct Output {
   void* mean = nullptr;
   void* variance = nullptr;
   void* numerator = nullptr;
@@ -29,18 +29,18 @@ struct Features {
   int64_t stride, batch, width;
 };
 
-// How the weights of different classes covary; decides what `cross` and `spread` hold.
+// How the weights of different classes covary; decides what `cross_covariance` and `variances` hold.
 enum class Structure : int { full = 0, block = 1, kron = 2 };
 
 // The multiclass posterior at the B examples.
-//   full:  cross [C, B, C, P] with cross[k, b, c] = S_ck h~_b;  spread [C, C, P] with spread[c, k, d] = S_cd,kd
-//   block: cross [C, B, P]    with cross[c, b] = S_c h~_b;      spread [C, P]    with spread[c, d] = S_c,dd
-//   kron:  cross [B, P]       with cross[b] = S_feature h~_b;   spread [P]       with spread[d] = S_feature,dd;
+//   full:  cross_covariance [C, B, C, P]: [k, b, c] = S_ck h~_b;  variances [C, C, P]: [c, k, d] = S_cd,kd
+//   block: cross_covariance [C, B, P]: [c, b] = S_c h~_b;         variances [C, P]: [c, d] = S_c,dd
+//   kron:  cross_covariance [B, P]: [b] = S_feature h~_b;         variances [P]: [d] = S_feature,dd;
 //          classes [C, C] = the class factor (unused otherwise)
 struct MulticlassPosterior {
   Structure structure;
   const void* mean;  // [C, P]
-  const void *cross, *spread, *classes;
+  const void *cross_covariance, *variances, *classes;
   int64_t num_classes;
 };
 
@@ -69,43 +69,58 @@ struct Alignment {
 // The largest number of tasks that align takes.
 constexpr int64_t kMaxAlignTasks = 64;
 
-// The largest number of tasks that cuda::adatask takes; the host takes any.
+// The largest number of tasks that a step of AdaTask's optimizers takes on a device; the host takes any.
 constexpr int64_t kMaxStepTasks = 64;
 
-// The optimizer that AdaTask (arXiv 2211.15055) gives moments of each task's own.
-enum class Rule : int { adam = 0, rmsprop = 1, adagrad = 2 };
-
-// What a step of it goes by; math/adatask.h has the formulas.
-struct Adaptive {
-  Rule rule;
-  bool extra;      // Adam: amsgrad; RMSProp: centered
-  bool decoupled;  // weight decay of the parameter itself, not through the gradient
-  bool maximize;
-  bool stochastic;          // rounding of bfloat16 moments
+// What a step of every optimizer that AdaTask (arXiv 2211.15055) gives moments of each task's own goes by;
+// math/adatask.h has the formulas.
+struct StepSettings {
   double lr;                // unless lr_tensor
   const double* lr_tensor;  // [1], on the kernel's device, or null
-  double first_decay;       // beta1; RMSProp: momentum
-  double second_decay;      // beta2; RMSProp: alpha
-  double eps, weight_decay, lr_decay;
-  double square_decay;    // of the average squared updates
-  const double* weights;  // [T] in host memory
+  double eps, weight_decay;
+  bool maximize;
+  bool stochastic;             // rounding of bfloat16 moments
+  double square_decay;         // of the average squared updates
+  const double* task_weights;  // [T], in host memory
+  const bool* present;         // [T], on the kernel's device: the tasks that take part; null: all
 };
 
-// P parameters, the gradients of T tasks and their moments. Every table is in host memory, of pointers to memory on the
-// kernel's device, and read when the kernel returns; those of entries p * tasks + t are "[P, T]". Null tables: none.
-struct TaskMoments {
-  int64_t tasks, tensors;
-  const int64_t* sizes;          // [P]
-  void* const* parameters;       // [P]
-  const void* const* gradients;  // [P, T], of the parameters' type
-  void* const* first;            // [P, T], of the moments' type: Adam, and RMSProp if centered
-  void* const* second;           // [P, T]
-  void* const* largest;          // [P, T]: amsgrad
-  void* const* buffers;          // [P]: RMSProp with momentum
-  const float* const* steps;     // [P], each [T]: the number of this step, from 1
-  double* const* squares;        // [P], each [T]: the average squared updates
-  const int64_t* keys;           // [P]: what tells parameters apart in stochastic rounding
-  const bool* present;           // [T] on the kernel's device: the tasks that take part; null: all
+struct Adam {
+  double beta1, beta2;
+  bool decoupled;  // weight decay of the parameter itself, not through the gradient
+};
+
+struct RMSprop {
+  double alpha, momentum;
+};
+
+struct Adagrad {
+  double lr_decay;
+};
+
+// P parameters and what else there is of each. These tables and the following are in host memory, as those of Rows, and
+// of pointers to memory on the kernel's device. Null tables: none.
+struct StepTensors {
+  void* const* parameters;    // [P]
+  const float* const* steps;  // [P], each [T]: the number of this step, from 1
+  double* const* squares;     // [P], each [T], or null: the average squared updates
+  const int64_t* keys;        // [P], or null: what tells parameters apart in stochastic rounding
+};
+
+// Those of parameter p and task t at p * tasks + t.
+struct AdamMoments {
+  void *const *exp_avgs, *const *exp_avg_sqs;  // [P, T]
+  void* const* max_exp_avg_sqs;                // [P, T], or null: not amsgrad
+};
+
+struct RMSpropMoments {
+  void* const* square_avgs;       // [P, T]
+  void* const* grad_avgs;         // [P, T], or null: not centered
+  void* const* momentum_buffers;  // [P], or null: no momentum
+};
+
+struct AdagradMoments {
+  void* const* state_sums;  // [P, T]
 };
 
 // Where a kernel runs: the host reads `threads`, a device the other two.
@@ -120,20 +135,22 @@ int64_t multiclass_workspace(Structure, int64_t classes, int64_t points);
 
 namespace cpu {
 
-// targets [B, O] (NaN: no label), mean [O, D], cross [O or 1, B, D] = S h, spread [O or 1, D] = diag S; the strides over
-// outputs are 0 where all outputs share one covariance.
-void regression_moments(DType, Features, const void* targets, const void* mean, const void* cross, int64_t cross_stride,
-                        const void* spread, int64_t spread_stride, int64_t outputs, Sink, Place);
+// targets [B, O] (NaN: no label), mean [O, D], cross_covariance [O or 1, B, D] = S h, variances [O or 1, D] = diag S; the
+// strides over outputs are 0 where all outputs share one covariance.
+void regression_moments(DType, Features, const void* targets, const void* mean, const void* cross_covariance,
+                        int64_t covariance_stride, const void* variances, int64_t variance_stride, int64_t outputs,
+                        Output, Place);
 
-// targets [B, O] (NaN: no label), mean [O, P], cross [O, B, P] = S h~, spread [O, P] = diag S, nodes and weights [nodes]
-// of a rule for u ~ N(0, 1) that is exact for 1, u and u^2.
-void binary_moments(DType, Features, const void* targets, const void* mean, const void* cross, const void* spread,
-                    const void* nodes, const void* weights, int64_t num_nodes, int64_t outputs, Sink, Place);
+// targets [B, O] (NaN: no label), mean [O, P], cross_covariance [O, B, P] = S h~, variances [O, P] = diag S, nodes and
+// weights [nodes] of a rule for u ~ N(0, 1) that is exact for 1, u and u^2.
+void binary_moments(DType, Features, const void* targets, const void* mean, const void* cross_covariance,
+                    const void* variances, const void* nodes, const void* weights, int64_t num_nodes, int64_t outputs,
+                    Output, Place);
 
 // targets [B] (-100: no label), points [S, C] float64 for u ~ N(0, I); workspace of `slots` times
 // multiclass_workspace(...) float64: a slot serves one example at a time.
 void multiclass_moments(DType, Features, const int64_t* targets, MulticlassPosterior, const double* points,
-                        int64_t num_points, double* workspace, int64_t slots, Sink, Place);
+                        int64_t num_points, double* workspace, int64_t slots, Output, Place);
 
 // Logits to residuals in place: logistic or softmax less the target. Binary: logits [C, B, S], targets [B, C] of the same
 // type (NaN: no label). Multiclass: logits [B, S, C], targets int64 [B] (-100: no label). The residuals of an example
@@ -144,7 +161,7 @@ void sample_residuals(DType, Likelihood, void* logits, const void* targets, int6
 // Moments over S samples of r_cbs w_scd (binary, T = C) or sum_c r_bsc w_scd (multiclass, T = 1); residuals as above,
 // samples [S, C, P].
 void sampled_moments(DType, Likelihood, const void* residuals, const void* samples, int64_t batch, int64_t num_samples,
-                     int64_t classes, int64_t width, Sink, Place);
+                     int64_t classes, int64_t width, Output, Place);
 
 // means, variances [B, T, D], power [T] -> out [B, D].
 void precision_mean(DType, const void* means, const void* variances, const double* power, void* out, int64_t batch,
@@ -154,12 +171,12 @@ void precision_mean(DType, const void* means, const void* variances, const doubl
 void weighted_mean(DType, const void* numerator, const void* denominator, void* out, int64_t batch, int64_t width,
                    Place);
 
-// The posterior of a batch from its prior (bayesagg/conditioning.py), for each of `rows` outputs: cross [R, B, W] = H S in
-// and, after, the same of the batch posterior; gram [R, B, B] = H S H', curvature [R, B] > 0, spread [R, W] = diag S in
-// and out. False, and then nothing of use in either, if a pivot is not positive. Host only: on a device the batched
+// The posterior of a batch from its prior (bayesagg/conditioning.py), for each of `rows` outputs: cross_covariance [R, B, W]
+// = H S in and, after, the same of the batch posterior; gram [R, B, B] = H S H', curvature [R, B] > 0, variances [R, W] =
+// diag S in and out. False, and then nothing of use in either, if a pivot is not positive. Host only: on a device the batched
 // Cholesky of a library does it.
-bool condition_on_batch(DType, void* cross, const void* gram, const void* curvature, void* spread, int64_t rows,
-                        int64_t batch, int64_t width, Place);
+bool condition_on_batch(DType, void* cross_covariance, const void* gram, const void* curvature, void* variances,
+                        int64_t rows, int64_t batch, int64_t width, Place);
 
 // float64 elements of workspace that gram and dots need for rows of `columns` elements in all.
 int64_t gram_workspace(int64_t tasks, int64_t columns);
@@ -180,44 +197,43 @@ void combine(DType, Rows, const double* weights, void* const* out, Place);
 // out[p] = base[p] + sum_t weights[t] row t of tensor p, summed in float64 in this order, rounded once. Types: the
 // rows', and that of base and out; one for both or bfloat16 and float32. Each tensor of out is apart from all rows, and
 // apart from base or exactly base[p].
-void displace(DType, DType, Rows, const void* const* base, const double* weights, void* const* out, Place);
+void add_weighted(DType, DType, Rows, const void* const* base, const double* weights, void* const* out, Place);
 
-// gram, preference [T] -> the alignment: math/align.h has the formulas. T <= kMaxAlignTasks. `workspace` holds
+// gram, preference [T] (null: ones) -> the alignment: math/align.h has the formulas. T <= kMaxAlignTasks. `workspace` holds
 // align_workspace(T) float64. Anything not finite in gram makes every output NaN, and the rank -1.
 int64_t align_workspace(int64_t tasks);
 void align(const double* gram, const double* preference, Scale, double rtol, int64_t tasks, Alignment,
            double* workspace, Place);
 
-// One optimizer step, every element read and written once: moments and parameters in place, and, where `squares` is
-// given, squares[p][t] <- square_decay squares[p][t] + (1 - square_decay) * the sum of squares over the tensor of the
-// task's update. Float32 arithmetic (float64 for float64), rounded once to the type that is stored. A task that is not
-// present keeps its moments and adds nothing. Types: float32 and bfloat16 parameters with float32 or bfloat16 moments,
-// float64 with float64. RMSProp's buffer holds the sum over tasks: b <- momentum b + sum_t w_t g_t / (...), parameter
-// <- parameter - lr b. `workspace` holds adatask_workspace(...) float64, and is needed for `squares` alone.
+// One step of an optimizer, every element read and written once: moments and parameters in place, and, where `squares`
+// is given, squares[p][t] <- square_decay squares[p][t] + (1 - square_decay) * the sum of squares over the tensor of the
+// task's update. `gradients` are of the parameters' type. Float32 arithmetic (float64 for float64), rounded once to the
+// type that is stored. A task that is not present keeps its moments and adds nothing. Types: float32 and bfloat16
+// parameters with float32 or bfloat16 moments, float64 with float64. RMSprop's buffer holds the sum over tasks:
+// b <- momentum b + sum_t w_t g_t / (...), parameter <- parameter - lr b. `workspace` holds adatask_workspace(...)
+// float64, and is needed for `squares` alone.
 int64_t adatask_workspace(int64_t tasks, int64_t tensors, int64_t columns);
-void adatask(DType parameters, DType moments, const TaskMoments&, const Adaptive&, double* workspace, Place);
+void adam(DType parameters, DType moments, const Rows& gradients, const StepTensors&, const AdamMoments&, const Adam&,
+          const StepSettings&, double* workspace, Place);
+void rmsprop(DType parameters, DType moments, const Rows& gradients, const StepTensors&, const RMSpropMoments&,
+             const RMSprop&, const StepSettings&, double* workspace, Place);
+void adagrad(DType parameters, DType moments, const Rows& gradients, const StepTensors&, const AdagradMoments&,
+             const Adagrad&, const StepSettings&, double* workspace, Place);
 
 }  // namespace cpu
 
+// The kernels that there are on both kinds of device.
+#define MTLGRAD_KERNELS(K)                                                                                          \
+  K(regression_moments)                                                                                             \
+  K(binary_moments) K(multiclass_moments) K(sample_residuals) K(sampled_moments) K(precision_mean) K(weighted_mean) \
+      K(gram_workspace) K(gram) K(dots_workspace) K(dots) K(combine) K(add_weighted) K(align_workspace) K(align)    \
+          K(adatask_workspace) K(adam) K(rmsprop) K(adagrad)
+
 // The same signatures, on device memory.
 namespace cuda {
-decltype(cpu::regression_moments) regression_moments;
-decltype(cpu::binary_moments) binary_moments;
-decltype(cpu::multiclass_moments) multiclass_moments;
-decltype(cpu::sample_residuals) sample_residuals;
-decltype(cpu::sampled_moments) sampled_moments;
-decltype(cpu::precision_mean) precision_mean;
-decltype(cpu::weighted_mean) weighted_mean;
-decltype(cpu::gram_workspace) gram_workspace;
-decltype(cpu::dots_workspace) dots_workspace;
-decltype(cpu::gram) gram;
-decltype(cpu::dots) dots;
-decltype(cpu::combine) combine;
-decltype(cpu::displace) displace;
-decltype(cpu::align_workspace) align_workspace;
-decltype(cpu::align) align;
-decltype(cpu::adatask_workspace) adatask_workspace;
-decltype(cpu::adatask) adatask;
+#define MTLGRAD_DECLARE(name) decltype(cpu::name) name;
+MTLGRAD_KERNELS(MTLGRAD_DECLARE)
+#undef MTLGRAD_DECLARE
 
 int device_count();          // 0 without a driver or a device; never throws
 std::string device_error();  // why device_count() is 0, or ""

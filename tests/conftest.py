@@ -13,9 +13,9 @@ import torch
 from ranks import Pool
 from simt.build import build
 
-from mtlgrad.ops import _kernels
+from mtlgrad.ops import _native
 
-HAS_GPU = torch.cuda.is_available() and _kernels.KERNELS["cuda"] is not None
+HAS_GPU = torch.cuda.is_available() and _native.KERNELS["cuda"] is not None
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def emulated_extension() -> ModuleType:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where to put tensors, with the kernels of the backend behind the operations."""
     if request.param == "emulated":
-        monkeypatch.setitem(_kernels.KERNELS, "cpu", emulated_extension().cuda)
+        monkeypatch.setitem(_native.KERNELS, "cpu", emulated_extension().cuda)
     return "cuda" if request.param == "cuda" else "cpu"
 
 

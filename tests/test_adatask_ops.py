@@ -14,8 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtlgrad import ops, reference
-from mtlgrad.ops import _kernels
-from mtlgrad.ops.adatask_operators import adatask_op
+from mtlgrad.ops import _native, adatask
 
 EVERY_KIND = pytest.mark.parametrize("rule", KINDS)
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
@@ -34,12 +33,14 @@ def laid_out(state: State, layout: str) -> State:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, rule: str, state: State, jacobians: list[Tensor], **options: Any) -> Any:
-    """The arguments that the operator gets."""
+    """The operator, and the arguments that it gets."""
     found: list[Any] = []
+    name = f"adatask_{RULES[rule].op}"
+    operation = getattr(adatask, name.removeprefix("adatask_").upper())
     with monkeypatch.context() as patch:
-        patch.setattr("mtlgrad.ops.adatask.adatask_op", lambda *arguments: found.append(arguments))
+        patch.setattr(operation, "_operator", lambda *arguments: found.append(arguments))
         call(ops, RULES[rule], state, jacobians, **options)
-    return found[0]
+    return getattr(torch.ops.mtlgrad, name).default, found[0]
 
 
 @EVERY_KIND
@@ -49,16 +50,17 @@ def test_opcheck(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for layout in ("dense", "transposed", "channels_last", "sliced"):
         for options in ({}, present):
             state = laid_out(begin(RULES[rule], SHAPES, 3, TYPES), layout)
-            arguments = recorded(monkeypatch, rule, state, gradients(state, 3), **options)
-            torch.library.opcheck(adatask_op, arguments, test_utils=("test_schema", "test_faketensor"))
+            operator, arguments = recorded(monkeypatch, rule, state, gradients(state, 3), **options)
+            torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @EVERY_KIND
 def test_opcheck_with_sizes_unknown(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under torch.compile(dynamic=True)."""
     state = laid_out(begin(RULES[rule], SHAPES[:2], 3, TYPES[1:2]), "channels_last")
-    arguments = recorded(monkeypatch, rule, state, gradients(state, 3), present=torch.tensor([True, False, True]))
-    torch.library.opcheck(adatask_op, arguments, test_utils="test_aot_dispatch_dynamic")
+    present = torch.tensor([True, False, True])
+    operator, arguments = recorded(monkeypatch, rule, state, gradients(state, 3), present=present)
+    torch.library.opcheck(operator, arguments, test_utils="test_aot_dispatch_dynamic")
 
 
 @EVERY_RULE
@@ -124,7 +126,7 @@ def test_without_kernels_the_reference_serves(rule: str, monkeypatch: pytest.Mon
             jacobians, want = gradients(state, 3), state.clone()
             call(reference, RULES[rule], want, jacobians, task_weights=weights_of(3), lr=float(lr), **options)
             with monkeypatch.context() as patch:
-                patch.setitem(_kernels.KERNELS, "cpu", None)
+                patch.setitem(_native.KERNELS, "cpu", None)
                 call(ops, RULES[rule], state, jacobians, task_weights=weights_of(3), lr=lr, **options)
             assert_same(state, want)
 
@@ -457,8 +459,15 @@ def test_as_many_tasks_as_a_kernel_takes(device: str) -> None:
 
 def test_the_schema_says_what_changes() -> None:
     """torch.compile goes by it."""
-    changed = {a.name for a in adatask_op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-    assert changed == {"parameters", "first", "second", "largest", "buffers", "steps", "squares"}
+    moments = {
+        "adam": {"exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"},
+        "rmsprop": {"square_avgs", "grad_avgs", "momentum_buffers"},
+        "adagrad": {"state_sums"},
+    }
+    for rule, own in moments.items():
+        schema = getattr(torch.ops.mtlgrad, f"adatask_{rule}").default._schema
+        changed = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        assert changed == {"parameters", *own, "steps", "squares"}
 
 
 def test_keys_may_be_any_number_of_64_bits(device: str) -> None:

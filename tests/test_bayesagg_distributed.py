@@ -129,14 +129,14 @@ def test_refresh_where_ranks_began_at_other_weights_or_had_nothing(
 
 def gradients_of(counts: list[list[int]], kernels: bool, dtype: torch.dtype, rank: int | None) -> list[Tensor]:
     """Of batches of the same layer, in `dtype`, as seen and as :meth:`BayesAgg.aggregate` tells beforehand."""
-    from mtlgrad.ops import _kernels
+    from mtlgrad.ops import _native
 
     rank = dist.get_rank() if rank is None else rank
     data = [d.to(torch.float64) for d in dataset(60)]
     _, layer = layers(data)
-    before = dict(_kernels.KERNELS)
+    before = dict(_native.KERNELS)
     if not kernels:
-        _kernels.KERNELS["cpu"] = None
+        _native.KERNELS["cpu"] = None
     found, at = [], 0
     try:
         for i, sizes in enumerate(counts):
@@ -154,7 +154,7 @@ def gradients_of(counts: list[list[int]], kernels: bool, dtype: torch.dtype, ran
                 assert torch.equal(told.to(dtype), seen)
                 found.append(seen)
     finally:
-        _kernels.KERNELS.update(before)
+        _native.KERNELS.update(before)
     return found
 
 

@@ -42,19 +42,23 @@ def assembled(parts: list[Conditioned], rows: int) -> tuple[Tensor, Tensor, Tens
     """(mean, cross [B, R, R, W], spread [R, R, W]) from the shapes that the kernels want."""
     assert [part.first for part in parts] == [0] + [part.last for part in parts[:-1]]
     assert parts[-1].last == rows
-    mean = torch.cat([part.mean for part in parts])
-    structure = parts[0].structure
+    mean = torch.cat([part.at.mean for part in parts])
+    structure = parts[0].at.structure
     eye = torch.eye(rows, dtype=mean.dtype)
     if structure == "full":
-        cross = parts[0].cross.reshape(rows, -1, rows, mean.shape[1])  # [C(k), B, C(c), W]
-        return mean, cross.permute(1, 2, 0, 3), parts[0].spread
+        cross = parts[0].at.cross_covariance.reshape(rows, -1, rows, mean.shape[1])  # [C(k), B, C(c), W]
+        return mean, cross.permute(1, 2, 0, 3), parts[0].at.variances
     if structure == "kron":
-        factor = parts[0].class_factor
+        factor = parts[0].at.classes
         assert factor is not None
-        return mean, factor[None, :, :, None] * parts[0].cross[:, None, None], factor[..., None] * parts[0].spread
+        return (
+            mean,
+            factor[None, :, :, None] * parts[0].at.cross_covariance[:, None, None],
+            factor[..., None] * parts[0].at.variances,
+        )
     # "rows" may hold one covariance for all of a part's rows
-    cross = torch.cat([part.cross.expand(part.last - part.first, -1, -1) for part in parts])
-    spread = torch.cat([part.spread.expand(part.last - part.first, -1) for part in parts])
+    cross = torch.cat([part.at.cross_covariance.expand(part.last - part.first, -1, -1) for part in parts])
+    spread = torch.cat([part.at.variances.expand(part.last - part.first, -1) for part in parts])
     return mean, eye[None, :, :, None] * cross.permute(1, 0, 2)[:, :, None], eye[..., None] * spread[:, None]
 
 

@@ -14,7 +14,7 @@ from test_displace import PAIRS, TYPES, Pair, problem, weights_for
 from torch import Tensor
 
 from mtlgrad import ops, reference
-from mtlgrad.ops import _kernels, combine_displace, combine_operators
+from mtlgrad.ops import _native, displacement
 from mtlgrad.ops.rows import dense
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -79,8 +79,8 @@ def test_alpha_descends_through_a_model(device: str) -> None:
 def test_parameters_without_a_gradient_are_not_touched(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No zeros are made for them, and no kernel reads their rows."""
     seen: list[int] = []
-    dots = combine_displace.dots
-    monkeypatch.setattr(combine_displace, "dots", lambda rows, vector: seen.append(len(vector)) or dots(rows, vector))
+    dots = displacement.dots
+    monkeypatch.setattr(displacement, "dots", lambda rows, vector: seen.append(len(vector)) or dots(rows, vector))
     base = [leaf(p, 5) for p in range(3)]
     jac = [normal(p, 2, 5).requires_grad_() for p in range(3)]
     weights = leaf(9, 2)
@@ -110,22 +110,22 @@ def test_rows_may_be_written_over_where_weights_are_constant() -> None:
 
 def test_chunks() -> None:
     """Consecutive, all there, none above the limit unless it is one alone."""
-    assert combine_displace.chunks([3, 3, 3, 9, 1, 1, 8, 20, 0, 0], 9) == [
+    assert displacement.chunks([3, 3, 3, 9, 1, 1, 8, 20, 0, 0], 9) == [
         *(range(3), range(3, 4), range(4, 6), range(6, 7), range(7, 8), range(8, 10)),
     ]
-    assert combine_displace.chunks([0, 0], 9) == [range(2)]
-    assert combine_displace.chunks([100], 9) == [range(1)]
+    assert displacement.chunks([0, 0], 9) == [range(2)]
+    assert displacement.chunks([100], 9) == [range(1)]
 
 
 class Staging:
     """Makes rows on base's own device go the way of those on another; knows what is staged at a time."""
 
     def __init__(self, patch: pytest.MonkeyPatch, limit: int):
-        self.staged, self.most, self.calls = combine_displace._staged, 0, 0
+        self.staged, self.most, self.calls = displacement._staged, 0, 0
         self.alive: list[weakref.ref[Tensor]] = []
-        patch.setattr(combine_displace, "STAGED_BYTES", limit)
-        patch.setattr(combine_displace, "_streams", lambda parts, tensors: True)
-        patch.setattr(combine_displace, "_staged", self)
+        patch.setattr(displacement, "STAGED_BYTES", limit)
+        patch.setattr(displacement, "_streams", lambda parts, tensors: True)
+        patch.setattr(displacement, "_staged", self)
 
     def __call__(self, *arguments: Any) -> list[Tensor]:
         assert all(one() is None for one in self.alive)
@@ -163,7 +163,7 @@ def test_streamed(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
             if staging is not None:
                 sizes = [j.nbytes for j in jac]
                 assert staging.most <= max(limit, *sizes)
-                every, some = (combine_displace.chunks(s, limit) for s in (sizes, [sizes[0], *sizes[3:]]))
+                every, some = (displacement.chunks(s, limit) for s in (sizes, [sizes[0], *sizes[3:]]))
                 assert staging.calls == 2 * len(every) + len(some)
     for other in results[1:]:
         for a, b in zip(other[:-1], results[0][:-1], strict=True):
@@ -193,7 +193,7 @@ def test_streamed_in_place_checks_all_before_it_writes(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_streamed_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(combine_displace, "STAGED_BYTES", 1 << 20)
+    monkeypatch.setattr(displacement, "STAGED_BYTES", 1 << 20)
     base = [normal(p, 100_000).float().cuda() for p in range(8)]
     rows = [[normal(t + p, 100_000).bfloat16().pin_memory() for p in range(8)] for t in range(3)]
     weights = weights_for(3, "cuda").requires_grad_()
@@ -237,9 +237,9 @@ def forms(pair: Pair) -> dict[str, tuple[list[Tensor], list[Tensor], int, bool]]
 def test_opcheck(form: str, pair: Pair) -> None:
     rows, base, tasks, stacked = forms(pair)[form]
     weights, o = weights_for(tasks, "cpu"), torch.ops.mtlgrad
-    torch.library.opcheck(o.displace.default, (rows, base, weights, tasks, stacked))
+    torch.library.opcheck(o.displace.default, (rows, tasks, stacked, base, weights))
     out = [torch.empty_like(part) for part in base]
-    torch.library.opcheck(o.displace_into.default, (rows, base, weights, tasks, stacked, out))
+    torch.library.opcheck(o.displace_into.default, (rows, tasks, stacked, base, weights, out))
 
 
 # Inductor itself uses what torch deprecates.
@@ -279,11 +279,12 @@ def test_autocast_does_not_reach_it() -> None:
 def test_without_kernels_the_reference_serves(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, base, tasks, stacked = forms(PAIRS[4])[form]
     weights, results = weights_for(tasks, "cpu"), []
-    for kernels in (_kernels.KERNELS["cpu"], None):
-        monkeypatch.setitem(_kernels.KERNELS, "cpu", kernels)
+    for kernels in (_native.KERNELS["cpu"], None):
+        monkeypatch.setitem(_native.KERNELS, "cpu", kernels)
         out = [part.clone() for part in base]
-        combine_operators.displace_into_op(rows, out, weights, tasks, stacked, out)
-        results.append([*combine_operators.displace_op(rows, base, weights, tasks, stacked), *out])
+        o = torch.ops.mtlgrad
+        o.displace_into.default(rows, tasks, stacked, out, weights, out)
+        results.append([*o.displace.default(rows, tasks, stacked, base, weights), *out])
     for a, b in zip(*results, strict=True):
         assert a.stride() == b.stride()
         assert torch.equal(a, b)

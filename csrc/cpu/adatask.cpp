@@ -1,6 +1,6 @@
 // One step of AdaTask's optimizers. Bound by memory: (5 T + 2) elements for each of Adam's parameters are read or written
-// once. A block of columns at a time, whose parameters and sums of updates stay in the first-level cache while the
-// gradients and moments of up to four tasks at once stream by. Software prefetch gains nothing here.
+// once. A chunk of columns at a time, whose parameters and sums of updates stay in the first-level cache while the
+// gradients and moments of one task after another stream by.
 #include <type_traits>
 #include <vector>
 
@@ -13,13 +13,18 @@ namespace mtlgrad::cpu {
 
 namespace {
 
-using math::Moments;
+using math::MomentKind;
 using math::TaskCoefficients;
 
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-constexpr int64_t kBlock = 1024;  // columns
+// Columns: so few that the streams of all tasks are under way together, which memory serves a third faster than one
+// after another.
+#ifndef CHUNK
+#define CHUNK 256
+#endif
+constexpr int64_t kChunk = CHUNK;
 
 template <typename M, typename F>
 MTLGRAD_INLINE M stored(F value, [[maybe_unused]] bool stochastic, [[maybe_unused]] uint32_t bits) {
@@ -33,244 +38,215 @@ MTLGRAD_INLINE M stored(F value, [[maybe_unused]] bool stochastic, [[maybe_unuse
   }
 }
 
-// What a task's gradient and moments are at a block's first column.
-template <typename S, typename M, typename F>
-struct Stream {
-  const S* gradient;
-  M *first, *second, *largest;
-  TaskCoefficients<F> coefficients;
-  uint32_t random;
-};
-
-// A task's moments at column i, in place; its direction.
-template <Moments kMoments, bool kStochastic, typename S, typename M, typename F>
-MTLGRAD_INLINE F update_column(const Stream<S, M, F>& task, F sign, F decay, uint32_t index, int64_t i) {
-  F first = 0, second = widen(task.second[i]), largest = 0;
-  if constexpr (math::has_first<kMoments>) first = widen(task.first[i]);
-  if constexpr (kMoments == Moments::amsgrad) largest = widen(task.largest[i]);
-  const F g = sign * widen(task.gradient[i]) + decay;
-  const F direction = math::task_direction<kMoments>(g, first, second, largest, task.coefficients);
-  uint32_t bits = 0;
-  if constexpr (kStochastic) bits = math::random_bits(task.random, index + static_cast<uint32_t>(i));
-  if constexpr (math::has_first<kMoments>) task.first[i] = stored<M>(first, kStochastic, bits);
-  task.second[i] = stored<M>(second, kStochastic, bits >> 16);
-  if constexpr (kMoments == Moments::amsgrad) task.largest[i] = stored<M>(largest, kStochastic, bits >> 16);
-  return direction;
-}
-
-// A block of a parameter's columns: what gradients are multiplied with, what of the parameter is added to them and what of
-// it remains; and, where one loop does not see all tasks, the parameter's values, what is added to gradients, and the sum
-// of the updates so far.
-template <typename S, typename F>
-struct Block {
-  S* parameter;
-  F sign, weight_decay, keep;
-  F *theta, *decay, *delta;
-};
-
-// Tasks in one loop, at columns [0, n): their moments in place, and the sums of their squared directions. All streams are
-// then under way together, which memory serves a third faster than one task's after another's. kAlone: there are no
-// other tasks, and nothing is added to gradients; the parameter is then changed at once, a fifth faster again.
-template <Moments kMoments, bool kStochastic, bool kAlone, int kTasks, typename S, typename M, typename F>
-MTLGRAD_INLINE void update_columns(const Block<S, F>& block, const Stream<S, M, F>* tasks, double* sums, uint32_t index,
-                                   int64_t n) {
-  const Stream<S, M, F> task0 = tasks[0], task1 = tasks[kTasks > 1 ? 1 : 0], task2 = tasks[kTasks > 2 ? 2 : 0],
-                        task3 = tasks[kTasks > 3 ? 3 : 0];
-  const F sign = block.sign, keep = block.keep;
-  S* parameter = block.parameter;
-  F *delta = block.delta, *decays = block.decay;
-  F sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
-#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+// A task's moments at n columns, in place; adds its updates to `delta`, and returns the sum of its squared directions.
+template <MomentKind kKind, bool kStochastic, typename M, typename F>
+MTLGRAD_CLONES F update_moments(const F* gradient, M* first, M* second, M* largest, F* delta,
+                                const TaskCoefficients<F>& coefficients, uint32_t random, uint32_t index, int64_t n) {
+  const TaskCoefficients<F> c = coefficients;
+  F sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    F decay = 0, update = 0;
-    if constexpr (!kAlone) decay = decays[i], update = delta[i];
-    const F d0 = update_column<kMoments, kStochastic>(task0, sign, decay, index, i);
-    update += task0.coefficients.step * d0, sum0 += d0 * d0;
-    if constexpr (kTasks > 1) {
-      const F d1 = update_column<kMoments, kStochastic>(task1, sign, decay, index, i);
-      update += task1.coefficients.step * d1, sum1 += d1 * d1;
-    }
-    if constexpr (kTasks > 2) {
-      const F d2 = update_column<kMoments, kStochastic>(task2, sign, decay, index, i);
-      update += task2.coefficients.step * d2, sum2 += d2 * d2;
-    }
-    if constexpr (kTasks > 3) {
-      const F d3 = update_column<kMoments, kStochastic>(task3, sign, decay, index, i);
-      update += task3.coefficients.step * d3, sum3 += d3 * d3;
-    }
-    if constexpr (kAlone)
-      parameter[i] = stored<S>(widen(parameter[i]) * keep + update, false, 0);
-    else
-      delta[i] = update;
+    F m = 0, v = widen(second[i]), most = 0;
+    if constexpr (math::has_first<kKind>) m = widen(first[i]);
+    if constexpr (kKind == MomentKind::amsgrad) most = widen(largest[i]);
+    const F direction = math::task_direction<kKind>(gradient[i], m, v, most, c);
+    delta[i] += c.step * direction, sum += direction * direction;
+    uint32_t bits = 0;
+    if constexpr (kStochastic) bits = math::random_bits(random, index + static_cast<uint32_t>(i));
+    if constexpr (math::has_first<kKind>) first[i] = stored<M>(m, kStochastic, bits);
+    second[i] = stored<M>(v, kStochastic, bits >> 16);
+    if constexpr (kKind == MomentKind::amsgrad) largest[i] = stored<M>(most, kStochastic, bits >> 16);
   }
-  sums[0] = sum0, sums[1] = sum1, sums[2] = sum2, sums[3] = sum3;
-}
-
-constexpr int64_t kGroup = 4;  // tasks in one loop at most: more would not leave it registers for their pointers
-
-template <Moments kMoments, bool kStochastic, bool kAlone, typename S, typename M, typename F>
-MTLGRAD_CLONES void update_tasks(const Block<S, F>& block, const Stream<S, M, F>* tasks, int64_t count, double* sums,
-                                 uint32_t index, int64_t n) {
-  if (count == 1) return update_columns<kMoments, kStochastic, kAlone, 1>(block, tasks, sums, index, n);
-  if (count == 2) return update_columns<kMoments, kStochastic, kAlone, 2>(block, tasks, sums, index, n);
-  if (count == 3) return update_columns<kMoments, kStochastic, kAlone, 3>(block, tasks, sums, index, n);
-  update_columns<kMoments, kStochastic, kAlone, 4>(block, tasks, sums, index, n);
-}
-
-template <typename S, typename F>
-MTLGRAD_CLONES void begin_block(const Block<S, F>& block, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    block.theta[i] = widen(block.parameter[i]);
-    block.delta[i] = 0;
-  }
-  for (int64_t i = 0; i < n; ++i)
-    block.decay[i] = block.weight_decay == F(0) ? F(0) : block.weight_decay * block.theta[i];
-}
-
-template <typename S, typename F>
-MTLGRAD_CLONES void end_block(const Block<S, F>& block, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    block.parameter[i] = stored<S>(block.theta[i] * block.keep + block.delta[i], false, 0);
+  return sum;
 }
 
 template <typename M, typename F>
-MTLGRAD_CLONES void through_buffer(M* buffer, F* delta, F momentum, F lr, bool stochastic, uint32_t stream,
+using Update = decltype(&update_moments<MomentKind::adam, false, M, F>);
+
+template <bool kStochastic, typename M, typename F>
+Update<M, F> update_of(MomentKind kind) {
+  switch (kind) {
+    case MomentKind::adam: return update_moments<MomentKind::adam, kStochastic, M, F>;
+    case MomentKind::amsgrad: return update_moments<MomentKind::amsgrad, kStochastic, M, F>;
+    case MomentKind::square: return update_moments<MomentKind::square, kStochastic, M, F>;
+    default: return update_moments<MomentKind::centered, kStochastic, M, F>;
+  }
+}
+
+// What updates are made from, where that is not the gradient as it is stored.
+template <typename S, typename F>
+MTLGRAD_CLONES void prepare_gradient(const S* gradient, const S* parameter, F sign, F decay, F* prepared, int64_t n) {
+  if (decay == F(0)) {  // not 0 times what may be infinite
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) prepared[i] = sign * widen(gradient[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) prepared[i] = sign * widen(gradient[i]) + decay * widen(parameter[i]);
+  }
+}
+
+template <typename M, typename F>
+MTLGRAD_CLONES void through_buffer(M* buffer, F* delta, F momentum, F lr, bool stochastic, uint32_t random,
                                    uint32_t index, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const F b = momentum * widen(buffer[i]) + delta[i];
-    buffer[i] = stored<M>(b, stochastic, math::random_bits(stream, index + static_cast<uint32_t>(i)));
+    buffer[i] = stored<M>(b, stochastic, math::random_bits(random, index + static_cast<uint32_t>(i)));
     delta[i] = -lr * b;
   }
 }
 
-// The coefficients of a call, for every parameter and task.
-template <typename F>
-struct Coefficients {
-  double lr;
-  std::vector<TaskCoefficients<F>> tasks;  // [P, T]
-  std::vector<double> lengths;             // [P, T]
-  std::vector<uint32_t> random;            // [P, T], then [P] for the buffers
+template <typename S, typename F>
+MTLGRAD_CLONES void move_parameter(S* parameter, const F* delta, F keep, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) parameter[i] = stored<S>(widen(parameter[i]) * keep + delta[i], false, 0);
+}
 
-  Coefficients(const TaskMoments& table, const Adaptive& by) : lr(by.lr_tensor ? *by.lr_tensor : by.lr) {
-    const bool adagrad = by.rule == Rule::adagrad;
-    const double first = by.rule == Rule::adam ? by.first_decay : by.second_decay;
-    TaskCoefficients<F> c{};
-    c.first_weight = static_cast<F>(1.0 - first);
-    c.keep = static_cast<F>(adagrad ? 1.0 : by.second_decay);
-    c.add = static_cast<F>(adagrad ? 1.0 : 1.0 - by.second_decay);
-    c.eps = static_cast<F>(by.eps);
-    const int64_t tensors = table.tensors, entries = tensors * table.tasks;
-    tasks.reserve(entries), lengths.reserve(entries), random.resize(entries + tensors);
-    for (int64_t p = 0; p < tensors; ++p) {
-      double counts = 0.0;
-      for (int64_t t = 0; t < table.tasks; ++t) {
-        const double count = table.steps[p][t];
-        const math::TaskStep at = math::task_step(static_cast<int>(by.rule), lr, by.weights[t], by.first_decay,
-                                                  by.second_decay, by.lr_decay, table.buffers != nullptr, count);
-        c.root_scale = static_cast<F>(at.root_scale), c.step = static_cast<F>(at.step);
-        tasks.push_back(c), lengths.push_back(at.length);
-        if (by.stochastic) random[p * table.tasks + t] = math::random_stream(table.keys[p], t, count);
-        counts += count;
-      }
-      if (by.stochastic) random[entries + p] = math::random_stream(table.keys[p], table.tasks, counts);
-    }
+// A call's arguments.
+struct Call {
+  const Rows& gradients;
+  const StepTensors& tensors;
+  math::Rule rule;
+  const StepSettings& settings;
+  double* workspace;
+  double lr;
+};
+
+// A task that takes part, and what its step count makes of it: two powers, for which counts repeat from one parameter to
+// the next.
+struct PresentTask {
+  int64_t number;
+  double count;
+  math::TaskStep step;
+
+  void set_count(const Call& call, double found) {
+    if (found == count) return;
+    count = found;
+    step = math::task_step(call.rule.corrections, call.lr, call.settings.task_weights[number],
+                           call.rule.buffers != nullptr, count);
   }
+};
+
+std::vector<PresentTask> present_tasks(const Call& call) {
+  std::vector<PresentTask> tasks;
+  tasks.reserve(call.gradients.tasks);
+  for (int64_t t = 0; t < call.gradients.tasks; ++t)
+    if (!call.settings.present || call.settings.present[t]) tasks.push_back({t, -1.0, {}});
+  return tasks;
+}
+
+// A task's gradient and moments at the first column of a piece.
+template <typename S, typename M, typename F>
+struct TaskPointers {
+  const S* gradient;
+  M *first, *second, *largest;
+  F root_scale, step;
+  uint32_t random;
+  double sum;
 };
 
 // workspace[(slot + p) * T + t]: the sum of squared directions of a share of a tensor. Slot and tensor together are a
 // number of their own, for from one pair to the next one of them goes up.
-template <Moments kMoments, bool kStochastic, typename S, typename M>
-void update_share(const TaskMoments& table, const Adaptive& by, const Coefficients<Compute<S>>& coefficients,
-                  int64_t begin, int64_t end, int64_t slot, double* workspace) {
+template <typename S, typename M>
+void update_share(const Call& call, Update<M, Compute<S>> update, int64_t begin, int64_t end, int64_t slot) {
   using F = Compute<S>;
-  alignas(64) F theta[kBlock], decay[kBlock], delta[kBlock];
-  Block<S, F> block{nullptr,
-                    by.maximize ? F(-1) : F(1),
-                    static_cast<F>(by.decoupled ? 0.0 : by.weight_decay),
-                    static_cast<F>(by.decoupled ? 1.0 - coefficients.lr * by.weight_decay : 1.0),
-                    theta,
-                    decay,
-                    delta};
-  std::vector<int64_t> present;
-  for (int64_t t = 0; t < table.tasks; ++t)
-    if (!table.present || table.present[t]) present.push_back(t);
-  const auto tasks = static_cast<int64_t>(present.size());
-  const bool alone = tasks >= 1 && tasks <= kGroup && !table.buffers && block.weight_decay == F(0);
-  for_pieces(table.sizes, table.tensors, begin, end, kBlock, [&](int64_t p, int64_t start, int64_t count, int64_t) {
-    block.parameter = static_cast<S*>(table.parameters[p]) + start;
-    const auto index = static_cast<uint32_t>(start);
-    if (!alone) begin_block(block, count);
-    for (int64_t done = 0; done < tasks; done += kGroup) {
-      const int64_t group = std::min(kGroup, tasks - done);
-      Stream<S, M, F> streams[kGroup];
-      for (int64_t k = 0; k < group; ++k) {
-        const int64_t at = p * table.tasks + present[done + k];
-        const auto moment = [&](void* const* moments) {
-          return moments ? static_cast<M*>(moments[at]) + start : static_cast<M*>(nullptr);
-        };
-        streams[k] = {static_cast<const S*>(table.gradients[at]) + start,
-                      moment(table.first),
-                      moment(table.second),
-                      moment(table.largest),
-                      coefficients.tasks[at],
-                      coefficients.random[at]};
-      }
-      double sums[kGroup];
-      if (alone)
-        update_tasks<kMoments, kStochastic, true>(block, streams, group, sums, index, count);
-      else
-        update_tasks<kMoments, kStochastic, false>(block, streams, group, sums, index, count);
-      if (table.squares)
-        for (int64_t k = 0; k < group; ++k) workspace[(slot + p) * table.tasks + present[done + k]] += sums[k];
-    }
-    if (alone) return;
-    if (table.buffers)
-      through_buffer(static_cast<M*>(table.buffers[p]) + start, delta, static_cast<F>(by.first_decay),
-                     static_cast<F>(coefficients.lr), by.stochastic,
-                     coefficients.random[table.tensors * table.tasks + p], index, count);
-    end_block(block, count);
-  });
-}
-
-template <Moments kMoments, typename S, typename M>
-void update(const TaskMoments& table, const Adaptive& by, double* workspace, int threads) {
-  const Shares shares(columns_of(table.sizes, table.tensors), 1);
-  const Coefficients<Compute<S>> coefficients(table, by);
-  const int64_t sums = table.squares ? (shares.slots + table.tensors) * table.tasks : 0;
-  std::fill(workspace, workspace + sums, 0.0);
-  parallel_for(shares.slots, threads, [&](int64_t slot) {
-    const int64_t begin = std::min(slot * shares.size, shares.columns);
-    const int64_t end = std::min(begin + shares.size, shares.columns);
-    if constexpr (std::is_same_v<M, bfloat16>)
-      if (by.stochastic)
-        return update_share<kMoments, true, S, M>(table, by, coefficients, begin, end, slot, workspace);
-    update_share<kMoments, false, S, M>(table, by, coefficients, begin, end, slot, workspace);
-  });
-  if (!table.squares) return;
-  int64_t start = 0;
-  for (int64_t p = 0; p < table.tensors; start += table.sizes[p++])
-    for (int64_t t = 0; t < table.tasks; ++t) {
-      double sum = 0.0;
-      for (int64_t slot = start / shares.size; slot < shares.slots && slot * shares.size < start + table.sizes[p];
-           ++slot)
-        sum += workspace[(slot + p) * table.tasks + t];
-      const double length = coefficients.lengths[p * table.tasks + t];
-      // An absent task may not have had a step: its length is infinite then.
-      const double update = sum == 0.0 ? 0.0 : length * length * sum;
-      double& average = table.squares[p][t];
-      average = by.square_decay * average + (1.0 - by.square_decay) * update;
-    }
+  const auto& [gradients, tensors, rule, settings, workspace, lr] = call;
+  const F sign = settings.maximize ? F(-1) : F(1);
+  const F decay = static_cast<F>(rule.decoupled ? 0.0 : settings.weight_decay);
+  const F keep = static_cast<F>(rule.decoupled ? 1.0 - lr * settings.weight_decay : 1.0);
+  const bool as_stored = std::is_same_v<S, F> && !settings.maximize && decay == F(0);
+  auto coefficients = math::coefficients_of<F>(rule, settings.eps);
+  std::vector<PresentTask> tasks = present_tasks(call);
+  std::vector<TaskPointers<S, M, F>> pointers(tasks.size());
+  alignas(64) F prepared[kChunk], delta[kChunk];
+  for_pieces(gradients.sizes, gradients.tensors, begin, end, end - begin,
+             [&](int64_t p, int64_t start, int64_t count, int64_t) {
+               const int64_t key = settings.stochastic && tensors.keys ? tensors.keys[p] : 0;
+               for (size_t k = 0; k < tasks.size(); ++k) {
+                 const int64_t t = tasks[k].number, at = p * gradients.tasks + t;
+                 tasks[k].set_count(call, tensors.steps[p][t]);
+                 const auto moment = [&](void* const* moments) {
+                   return static_cast<M*>((moments ? moments : rule.second)[at]) +
+                          start;  // what there is not stays untouched
+                 };
+                 pointers[k] = {static_cast<const S*>(gradients.data[at]) + start,
+                                moment(rule.first),
+                                moment(rule.second),
+                                moment(rule.largest),
+                                static_cast<F>(tasks[k].step.root_scale),
+                                static_cast<F>(tasks[k].step.step),
+                                settings.stochastic ? math::random_stream(key, t, tasks[k].count) : 0,
+                                0.0};
+               }
+               uint32_t random = 0;
+               if (rule.buffers && settings.stochastic) {
+                 double counts = 0.0;
+                 for (int64_t t = 0; t < gradients.tasks; ++t) counts += tensors.steps[p][t];
+                 random = math::random_stream(key, gradients.tasks, counts);
+               }
+               S* const parameter = static_cast<S*>(tensors.parameters[p]) + start;
+               for (int64_t i = 0; i < count; i += kChunk) {
+                 const int64_t n = std::min(count - i, kChunk);
+                 const auto index = static_cast<uint32_t>(start + i);
+                 std::fill_n(delta, n, F(0));
+                 for (auto& task : pointers) {
+                   const F* gradient = prepared;
+                   if constexpr (std::is_same_v<S, F>)
+                     if (as_stored) gradient = task.gradient + i;
+                   if (!as_stored) prepare_gradient(task.gradient + i, parameter + i, sign, decay, prepared, n);
+                   coefficients.root_scale = task.root_scale, coefficients.step = task.step;
+                   task.sum += update(gradient, task.first + i, task.second + i, task.largest + i, delta, coefficients,
+                                      task.random, index, n);
+                 }
+                 if (rule.buffers)
+                   through_buffer(static_cast<M*>(rule.buffers[p]) + start + i, delta, static_cast<F>(rule.momentum),
+                                  static_cast<F>(lr), settings.stochastic, random, index, n);
+                 move_parameter(parameter + i, delta, keep, n);
+               }
+               if (tensors.squares)
+                 for (size_t k = 0; k < tasks.size(); ++k)
+                   workspace[(slot + p) * gradients.tasks + tasks[k].number] = pointers[k].sum;
+             });
 }
 
 template <typename S, typename M>
-void update_types(const TaskMoments& table, const Adaptive& by, double* workspace, int threads) {
-  if (by.rule == Rule::adam && by.extra) return update<Moments::amsgrad, S, M>(table, by, workspace, threads);
-  if (by.rule == Rule::adam) return update<Moments::adam, S, M>(table, by, workspace, threads);
-  if (by.rule == Rule::rmsprop && by.extra) return update<Moments::centered, S, M>(table, by, workspace, threads);
-  update<Moments::square, S, M>(table, by, workspace, threads);
+void step_types(const Call& call, int threads) {
+  const auto& [gradients, tensors, rule, settings, workspace, lr] = call;
+  Update<M, Compute<S>> update = update_of<false, M, Compute<S>>(rule.kind);
+  if constexpr (std::is_same_v<M, bfloat16>)
+    if (settings.stochastic) update = update_of<true, M, Compute<S>>(rule.kind);
+  const Shares shares(columns_of(gradients.sizes, gradients.tensors), 1);
+  if (tensors.squares) std::fill_n(workspace, (shares.slots + gradients.tensors) * gradients.tasks, 0.0);
+  parallel_for(shares.slots, threads, [&](int64_t slot) {
+    const int64_t begin = std::min(slot * shares.size, shares.columns);
+    const int64_t end = std::min(begin + shares.size, shares.columns);
+    update_share<S, M>(call, update, begin, end, slot);
+  });
+  if (!tensors.squares) return;
+  std::vector<PresentTask> tasks = present_tasks(call);
+  int64_t start = 0;
+  for (int64_t p = 0; p < gradients.tensors; start += gradients.sizes[p++]) {
+    for (int64_t t = 0; t < gradients.tasks; ++t) tensors.squares[p][t] *= settings.square_decay;
+    for (PresentTask& task : tasks) {
+      double sum = 0.0;
+      for (int64_t slot = start / shares.size; slot < shares.slots && slot * shares.size < start + gradients.sizes[p];
+           ++slot)
+        sum += workspace[(slot + p) * gradients.tasks + task.number];
+      task.set_count(call, tensors.steps[p][task.number]);
+      tensors.squares[p][task.number] += (1.0 - settings.square_decay) * (task.step.length * task.step.length * sum);
+    }
+  }
+}
+
+void step(DType parameters, DType moments, Call call, int threads) {
+  if (call.settings.lr_tensor) call.lr = *call.settings.lr_tensor;
+  const auto run = [&](auto kernel) { kernel(call, threads); };
+  if (parameters == DType::f64 && moments == DType::f64) return run(step_types<double, double>);
+  if (parameters == DType::f32 && moments == DType::f32) return run(step_types<float, float>);
+  if (parameters == DType::f32 && moments == DType::bf16) return run(step_types<float, bfloat16>);
+  if (parameters == DType::bf16 && moments == DType::f32) return run(step_types<bfloat16, float>);
+  if (parameters == DType::bf16 && moments == DType::bf16) return run(step_types<bfloat16, bfloat16>);
+  throw std::invalid_argument("adatask (cpu): float32 or bfloat16 parameters and moments, or float64 both");
 }
 
 }  // namespace
@@ -279,15 +255,24 @@ int64_t adatask_workspace(int64_t tasks, int64_t tensors, int64_t columns) {
   return (Shares(columns, 1).slots + tensors) * tasks;
 }
 
-void adatask(DType parameters, DType moments, const TaskMoments& table, const Adaptive& by, double* workspace,
+void adam(DType parameters, DType moments, const Rows& gradients, const StepTensors& tensors, const AdamMoments& state,
+          const Adam& by, const StepSettings& settings, double* workspace, Place place) {
+  step(parameters, moments, {gradients, tensors, math::rule_of(by, state), settings, workspace, settings.lr},
+       place.threads);
+}
+
+void rmsprop(DType parameters, DType moments, const Rows& gradients, const StepTensors& tensors,
+             const RMSpropMoments& state, const RMSprop& by, const StepSettings& settings, double* workspace,
              Place place) {
-  const auto run = [&](auto kernel) { kernel(table, by, workspace, place.threads); };
-  if (parameters == DType::f64 && moments == DType::f64) return run(update_types<double, double>);
-  if (parameters == DType::f32 && moments == DType::f32) return run(update_types<float, float>);
-  if (parameters == DType::f32 && moments == DType::bf16) return run(update_types<float, bfloat16>);
-  if (parameters == DType::bf16 && moments == DType::f32) return run(update_types<bfloat16, float>);
-  if (parameters == DType::bf16 && moments == DType::bf16) return run(update_types<bfloat16, bfloat16>);
-  throw std::invalid_argument("adatask (cpu): float32 or bfloat16 parameters and moments, or float64 both");
+  step(parameters, moments, {gradients, tensors, math::rule_of(by, state), settings, workspace, settings.lr},
+       place.threads);
+}
+
+void adagrad(DType parameters, DType moments, const Rows& gradients, const StepTensors& tensors,
+             const AdagradMoments& state, const Adagrad& by, const StepSettings& settings, double* workspace,
+             Place place) {
+  step(parameters, moments, {gradients, tensors, math::rule_of(by, state), settings, workspace, settings.lr},
+       place.threads);
 }
 
 }  // namespace mtlgrad::cpu

@@ -86,7 +86,7 @@ void align(const double* gram, const double* preference, Scale scale, double rto
   }
   for (int64_t i = 0; i < tasks; ++i) {
     out.weights[i] = 0.0;
-    for (int64_t j = 0; j < tasks; ++j) out.weights[i] += b[i * tasks + j] * preference[j];
+    for (int64_t j = 0; j < tasks; ++j) out.weights[i] += b[i * tasks + j] * (preference ? preference[j] : 1.0);
     out.singular_values[i] = std::sqrt(descending[i]) * std::sqrt(largest);
   }
   *out.rank = rank;

@@ -213,7 +213,7 @@ MTLGRAD_CLONES double dot_piece(const S* x, const V* y, int64_t n) {
   return sum;
 }
 
-// ---- combine and displace -------------------------------------------------------------------------------------------
+// ---- combine and add_weighted -------------------------------------------------------------------------------------------
 
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
@@ -368,9 +368,9 @@ void combine(DType dtype, Rows rows, const double* weights, void* const* out, Pl
   });
 }
 
-void displace(DType row_type, DType base_type, Rows rows, const void* const* base, const double* weights,
-              void* const* out, Place place) {
-  for_storages("displace", row_type, base_type, [&](auto* row, auto* other) {
+void add_weighted(DType row_type, DType base_type, Rows rows, const void* const* base, const double* weights,
+                  void* const* out, Place place) {
+  for_storages("add_weighted", row_type, base_type, [&](auto* row, auto* other) {
     using S = std::remove_pointer_t<decltype(row)>;
     using B = std::remove_pointer_t<decltype(other)>;
     weighted<S, B, true>(rows, base, weights, out, place);

@@ -1,6 +1,6 @@
 #include "kernels.h"
 
-#include "cpu/sink.h"
+#include "cpu/output.h"
 
 namespace mtlgrad::cpu {
 namespace {
@@ -8,7 +8,7 @@ namespace {
 // One example of one regression output: two dot products, then one pass over the features.
 template <typename T>
 MTLGRAD_INLINE void regression_row(const T* h, T target, const T* m, const T* c, const T* s, int64_t width,
-                                   const SinkRow<T>& out) {
+                                   const OutputRow<T>& out) {
   if (target != target) return emit_no_label(out, 0, width);
   const T r = static_cast<T>(dot(m, h, width) - static_cast<double>(target));
   const auto z = math::logit_variance(static_cast<T>(dot(c, h, width)), noise_scale(h, s, width));
@@ -19,7 +19,7 @@ MTLGRAD_INLINE void regression_row(const T* h, T target, const T* m, const T* c,
 // One example of one binary output: two dot products, the quadrature, one pass over the features.
 template <typename T>
 MTLGRAD_INLINE void binary_row(const T* h, T target, const T* m, const T* k, const T* s, const T* nodes,
-                               const T* weights, int64_t num_nodes, int64_t width, const SinkRow<T>& out) {
+                               const T* weights, int64_t num_nodes, int64_t width, const OutputRow<T>& out) {
   if (target != target) return emit_no_label(out, 0, width);
   const T mu = static_cast<T>(dot(m, h, width) + static_cast<double>(m[width]));
   const T scale = noise_scale(h, s, width) + std::sqrt(s[width]);
@@ -61,27 +61,27 @@ MTLGRAD_INLINE void precision_mean_row(const T* means, const T* variances, const
   }
 }
 
-#define MTLGRAD_ROWS(T)                                                                                          \
-  MTLGRAD_CLONES void regression_row_of(const T* h, T target, const T* m, const T* c, const T* s, int64_t width, \
-                                        const SinkRow<T>& out) {                                                 \
-    regression_row(h, target, m, c, s, width, out);                                                              \
-  }                                                                                                              \
-  MTLGRAD_CLONES void binary_row_of(const T* h, T target, const T* m, const T* k, const T* s, const T* nodes,    \
-                                    const T* weights, int64_t num_nodes, int64_t width, const SinkRow<T>& out) { \
-    binary_row(h, target, m, k, s, nodes, weights, num_nodes, width, out);                                       \
-  }                                                                                                              \
-  MTLGRAD_CLONES void precision_mean_row_of(const T* means, const T* variances, const double* power, T* out,     \
-                                            int64_t batch, int64_t tasks, int64_t width) {                       \
-    precision_mean_row(means, variances, power, out, batch, tasks, width);                                       \
+#define MTLGRAD_ROWS(T)                                                                                            \
+  MTLGRAD_CLONES void regression_row_of(const T* h, T target, const T* m, const T* c, const T* s, int64_t width,   \
+                                        const OutputRow<T>& out) {                                                 \
+    regression_row(h, target, m, c, s, width, out);                                                                \
+  }                                                                                                                \
+  MTLGRAD_CLONES void binary_row_of(const T* h, T target, const T* m, const T* k, const T* s, const T* nodes,      \
+                                    const T* weights, int64_t num_nodes, int64_t width, const OutputRow<T>& out) { \
+    binary_row(h, target, m, k, s, nodes, weights, num_nodes, width, out);                                         \
+  }                                                                                                                \
+  MTLGRAD_CLONES void precision_mean_row_of(const T* means, const T* variances, const double* power, T* out,       \
+                                            int64_t batch, int64_t tasks, int64_t width) {                         \
+    precision_mean_row(means, variances, power, out, batch, tasks, width);                                         \
   }
 MTLGRAD_ROWS(float)
 MTLGRAD_ROWS(double)
 
 }  // namespace
 
-void regression_moments(DType dtype, Features features, const void* targets, const void* mean, const void* cross,
-                        int64_t cross_stride, const void* spread, int64_t spread_stride, int64_t outputs, Sink sink,
-                        Place place) {
+void regression_moments(DType dtype, Features features, const void* targets, const void* mean,
+                        const void* cross_covariance, int64_t covariance_stride, const void* variances,
+                        int64_t variance_stride, int64_t outputs, Output output, Place place) {
   for_dtype("regression_moments", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t width = features.width;
@@ -89,16 +89,16 @@ void regression_moments(DType dtype, Features features, const void* targets, con
       const T* h = static_cast<const T*>(features.data) + b * features.stride;
       for (int64_t o = 0; o < outputs; ++o)
         regression_row_of(h, static_cast<const T*>(targets)[b * outputs + o], static_cast<const T*>(mean) + o * width,
-                          static_cast<const T*>(cross) + o * cross_stride + b * width,
-                          static_cast<const T*>(spread) + o * spread_stride, width,
-                          sink_row<T>(sink, b, o, outputs, width));
+                          static_cast<const T*>(cross_covariance) + o * covariance_stride + b * width,
+                          static_cast<const T*>(variances) + o * variance_stride, width,
+                          output_row<T>(output, b, o, outputs, width));
     });
   });
 }
 
-void binary_moments(DType dtype, Features features, const void* targets, const void* mean, const void* cross,
-                    const void* spread, const void* nodes, const void* weights, int64_t num_nodes, int64_t outputs,
-                    Sink sink, Place place) {
+void binary_moments(DType dtype, Features features, const void* targets, const void* mean, const void* cross_covariance,
+                    const void* variances, const void* nodes, const void* weights, int64_t num_nodes, int64_t outputs,
+                    Output output, Place place) {
   for_dtype("binary_moments", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t width = features.width, augmented = width + 1;
@@ -106,9 +106,9 @@ void binary_moments(DType dtype, Features features, const void* targets, const v
       const T* h = static_cast<const T*>(features.data) + b * features.stride;
       for (int64_t o = 0; o < outputs; ++o)
         binary_row_of(h, static_cast<const T*>(targets)[b * outputs + o], static_cast<const T*>(mean) + o * augmented,
-                      static_cast<const T*>(cross) + (o * features.batch + b) * augmented,
-                      static_cast<const T*>(spread) + o * augmented, static_cast<const T*>(nodes),
-                      static_cast<const T*>(weights), num_nodes, width, sink_row<T>(sink, b, o, outputs, width));
+                      static_cast<const T*>(cross_covariance) + (o * features.batch + b) * augmented,
+                      static_cast<const T*>(variances) + o * augmented, static_cast<const T*>(nodes),
+                      static_cast<const T*>(weights), num_nodes, width, output_row<T>(output, b, o, outputs, width));
     });
   });
 }

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/sink.h"
+#include "cpu/output.h"
 #include "kernels.h"
 
 // A vector of 64 bytes is passed only to what is inlined, so no call depends on how it would be passed.
@@ -141,8 +141,8 @@ MTLGRAD_CLONES bool condition_row_of(double* cross, const double* gram, const do
 
 }  // namespace
 
-bool condition_on_batch(DType dtype, void* cross, const void* gram, const void* curvature, void* spread, int64_t rows,
-                        int64_t batch, int64_t width, Place place) {
+bool condition_on_batch(DType dtype, void* cross_covariance, const void* gram, const void* curvature, void* variances,
+                        int64_t rows, int64_t batch, int64_t width, Place place) {
   std::vector<char> done(rows, 1);
   for_dtype("condition_on_batch", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -150,10 +150,10 @@ bool condition_on_batch(DType dtype, void* cross, const void* gram, const void* 
     const int64_t stride = (batch + kPair - 1) / kPair * kPair + (width + kPair - 1) / kPair * kPair;
     parallel_for(rows, place.threads, [&](int64_t r) {
       std::vector<T> scratch((batch + 3) / 4 * 4 * (stride + 4));
-      done[r] =
-          condition_row_of(static_cast<T*>(cross) + r * batch * width, static_cast<const T*>(gram) + r * batch * batch,
-                           static_cast<const T*>(curvature) + r * batch, static_cast<T*>(spread) + r * width, batch,
-                           width, scratch.data());
+      done[r] = condition_row_of(static_cast<T*>(cross_covariance) + r * batch * width,
+                                 static_cast<const T*>(gram) + r * batch * batch,
+                                 static_cast<const T*>(curvature) + r * batch, static_cast<T*>(variances) + r * width,
+                                 batch, width, scratch.data());
     });
   });
   return std::all_of(done.begin(), done.end(), [](char d) { return d != 0; });

@@ -1,6 +1,6 @@
 #include <vector>
 
-#include "cpu/sink.h"
+#include "cpu/output.h"
 #include "kernels.h"
 #include "math/moments.h"
 #include "math/multiclass.h"
@@ -88,7 +88,7 @@ MTLGRAD_INLINE void integrate(const Example<T>& e, double scale) {
 
 // The quadratic form at every dimension, kTile of them at a time.
 template <typename T>
-MTLGRAD_INLINE void evaluate(const Example<T>& e, const SinkRow<T>& out) {
+MTLGRAD_INLINE void evaluate(const Example<T>& e, const OutputRow<T>& out) {
   const auto& s = e.slice;
   const auto sizes = math::multiclass_sizes(e.posterior.structure, e.posterior.num_classes);
   for (int64_t i = 0; i < sizes.phi; ++i) e.rows[i] = e.row(i);
@@ -127,19 +127,19 @@ MTLGRAD_INLINE void evaluate(const Example<T>& e, const SinkRow<T>& out) {
 }
 
 template <typename T>
-MTLGRAD_INLINE void example_row(const Example<T>& e, const SinkRow<T>& out) {
+MTLGRAD_INLINE void example_row(const Example<T>& e, const OutputRow<T>& out) {
   if (e.target == math::kNoClass) return emit_no_label(out, 0, e.width);
   integrate(e, fill_factor(e));
   evaluate(e, out);
 }
 
-MTLGRAD_CLONES void example_row_of(const Example<float>& e, const SinkRow<float>& out) { example_row(e, out); }
-MTLGRAD_CLONES void example_row_of(const Example<double>& e, const SinkRow<double>& out) { example_row(e, out); }
+MTLGRAD_CLONES void example_row_of(const Example<float>& e, const OutputRow<float>& out) { example_row(e, out); }
+MTLGRAD_CLONES void example_row_of(const Example<double>& e, const OutputRow<double>& out) { example_row(e, out); }
 
 }  // namespace
 
 void multiclass_moments(DType dtype, Features features, const int64_t* targets, MulticlassPosterior posterior,
-                        const double* points, int64_t num_points, double* workspace, int64_t slots, Sink sink,
+                        const double* points, int64_t num_points, double* workspace, int64_t slots, Output output,
                         Place place) {
   const int64_t size = multiclass_workspace(posterior.structure, posterior.num_classes, num_points);
   for_dtype("multiclass_moments", dtype, [&](auto* type) {
@@ -156,7 +156,7 @@ void multiclass_moments(DType dtype, Features features, const int64_t* targets, 
                                   num_points,
                                   slice,
                                   rows.data()},
-                       sink_row<T>(sink, b, 0, 1, features.width));
+                       output_row<T>(output, b, 0, 1, features.width));
     });
   });
 }

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/sink.h"
+#include "cpu/output.h"
 #include "kernels.h"
 
 // A vector of 64 bytes is returned only by what is inlined, so no call depends on how it would be passed.
@@ -97,7 +97,7 @@ struct Samples {
 // All tasks of examples [from, to) at kWidth features from `begin`. A task's weights there are copied together first, `rows`
 // of them, zeros beyond the last feature: in place they lie a page apart, and would be fetched anew for every example.
 template <typename T>
-MTLGRAD_INLINE void columns(const Samples<T>& in, const Sink& sink, int64_t from, int64_t to, int64_t begin,
+MTLGRAD_INLINE void columns(const Samples<T>& in, const Output& output, int64_t from, int64_t to, int64_t begin,
                             T* packed) {
   const int64_t tasks = in.binary ? in.classes : 1, period = in.binary ? 1 : in.classes;
   const int64_t rows = in.samples * period, stride = (in.binary ? in.classes : 1) * (in.width + 1);
@@ -115,7 +115,7 @@ MTLGRAD_INLINE void columns(const Samples<T>& in, const Sink& sink, int64_t from
       else
         tile<T, 1>(packed, r, rows, in.samples, period, means, variances);
       for (int64_t k = 0; k < count; ++k, ++example) {
-        const SinkRow<T> row = sink_row<T>(sink, example, t, tasks, in.width);
+        const OutputRow<T> row = output_row<T>(output, example, t, tasks, in.width);
         if (r[k * rows] != r[k * rows]) {
           emit_no_label(row, begin, begin + features);
           continue;
@@ -128,14 +128,14 @@ MTLGRAD_INLINE void columns(const Samples<T>& in, const Sink& sink, int64_t from
   }
 }
 
-#define MTLGRAD_ROWS(T)                                                                                              \
-  MTLGRAD_CLONES void binary_residuals_of(T* z, T target, int64_t samples) { binary_residuals(z, target, samples); } \
-  MTLGRAD_CLONES void multiclass_residuals_of(T* z, int64_t target, int64_t samples, int64_t classes) {              \
-    for (int64_t s = 0; s < samples; ++s) math::multiclass_residuals(z + s * classes, target, classes);              \
-  }                                                                                                                  \
-  MTLGRAD_CLONES void columns_of(const Samples<T>& in, const Sink& sink, int64_t from, int64_t to, int64_t begin,    \
-                                 T* packed) {                                                                        \
-    columns(in, sink, from, to, begin, packed);                                                                      \
+#define MTLGRAD_ROWS(T)                                                                                               \
+  MTLGRAD_CLONES void binary_residuals_of(T* z, T target, int64_t samples) { binary_residuals(z, target, samples); }  \
+  MTLGRAD_CLONES void multiclass_residuals_of(T* z, int64_t target, int64_t samples, int64_t classes) {               \
+    for (int64_t s = 0; s < samples; ++s) math::multiclass_residuals(z + s * classes, target, classes);               \
+  }                                                                                                                   \
+  MTLGRAD_CLONES void columns_of(const Samples<T>& in, const Output& output, int64_t from, int64_t to, int64_t begin, \
+                                 T* packed) {                                                                         \
+    columns(in, output, from, to, begin, packed);                                                                     \
   }
 MTLGRAD_ROWS(float)
 MTLGRAD_ROWS(double)
@@ -160,7 +160,7 @@ void sample_residuals(DType dtype, Likelihood likelihood, void* logits, const vo
 }
 
 void sampled_moments(DType dtype, Likelihood likelihood, const void* residuals, const void* samples, int64_t batch,
-                     int64_t num_samples, int64_t classes, int64_t width, Sink sink, Place place) {
+                     int64_t num_samples, int64_t classes, int64_t width, Output output, Place place) {
   for_dtype("sampled_moments", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool binary = likelihood == Likelihood::binary;
@@ -173,7 +173,7 @@ void sampled_moments(DType dtype, Likelihood likelihood, const void* residuals, 
     parallel_for(tiles * cuts, place.threads, [&](int64_t i) {
       std::vector<T> packed(num_samples * (binary ? 1 : classes) * kWidth<T>);
       const int64_t cut = i % cuts;
-      columns_of(in, sink, cut * batch / cuts, (cut + 1) * batch / cuts, i / cuts * kWidth<T>, packed.data());
+      columns_of(in, output, cut * batch / cuts, (cut + 1) * batch / cuts, i / cuts * kWidth<T>, packed.data());
     });
   });
 }

@@ -7,7 +7,7 @@
 
 namespace mtlgrad::cuda {
 
-using math::Moments;
+using math::MomentKind;
 
 // The largest piece of a parameter: short enough for 32-bit arithmetic.
 #ifdef MTLGRAD_EMULATE
@@ -23,13 +23,13 @@ struct StepSegment {
   int64_t key;
 };
 
-// Pointers to a segment, in the order of the table: these four, the last two perhaps null, then kStreams for each task.
+// Pointers to a segment, in the order of the table: these four, the last two perhaps null, then kTaskPointers for each task.
 enum Header : int { kParameter, kSteps, kSquares, kBuffer, kHeader };
-enum Stream : int { kGradient, kSecond, kFirst, kLargest };  // of centered moments, too, the third is `first`
-template <Moments kMoments>
-constexpr int kStreams = kMoments == Moments::square    ? 2
-                         : kMoments == Moments::amsgrad ? 4
-                                                        : 3;
+enum TaskPointers : int { kGradient, kSecond, kFirst, kLargest };  // of centered moments, too, the third is `first`
+template <MomentKind kKind>
+constexpr int kTaskPointers = kKind == MomentKind::square    ? 2
+                              : kKind == MomentKind::amsgrad ? 4
+                                                             : 3;
 
 // What a launch works on, passed by value as the tables of rows.cuh are, and cut into work items as those.
 template <typename F, int kSegmentCapacity, int kPointerCapacity>
@@ -37,11 +37,12 @@ struct StepTable {
   using Number = F;
   static constexpr int kSegments = kSegmentCapacity, kPointers = kPointerCapacity;
   int32_t count, stride, items, tasks;
-  bool buffered;
+  bool buffered, decoupled;
   F sign, decay;                           // of the gradient; what of the parameter is added to it
   math::TaskCoefficients<F> coefficients;  // all but root_scale and step, which are a task's own
-  const bool* present;                     // [tasks], or null
-  Adaptive by;                             // `weights` points into host memory
+  math::Corrections corrections;
+  double momentum;
+  StepSettings settings;  // `task_weights` points into host memory
   double weights[kMaxStepTasks];
   StepSegment segments[kSegments + 1];  // and a last one that begins where the items end
   void* pointers[kPointers];
@@ -60,11 +61,11 @@ constexpr int kStepColumns = kRowThreads * kStepWidth<S, M>;
 constexpr int kStepSingles = 2;
 // Blocks that a multiprocessor must have registers for; as many as there are without spilling. With the 48 bytes that each
 // of 1024 threads asks for at a time, far more is in flight than memory needs to be busy.
-template <Moments kMoments, bool kStochastic, typename S, typename M>
+template <MomentKind kKind, bool kStochastic, typename S, typename M>
 constexpr int step_blocks() {
   if (sizeof(S) == 8) return 2;
-  if (kMoments == Moments::amsgrad) return 3;
-  return sizeof(S) + sizeof(M) == 4 && (kStochastic || kMoments == Moments::centered) ? 3 : 4;
+  if (kKind == MomentKind::amsgrad) return 3;
+  return sizeof(S) + sizeof(M) == 4 && (kStochastic || kKind == MomentKind::centered) ? 3 : 4;
 }
 
 template <typename T, int kWidth, bool kPairs = sizeof(T) == 2 && kWidth % 2 == 0>
@@ -122,20 +123,19 @@ template <bool kStochastic, typename Table, typename F>
 __device__ __forceinline__ void open_segment(const Table& table, int segment, SegmentStep<F>& now) {
   const int t = threadIdx.x;
   if (t > table.tasks) return;
-  const Adaptive& by = table.by;
+  const StepSettings& settings = table.settings;
   const auto* steps = static_cast<const float*>(table.pointer(segment, kSteps));
-  const double lr = by.lr_tensor ? *by.lr_tensor : by.lr;
+  const double lr = settings.lr_tensor ? *settings.lr_tensor : settings.lr;
   const int64_t key = table.segments[segment].key;
   if (t < table.tasks) {
     const double count = steps[t];
-    const math::TaskStep at = math::task_step(static_cast<int>(by.rule), lr, table.weights[t], by.first_decay,
-                                              by.second_decay, by.lr_decay, table.buffered, count);
+    const math::TaskStep at = math::task_step(table.corrections, lr, table.weights[t], table.buffered, count);
     now.tasks[t] = {at.length, static_cast<F>(at.root_scale), static_cast<F>(at.step),
-                    kStochastic ? math::random_stream(key, t, count) : 0, !table.present || table.present[t]};
+                    kStochastic ? math::random_stream(key, t, count) : 0, !settings.present || settings.present[t]};
     for (int w = 0; w < kRowWarps; ++w) now.sums[w][t] = 0.0;
   } else {
     now.lr = static_cast<F>(lr);
-    now.keep = static_cast<F>(by.decoupled ? 1.0 - lr * by.weight_decay : 1.0);
+    now.keep = static_cast<F>(table.decoupled ? 1.0 - lr * settings.weight_decay : 1.0);
     double counts = 0.0;
     if (kStochastic && table.buffered)
       for (int k = 0; k < table.tasks; ++k) counts += steps[k];
@@ -162,7 +162,7 @@ __device__ __forceinline__ void close_segment(const Table& table, int segment, c
 // reads of a task is on its way before it waits for any of it, and the parameter and the sum of its updates stay in
 // registers. The tensors are all apart; __restrict__ would say so, but a table of pointers has no place for it. The
 // whole block must call this, for the sums over warps.
-template <Moments kMoments, bool kStochastic, typename S, typename M, int kWidth, int kUnits, bool kChecked,
+template <MomentKind kKind, bool kStochastic, typename S, typename M, int kWidth, int kUnits, bool kChecked,
           typename Table, typename F>
 __device__ __forceinline__ void step_columns(const Table& table, int segment, SegmentStep<F>& now, int begin, int end,
                                              bool summed) {
@@ -193,7 +193,7 @@ __device__ __forceinline__ void step_columns(const Table& table, int segment, Se
   for (int t = 0; t < table.tasks; ++t) {
     const auto& task = now.tasks[t];
     if (!task.present) continue;
-    const int slot = kHeader + t * kStreams<kMoments>;
+    const int slot = kHeader + t * kTaskPointers<kKind>;
     Lanes<S, kWidth> gradient[kUnits];
     Lanes<M, kWidth> first[kUnits], second[kUnits], largest[kUnits];
 #pragma unroll
@@ -201,8 +201,8 @@ __device__ __forceinline__ void step_columns(const Table& table, int segment, Se
       if (active(u)) {
         gradient[u] = *at(slot + kGradient, parameters, u);
         second[u] = *at(slot + kSecond, moments, u);
-        if constexpr (math::has_first<kMoments>) first[u] = *at(slot + kFirst, moments, u);
-        if constexpr (kMoments == Moments::amsgrad) largest[u] = *at(slot + kLargest, moments, u);
+        if constexpr (math::has_first<kKind>) first[u] = *at(slot + kFirst, moments, u);
+        if constexpr (kKind == MomentKind::amsgrad) largest[u] = *at(slot + kLargest, moments, u);
       }
     math::TaskCoefficients<F> c = table.coefficients;
     c.root_scale = task.root_scale, c.step = task.step;
@@ -215,20 +215,20 @@ __device__ __forceinline__ void step_columns(const Table& table, int segment, Se
         F g = table.sign * lane(gradient[u], j);
         if (table.decay != F(0)) g += table.decay * lane(theta[u], j);  // not 0 times what may be infinite
         F m = F(0), v = lane(second[u], j), most = F(0);
-        if constexpr (math::has_first<kMoments>) m = lane(first[u], j);
-        if constexpr (kMoments == Moments::amsgrad) most = lane(largest[u], j);
-        const F direction = math::task_direction<kMoments>(g, m, v, most, c);
+        if constexpr (math::has_first<kKind>) m = lane(first[u], j);
+        if constexpr (kKind == MomentKind::amsgrad) most = lane(largest[u], j);
+        const F direction = math::task_direction<kKind>(g, m, v, most, c);
         delta[u][j] += c.step * direction;
         sum += direction * direction;
         uint32_t bits = 0;
         if constexpr (kStochastic) bits = math::random_bits(task.stream, index + static_cast<uint32_t>(u * kStep + j));
-        if constexpr (math::has_first<kMoments>) set_moment<kStochastic>(first[u], j, m, bits);
+        if constexpr (math::has_first<kKind>) set_moment<kStochastic>(first[u], j, m, bits);
         set_moment<kStochastic>(second[u], j, v, bits >> 16);
-        if constexpr (kMoments == Moments::amsgrad) set_moment<kStochastic>(largest[u], j, most, bits >> 16);
+        if constexpr (kKind == MomentKind::amsgrad) set_moment<kStochastic>(largest[u], j, most, bits >> 16);
       }
-      if constexpr (math::has_first<kMoments>) *at(slot + kFirst, moments, u) = first[u];
+      if constexpr (math::has_first<kKind>) *at(slot + kFirst, moments, u) = first[u];
       *at(slot + kSecond, moments, u) = second[u];
-      if constexpr (kMoments == Moments::amsgrad) *at(slot + kLargest, moments, u) = largest[u];
+      if constexpr (kKind == MomentKind::amsgrad) *at(slot + kLargest, moments, u) = largest[u];
     }
     if (summed) {
       const double all = warp_sum(static_cast<double>(sum));
@@ -239,12 +239,12 @@ __device__ __forceinline__ void step_columns(const Table& table, int segment, Se
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
     if (!active(u)) continue;
-    if (kMoments == Moments::square || kMoments == Moments::centered) {
+    if (kKind == MomentKind::square || kKind == MomentKind::centered) {
       if (table.buffered) {
         Lanes<M, kWidth> buffer = *at(kBuffer, moments, u);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-          const F b = static_cast<F>(table.by.first_decay) * lane(buffer, j) + delta[u][j];
+          const F b = static_cast<F>(table.momentum) * lane(buffer, j) + delta[u][j];
           uint32_t bits = 0;
           if constexpr (kStochastic) bits = math::random_bits(now.stream, index + static_cast<uint32_t>(u * kStep + j));
           set_moment<kStochastic>(buffer, j, b, bits);
@@ -264,8 +264,8 @@ __device__ __forceinline__ void step_columns(const Table& table, int segment, Se
 // each task, about a microsecond, in which other blocks of the multiprocessor go on. Two barriers there: before, since
 // slower warps may still read the previous segment's numbers and add to its sums; after, since no warp may go on before
 // the new ones are there. Within a segment there is none. `workspace` is null, or gets what is in close_segment.
-template <Moments kMoments, bool kStochastic, typename S, typename M, typename Table>
-__global__ void __launch_bounds__(kRowThreads, step_blocks<kMoments, kStochastic, S, M>())
+template <MomentKind kKind, bool kStochastic, typename S, typename M, typename Table>
+__global__ void __launch_bounds__(kRowThreads, step_blocks<kKind, kStochastic, S, M>())
     adatask_kernel(const __grid_constant__ Table table, double* workspace) {
   using F = Accumulator<S>;
   constexpr int kColumns = kStepColumns<S, M>, kWidth = kStepWidth<S, M>, kSingles = kStepSingles;
@@ -283,17 +283,17 @@ __global__ void __launch_bounds__(kRowThreads, step_blocks<kMoments, kStochastic
     int begin = (at.item - segment.first) * kColumns;
     const int end = segment.size - begin < kColumns ? segment.size : begin + kColumns;
     if (segment.aligned && end - begin == kColumns) {
-      step_columns<kMoments, kStochastic, S, M, kWidth, 1, false>(table, open, now, begin, end, workspace != nullptr);
+      step_columns<kKind, kStochastic, S, M, kWidth, 1, false>(table, open, now, begin, end, workspace != nullptr);
       continue;
     }
     if (segment.aligned) {
       const int whole = end - (end - begin) % kWidth;
-      step_columns<kMoments, kStochastic, S, M, kWidth, 1, true>(table, open, now, begin, whole, workspace != nullptr);
+      step_columns<kKind, kStochastic, S, M, kWidth, 1, true>(table, open, now, begin, whole, workspace != nullptr);
       begin = whole;
     }
 #pragma unroll 1
     for (; begin < end; begin += kSingles * kRowThreads)
-      step_columns<kMoments, kStochastic, S, M, 1, kSingles, true>(table, open, now, begin, end, workspace != nullptr);
+      step_columns<kKind, kStochastic, S, M, 1, kSingles, true>(table, open, now, begin, end, workspace != nullptr);
   }
   __syncthreads();  // every warp has added its sums
   close_segment(table, open, now, workspace);
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   sum = block_sum(sum);
   if (threadIdx.x > 0) return;
   double& average = static_cast<double*>(table.pointer(begin, kSquares))[t];
-  const double decay = table.by.square_decay;
+  const double decay = table.settings.square_decay;
   average = (table.segments[begin].piece ? average : decay * average) + (1.0 - decay) * sum;
 }
 

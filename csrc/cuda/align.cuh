@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     finite = finite && isfinite(x);
     a[i * stride + j] = a[j * stride + i] = x;
   }
-  if (thread < tasks) wanted[thread] = preference[thread];
+  if (thread < tasks) wanted[thread] = preference ? preference[thread] : 1.0;
   block_barrier<kThreads>();
   double largest = 0.0;
   for (int i = 0; i < tasks; ++i) largest = a[i * stride + i] > largest ? a[i * stride + i] : largest;

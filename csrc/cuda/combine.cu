@@ -216,12 +216,12 @@ void combine(DType dtype, Rows rows, const double* weights, void* const* out, Pl
   });
 }
 
-void displace(DType row_type, DType base_type, Rows rows, const void* const* base, const double* weights,
-              void* const* out, Place place) {
-  for_row_dtypes("displace", row_type, base_type, [&](auto* row, auto* other) {
+void add_weighted(DType row_type, DType base_type, Rows rows, const void* const* base, const double* weights,
+                  void* const* out, Place place) {
+  for_row_dtypes("add_weighted", row_type, base_type, [&](auto* row, auto* other) {
     using T = std::remove_pointer_t<decltype(row)>;
     using B = std::remove_pointer_t<decltype(other)>;
-    weighted_sums<T, B, true>("displace", rows, {{base, sizeof(B)}, {out, sizeof(B)}}, weights, place);
+    weighted_sums<T, B, true>("add_weighted", rows, {{base, sizeof(B)}, {out, sizeof(B)}}, weights, place);
   });
 }
 

@@ -213,7 +213,7 @@ __device__ __forceinline__ void add_all_rows(int tasks, int c, const Row& row, c
   }
 }
 
-// Weighted sum of all rows into the output behind them in the table; for displace on top of the base that is between
+// Weighted sum of all rows into the output behind them in the table; for add_weighted on top of the base that is between
 // the two. A thread writes the columns that it has read, and after it has read them from every row: the output may be
 // one of the rows, or base, and so nothing here is __restrict__.
 template <typename T, typename B, bool kBase, typename Table>

@@ -54,9 +54,9 @@ inline unsigned blocks_for(int64_t elements, int threads) {
   return static_cast<unsigned>(std::min<int64_t>((elements + threads - 1) / threads, 1 << 16));
 }
 
-// Writing moments, tasks may go to blocks of their own; folding, one block owns an example's sums.
-inline unsigned task_blocks(const Sink& sink, int64_t tasks) {
-  return static_cast<unsigned>(sink.numerator ? 1 : std::min(tasks, kMaxGridY));
+// Writing moments, tasks may go to blocks of their own; accumulating, one block owns an example's sums.
+inline unsigned task_blocks(const Output& output, int64_t tasks) {
+  return static_cast<unsigned>(output.numerator ? 1 : std::min(tasks, kMaxGridY));
 }
 
 }  // namespace mtlgrad::cuda

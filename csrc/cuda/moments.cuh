@@ -1,26 +1,26 @@
 // Device code of the `moments` stem: regression, binary, and the weighted mean.
 #pragma once
 #include "compat.cuh"
+#include "output.cuh"
 #include "reduce.cuh"
-#include "sink.cuh"
 
 namespace mtlgrad::cuda {
 
 // A block works on one example; its threads stride over the features. First the dot products that an output's scalars
 // need (float sums of at most width / threads terms each, then a tree: the rounding error grows with the logarithm),
-// then one pass over the features. Writing moments, outputs are spread over blockIdx.y; folding, one block does all
+// then one pass over the features. Writing moments, outputs are spread over blockIdx.y; accumulating, one block does all
 // outputs of its example, since every (example, feature) has one owner.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     regression_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
                       const T* __restrict__ cross, int64_t cross_stride, const T* __restrict__ spread,
-                      int64_t spread_stride, int64_t outputs, Sink sink) {
+                      int64_t spread_stride, int64_t outputs, Output output) {
   const int64_t b = blockIdx.x, width = features.width;
   const T* h = static_cast<const T*>(features.data) + b * features.stride;
   for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
     const T target = targets[b * outputs + o];
     const T *m = mean + o * width, *c = cross + o * cross_stride + b * width, *s = spread + o * spread_stride;
-    const math::Power<T> power = power_of<T>(sink, o);
+    const math::Power<T> power = power_of<T>(output, o);
     T prediction = 0, v = 0, scale = 0;
     for (int64_t d = threadIdx.x; d < width; d += kThreads) {
       prediction += m[d] * h[d];
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
     const T variance = block_sum(v);
     const math::LogitVariance<T> z = math::logit_variance(variance, block_sum(scale));
     for (int64_t d = threadIdx.x; d < width; d += kThreads)
-      emit(sink, b, o, outputs, d, width, power,
+      emit(output, b, o, outputs, d, width, power,
            target != target ? math::no_label<T>() : math::regression(m[d], c[d], s[d], r, z));
   }
 }
@@ -42,13 +42,13 @@ template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     binary_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
                   const T* __restrict__ cross, const T* __restrict__ spread, const T* __restrict__ nodes,
-                  const T* __restrict__ weights, int64_t num_nodes, int64_t outputs, Sink sink) {
+                  const T* __restrict__ weights, int64_t num_nodes, int64_t outputs, Output output) {
   const int64_t b = blockIdx.x, width = features.width, augmented = width + 1;
   const T* h = static_cast<const T*>(features.data) + b * features.stride;
   for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
     const T target = targets[b * outputs + o];
     const T *m = mean + o * augmented, *k = cross + (o * features.batch + b) * augmented, *s = spread + o * augmented;
-    const math::Power<T> power = power_of<T>(sink, o);
+    const math::Power<T> power = power_of<T>(output, o);
     T logit = 0, v = 0, scale = 0;
     for (int64_t d = threadIdx.x; d < width; d += kThreads) {
       logit += m[d] * h[d];
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
     sums.dd = warp_sum(sums.dd), sums.ddu = warp_sum(sums.ddu), sums.ddh = warp_sum(sums.ddh);
     const auto c = math::binary_coefficients(sums, math::binary_residual(at, target), z);
     for (int64_t d = threadIdx.x; d < width; d += kThreads)
-      emit(sink, b, o, outputs, d, width, power,
+      emit(output, b, o, outputs, d, width, power,
            target != target ? math::no_label<T>() : math::binary(c, m[d], k[d], s[d]));
   }
 }

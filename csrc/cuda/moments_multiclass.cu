@@ -6,7 +6,7 @@
 namespace mtlgrad::cuda {
 
 void multiclass_moments(DType dtype, Features features, const int64_t* targets, MulticlassPosterior posterior,
-                        const double* points, int64_t num_points, double* workspace, int64_t slots, Sink sink,
+                        const double* points, int64_t num_points, double* workspace, int64_t slots, Output output,
                         Place place) {
   if (features.batch == 0 || features.width == 0) return;
   constexpr int kThreads = 128;
@@ -18,7 +18,7 @@ void multiclass_moments(DType dtype, Features features, const int64_t* targets, 
     const auto launch = [&](auto structure) {
       KERNEL_LAUNCH((multiclass_kernel<T, kThreads, decltype(structure)::value>), blocks, kThreads, 0,
                     static_cast<cudaStream_t>(place.stream), features, targets, posterior, points, num_points,
-                    workspace, slice, sink);
+                    workspace, slice, output);
     };
     switch (posterior.structure) {
       case Structure::full: return launch(std::integral_constant<Structure, Structure::full>{});

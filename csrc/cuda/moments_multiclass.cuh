@@ -1,8 +1,8 @@
 // Device code of multiclass moments: the stages of math/multiclass.h, one block an example at a time.
 #pragma once
 #include "compat.cuh"
+#include "output.cuh"
 #include "reduce.cuh"
-#include "sink.cuh"
 
 #include "math/multiclass.h"
 
@@ -40,14 +40,14 @@ template <typename T, int kThreads, Structure structure>
 __global__ void __launch_bounds__(kThreads, 3)
     multiclass_kernel(Features features, const int64_t* __restrict__ targets, MulticlassPosterior posterior,
                       const double* __restrict__ points, int64_t num_points, double* __restrict__ workspace,
-                      int64_t slice_size, Sink sink) {
+                      int64_t slice_size, Output output) {
   posterior.structure = structure;
   const int64_t classes = posterior.num_classes, width = features.width;
   const math::MulticlassSlice s =
       math::multiclass_slice(workspace + blockIdx.x * slice_size, structure, classes, num_points);
   const math::MulticlassSizes sizes = math::multiclass_sizes(structure, classes);
   const T* class_covariance = static_cast<const T*>(posterior.classes);
-  const math::Power<T> power = power_of<T>(sink, 0);
+  const math::Power<T> power = power_of<T>(output, 0);
   const int64_t stride = math::point_stride(num_points);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   constexpr int kWarps = kThreads / kWarp;
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     const T* h = static_cast<const T*>(features.data) + b * features.stride;
     const math::MulticlassExample<T> e{h, width, targets[b], b, features.batch, posterior};
     if (e.target == math::kNoClass) {  // the same for the whole block: no thread is left behind at a barrier
-      for (int64_t d = threadIdx.x; d < width; d += kThreads) emit(sink, b, 0, 1, d, width, power, math::no_label<T>());
+      for (int64_t d = threadIdx.x; d < width; d += kThreads)
+        emit(output, b, 0, 1, d, width, power, math::no_label<T>());
       continue;
     }
 
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         mean += static_cast<T>(s.first[i]) * a;
       }
       for (int64_t q = 0; q < sizes.spread; ++q) spread += static_cast<T>(s.spread[q]) * e.spread(q)[d];
-      emit(sink, b, 0, 1, d, width, power, math::checked(mean, math::if_positive(variance + spread, spread)));
+      emit(output, b, 0, 1, d, width, power, math::checked(mean, math::if_positive(variance + spread, spread)));
     }
     __syncthreads();
   }

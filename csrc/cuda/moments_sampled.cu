@@ -50,7 +50,7 @@ void sample_residuals(DType dtype, Likelihood likelihood, void* logits, const vo
 }
 
 void sampled_moments(DType dtype, Likelihood likelihood, const void* residuals, const void* samples, int64_t batch,
-                     int64_t num_samples, int64_t classes, int64_t width, Sink sink, Place place) {
+                     int64_t num_samples, int64_t classes, int64_t width, Output output, Place place) {
   if (batch == 0 || width == 0) return;
   DeviceGuard guard(place.device);
   const bool binary = likelihood == Likelihood::binary;
@@ -58,11 +58,11 @@ void sampled_moments(DType dtype, Likelihood likelihood, const void* residuals, 
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kPacket = 16 / sizeof(T);
     for_tile<SampledTile<T, 2 * kPacket, kPacket>, SampledTile<T, kPacket, kPacket / 2>, SampledTile<T, 2, 1>>(
-        batch, width, task_blocks(sink, binary ? classes : 1), [&](auto tile, const dim3& grid) {
+        batch, width, task_blocks(output, binary ? classes : 1), [&](auto tile, const dim3& grid) {
           using Tile = decltype(tile);
           KERNEL_LAUNCH((sampled_kernel<T, Tile>), grid, Tile::kThreads, 0, static_cast<cudaStream_t>(place.stream),
                         static_cast<const T*>(residuals), static_cast<const T*>(samples), batch, num_samples, classes,
-                        width, binary, sink);
+                        width, binary, output);
         });
   });
   MTLGRAD_CUDA_CHECK(cudaGetLastError());

@@ -1,7 +1,7 @@
 // Device code of moments over weight samples.
 #pragma once
 #include "compat.cuh"
-#include "sink.cuh"
+#include "output.cuh"
 
 namespace mtlgrad::cuda {
 
@@ -60,7 +60,7 @@ struct SampledTile {
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     sampled_kernel(const T* __restrict__ residuals, const T* __restrict__ samples, int64_t batch, int64_t num_samples,
-                   int64_t classes, int64_t width, bool binary, Sink sink) {
+                   int64_t classes, int64_t width, bool binary, Output output) {
   constexpr int kThreads = Tile::kThreads, kRows = Tile::kRows, kExamples = Tile::kExamples;
   constexpr int kFeatures = Tile::kFeatures, kMyExamples = Tile::kMyExamples, kMyFeatures = Tile::kMyFeatures;
   alignas(16) __shared__ T of_examples[2][kRows][Tile::kPitch];
@@ -148,14 +148,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
           sum[k][j] = squares[k][j] = T(0);
         });
     }
-    const math::Power<T> power = power_of<T>(sink, t);
+    const math::Power<T> power = power_of<T>(output, t);
     const T scale = T(1) / static_cast<T>(num_samples);
     for_mine([&](int k, int j) {
       const int64_t b = example + my_examples + k, d = feature + my_features + j;
       if (b >= batch || d >= width) return;
       const T mark = of_task[b * all];
       const T mean = sum[k][j] * scale, variance = squares[k][j] * scale - mean * mean;
-      emit(sink, b, t, tasks, d, width, power,
+      emit(output, b, t, tasks, d, width, power,
            mark != mark ? math::no_label<T>() : math::checked(shift[k][j] + mean, variance));
     });
   }

@@ -26,7 +26,7 @@ struct Segment {
 
 // What a launch works on, passed by value: a kernel's parameters lie in the constant cache, need no copy and no memory
 // that would have to outlive the call, and a CUDA graph keeps them. Segment p is segments[p] and the pointers[p *
-// stride + t]: one for every row, then the vector's (dots), base's (displace) and the output's (combine, displace). All
+// stride + t]: one for every row, then the vector's (dots), base's (add_weighted) and the output's (combine, add_weighted). All
 // segments, one behind the other, are cut into work items of one number of columns; only the last item of a segment may
 // be shorter.
 template <int kSegmentCapacity, int kPointerCapacity>
@@ -37,7 +37,7 @@ struct Table {
   const void* pointers[kPointers];
 };
 
-// What rows of T are summed in: by combine, and on top of a base by displace.
+// What rows of T are summed in: by combine, and on top of a base by add_weighted.
 template <typename T, bool kBase = false>
 using Accumulator = std::conditional_t<kBase || std::is_same_v<T, double>, double, float>;
 
@@ -116,7 +116,7 @@ __device__ __forceinline__ auto element(const Packets<T, V>& x, int j) {
 // bytes in flight for each thread. Columns of a work item: as many as a block asks for at once.
 __host__ __device__ constexpr int packets_for(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
-// The same for dots, whose vector may be as wide as two rows; and for combine and displace, where sixteen float64 sums
+// The same for dots, whose vector may be as wide as two rows; and for combine and add_weighted, where sixteen float64 sums
 // beside four rows would be too much for the registers.
 template <typename T, typename V>
 __host__ __device__ constexpr int dots_packets(int rows) {

@@ -6,42 +6,98 @@
 //             x   s            keep, add    first_weight   root_scale              step
 //   Adam      m   v (amsgrad:  b2, 1 - b2   1 - b1         1 / sqrt(1 - b2^k)      -lr w / (1 - b1^k)
 //                 its maximum)
-//   RMSProp   g   v (centered: a, 1 - a     1 - a          1                       -lr w (with momentum: w)
+//   RMSprop   g   v (centered: a, 1 - a     1 - a          1                       -lr w (with momentum: w)
 //                 v - m^2)
-//   AdaGrad   g   v            1, 1         -              1                       -lr w / (1 + (k - 1) lr_decay)
+//   Adagrad   g   v            1, 1         -              1                       -lr w / (1 + (k - 1) lr_decay)
 // at the task's k-th step, w being its weight. A parameter moves by the sum of the updates of all tasks.
 #pragma once
+#include "kernels.h"
 #include "math/scalar.h"
 
 namespace mtlgrad::math {
 
 // Which moments there are, and what they are for.
-enum class Moments : int { adam = 0, amsgrad = 1, square = 2, centered = 3 };
+enum class MomentKind : int { adam = 0, amsgrad = 1, square = 2, centered = 3 };
 
-template <Moments kMoments>
-constexpr bool has_first = kMoments != Moments::square;
+template <MomentKind kKind>
+constexpr bool has_first = kKind != MomentKind::square;
+
+// What a rule corrects for the number of steps; zeros where it does not.
+struct Corrections {
+  double beta1, beta2, lr_decay;
+};
+
+// A rule's row of the table above, and its moments: null where there are none.
+struct Rule {
+  MomentKind kind;
+  double keep, add, first_weight;
+  Corrections corrections;
+  double momentum;
+  bool decoupled;
+  void *const *first, *const *second, *const *largest, *const *buffers;
+};
+
+inline Rule rule_of(const Adam& by, const AdamMoments& moments) {
+  return {moments.max_exp_avg_sqs ? MomentKind::amsgrad : MomentKind::adam,
+          by.beta2,
+          1.0 - by.beta2,
+          1.0 - by.beta1,
+          {by.beta1, by.beta2, 0.0},
+          0.0,
+          by.decoupled,
+          moments.exp_avgs,
+          moments.exp_avg_sqs,
+          moments.max_exp_avg_sqs,
+          nullptr};
+}
+
+inline Rule rule_of(const RMSprop& by, const RMSpropMoments& moments) {
+  return {moments.grad_avgs ? MomentKind::centered : MomentKind::square,
+          by.alpha,
+          1.0 - by.alpha,
+          1.0 - by.alpha,
+          {},
+          by.momentum,
+          false,
+          moments.grad_avgs,
+          moments.square_avgs,
+          nullptr,
+          moments.momentum_buffers};
+}
+
+inline Rule rule_of(const Adagrad& by, const AdagradMoments& moments) {
+  return {MomentKind::square, 1.0,     1.0,    0.0, {0.0, 0.0, by.lr_decay}, 0.0, false, nullptr,
+          moments.state_sums, nullptr, nullptr};
+}
 
 template <typename F>
 struct TaskCoefficients {
   F first_weight, keep, add, root_scale, eps, step;
 };
 
-// What depends on the task's step count, in float64; the rest is the same for all tasks. `length`: of the parameter's
-// update for a direction of one, which is `step` unless a buffer comes between the two.
+// All but root_scale and step, which are a task's own.
+template <typename F>
+TaskCoefficients<F> coefficients_of(const Rule& rule, double eps) {
+  return {static_cast<F>(rule.first_weight),
+          static_cast<F>(rule.keep),
+          static_cast<F>(rule.add),
+          F(1),
+          static_cast<F>(eps),
+          F(0)};
+}
+
+// What depends on the task's step count, in float64. `length`: of the parameter's update for a direction of one, which is
+// `step` unless a buffer comes between the two.
 struct TaskStep {
   double root_scale, step, length;
 };
 
-// rule: 0 Adam, 1 RMSProp, 2 AdaGrad, as mtlgrad::Rule.
-MTLGRAD_INLINE TaskStep task_step(int rule, double lr, double weight, double first_decay, double second_decay,
-                                  double lr_decay, bool buffered, double count) {
-  if (rule == 1) return {1.0, buffered ? weight : -lr * weight, -lr * weight};
-  if (rule == 2) {
-    const double step = -lr * weight / (1.0 + (count - 1.0) * lr_decay);
-    return {1.0, step, step};
-  }
-  const double step = -lr * weight / (1.0 - pow(first_decay, count));
-  return {1.0 / sqrt(1.0 - pow(second_decay, count)), step, step};
+// 1 - beta^count
+MTLGRAD_INLINE double correction(double beta, double count) { return beta == 0.0 ? 1.0 : 1.0 - pow(beta, count); }
+
+MTLGRAD_INLINE TaskStep task_step(const Corrections& by, double lr, double weight, bool buffered, double count) {
+  const double length = -lr * weight / (correction(by.beta1, count) * (1.0 + (count - 1.0) * by.lr_decay));
+  return {1.0 / sqrt(correction(by.beta2, count)), buffered ? weight : length, length};
 }
 
 MTLGRAD_INLINE float square_root(float x) { return sqrtf(x); }
@@ -49,20 +105,20 @@ MTLGRAD_INLINE double square_root(double x) { return sqrt(x); }
 
 // Updates the moments and returns x / (root_scale sqrt(s) + eps). `first` is untouched without a first moment, `largest`
 // but for amsgrad.
-template <Moments kMoments, typename F>
+template <MomentKind kKind, typename F>
 MTLGRAD_INLINE F task_direction(F g, F& first, F& second, F& largest, const TaskCoefficients<F>& c) {
-  if constexpr (has_first<kMoments>) first = first + c.first_weight * (g - first);
+  if constexpr (has_first<kKind>) first = first + c.first_weight * (g - first);
   second = c.keep * second + (c.add * g) * g;
   F square = second;
-  if constexpr (kMoments == Moments::amsgrad) {
+  if constexpr (kKind == MomentKind::amsgrad) {
     largest = second > largest || second != second ? second : largest;  // NaN stays, as in torch.maximum
     square = largest;
   }
-  if constexpr (kMoments == Moments::centered) {
+  if constexpr (kKind == MomentKind::centered) {
     square = second - first * first;
     square = square < F(0) ? F(0) : square;  // by rounding alone; NaN stays
   }
-  const F x = kMoments == Moments::adam || kMoments == Moments::amsgrad ? first : g;
+  const F x = kKind == MomentKind::adam || kKind == MomentKind::amsgrad ? first : g;
   return x / (c.root_scale * square_root(square) + c.eps);
 }
 

@@ -7,7 +7,7 @@
 //            Var[g_d] = a_d' (Cov[phi] - 0 (+) E[rr'] (x) V^-1) a_d + sum_ck E[r_c r_k] S_cd,kd
 //     block: V diagonal: a_d = (m_cd; K_cd), phi = (r_c; r_c u_c / sqrt(V_c)); E[r_c^2] / V_c and S_c,dd likewise
 //     kron:  V = s A, s = h~.S_feature h~: a_d = (m_cd; x_d), phi = (r_c; r.L_A u / sqrt(s)); E[r' A r] / s
-// so that one form serves the three: E[g_d] = first.a_d, Var[g_d] = a_d' second a_d + spread.s_d (kernels.h: spread).
+// so that one form serves the three: E[g_d] = first.a_d, Var[g_d] = a_d' second a_d + spread.s_d (kernels.h: variances).
 #pragma once
 #include "kernels.h"
 #include "math/scalar.h"
@@ -38,7 +38,7 @@ struct MulticlassExample {
   MTLGRAD_INLINE const T* row(int64_t i) const {
     const int64_t classes = posterior.num_classes, augmented = width + 1;
     if (i < classes) return static_cast<const T*>(posterior.mean) + i * augmented;
-    const T* cross = static_cast<const T*>(posterior.cross);
+    const T* cross = static_cast<const T*>(posterior.cross_covariance);
     i -= classes;
     if (posterior.structure == Structure::full)
       return cross + ((i % classes * batch + index) * classes + i / classes) * augmented;
@@ -46,7 +46,9 @@ struct MulticlassExample {
   }
 
   // Row q of the (co)variances s_d.
-  MTLGRAD_INLINE const T* spread(int64_t q) const { return static_cast<const T*>(posterior.spread) + q * (width + 1); }
+  MTLGRAD_INLINE const T* spread(int64_t q) const {
+    return static_cast<const T*>(posterior.variances) + q * (width + 1);
+  }
   // The variances of class c's weights among them.
   MTLGRAD_INLINE const T* variances(int64_t c) const {
     const bool full = posterior.structure == Structure::full, block = posterior.structure == Structure::block;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.rows import Rows
+from .ops.rows import AnyRows
 from .optim.base import TaskOptimizer
 from .optim.dominance import Layers, layer_shares
 
@@ -109,7 +109,7 @@ class GradientStatistics(NamedTuple):
 
 
 @torch.no_grad()
-def gradient_statistics(rows: Rows | ops.Stacked) -> GradientStatistics:
+def gradient_statistics(rows: AnyRows | ops.Stacked) -> GradientStatistics:
     r"""Conditioning, conflict and dominance among the gradients of T tasks: each is read once, the host reads nothing.
 
     With g_i the gradients, and G the matrix whose columns they are,

@@ -151,7 +151,7 @@ void run(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shif
   emu::options.order = emu::Order::forward;
 }
 
-// displace, into tensors of its own and then over base; and dots with a vector of base's type where that is another one.
+// add_weighted, into tensors of its own and then over base; and dots with a vector of base's type where that is another one.
 template <typename T, typename B>
 void displaced(bool device, int64_t tasks, const std::vector<int64_t>& sizes, int shift, double special = 0.0) {
   const auto tensors = static_cast<int64_t>(sizes.size());
@@ -196,11 +196,11 @@ void displaced(bool device, int64_t tasks, const std::vector<int64_t>& sizes, in
     emu::options.order = in_place ? emu::Order::backward : emu::Order::forward;
     std::vector<void*> outputs;
     for (int64_t p = 0; p < tensors; ++p) outputs.push_back(in_place ? base.data[p] : sum.data[p]);
-    (device ? cuda::displace : cpu::displace)(dtype_of<T>, dtype_of<B>, rows, base.pointers(), weights.get(),
+    (device ? cuda::add_weighted : cpu::add_weighted)(dtype_of<T>, dtype_of<B>, rows, base.pointers(), weights.get(),
                                               outputs.data(), {});
     for (int64_t p = 0; p < tensors; ++p)
       for (int64_t i = 0; i < sizes[p]; ++i)
-        expect("displace", i, value(static_cast<B*>(outputs[p])[i]), wants[p][i], limits[p][i]);
+        expect("add_weighted", i, value(static_cast<B*>(outputs[p])[i]), wants[p][i], limits[p][i]);
   }
   emu::options.order = emu::Order::forward;
 }

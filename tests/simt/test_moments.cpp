@@ -65,12 +65,12 @@ constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
 template <typename T>
 constexpr double tolerance_of = sizeof(T) == 4 ? 2e-5 : 1e-12;
 
-// Runs a kernel on both sides, writing moments and folding them, and compares.
+// Runs a kernel on both sides, writing moments and accumulating them, and compares.
 template <typename T, typename Run>
 void both(const char* name, int64_t batch, int64_t tasks, int64_t width, const Run& run) {
   Array<T> mean(batch * tasks * width), variance(mean.size), mean_cpu(mean.size), variance_cpu(mean.size);
-  run(true, Sink{mean.get(), variance.get()});
-  run(false, Sink{mean_cpu.get(), variance_cpu.get()});
+  run(true, Output{mean.get(), variance.get()});
+  run(false, Output{mean_cpu.get(), variance_cpu.get()});
   compare(name, mean, mean_cpu, tolerance_of<T>);
   compare(name, variance, variance_cpu, tolerance_of<T>);
 
@@ -78,8 +78,8 @@ void both(const char* name, int64_t batch, int64_t tasks, int64_t width, const R
   for (int64_t t = 0; t < tasks; ++t) power[t] = t % 2 ? 1.0 : 0.3;
   Array<T> numerator(batch * width, T(0)), denominator(batch * width, T(0));
   Array<T> numerator_cpu(batch * width, T(0)), denominator_cpu(batch * width, T(0));
-  run(true, Sink{nullptr, nullptr, numerator.get(), denominator.get(), power.get()});
-  run(false, Sink{nullptr, nullptr, numerator_cpu.get(), denominator_cpu.get(), power.get()});
+  run(true, Output{nullptr, nullptr, numerator.get(), denominator.get(), power.get()});
+  run(false, Output{nullptr, nullptr, numerator_cpu.get(), denominator_cpu.get(), power.get()});
   Array<T> out(batch * width), out_cpu(batch * width);
   cuda::weighted_mean(dtype_of<T>, numerator.get(), denominator.get(), out.get(), batch, width, {});
   cpu::weighted_mean(dtype_of<T>, numerator_cpu.get(), denominator_cpu.get(), out_cpu.get(), batch, width, {});
@@ -112,10 +112,10 @@ void rows(int64_t batch, int64_t outputs, int64_t width, int64_t padding, bool b
   }
   const Features h{features.get(), stride, batch, width};
   if (!bias) {
-    both<T>("regression", batch, outputs, width, [&](bool device, Sink sink) {
+    both<T>("regression", batch, outputs, width, [&](bool device, Output output) {
       (device ? cuda::regression_moments : cpu::regression_moments)(dtype_of<T>, h, targets.get(), mean.get(),
                                                                     cross.get(), batch * width, spread.get(), width,
-                                                                    outputs, sink, {});
+                                                                    outputs, output, {});
     });
     return;
   }
@@ -123,10 +123,10 @@ void rows(int64_t batch, int64_t outputs, int64_t width, int64_t padding, bool b
   for (const int64_t count : {3, 37}) {
     Array<T> nodes(count), weights(count, static_cast<T>(1.0 / count));
     for (int64_t i = 0; i < count; ++i) nodes[i] = static_cast<T>(4.0 * i / (count - 1) - 2.0);
-    both<T>("binary", batch, outputs, width, [&](bool device, Sink sink) {
+    both<T>("binary", batch, outputs, width, [&](bool device, Output output) {
       (device ? cuda::binary_moments : cpu::binary_moments)(dtype_of<T>, h, targets.get(), mean.get(), cross.get(),
                                                             spread.get(), nodes.get(), weights.get(), count, outputs,
-                                                            sink, {});
+                                                            output, {});
     });
   }
 }
@@ -163,11 +163,11 @@ void multiclass(Structure structure, int64_t batch, int64_t classes, int64_t wid
   const auto u = normal<double>(points * classes);
   const MulticlassPosterior posterior{structure, mean.get(), cross.get(), spread.get(), class_covariance.get(),
                                       classes};
-  both<T>("multiclass", batch, 1, width, [&](bool device, Sink sink) {
+  both<T>("multiclass", batch, 1, width, [&](bool device, Output output) {
     Array<double> workspace(slots * multiclass_workspace(structure, classes, points));
     (device ? cuda::multiclass_moments : cpu::multiclass_moments)(dtype_of<T>, {features.get(), width, batch, width},
                                                                   targets.get(), posterior, u.get(), points,
-                                                                  workspace.get(), slots, sink, {});
+                                                                  workspace.get(), slots, output, {});
   });
 }
 
@@ -190,9 +190,9 @@ void sampled(Likelihood likelihood, int64_t batch, int64_t samples, int64_t clas
     if (std::isnan(residuals[i]) && std::isnan(residuals_cpu[i])) residuals[i] = residuals_cpu[i] = T(-1);
   compare("residuals", residuals, residuals_cpu, tolerance_of<T>);
   cpu::sample_residuals(dtype_of<T>, likelihood, logits.get(), y, batch, samples, classes, {});
-  both<T>("sampled", batch, binary ? classes : 1, width, [&](bool device, Sink sink) {
+  both<T>("sampled", batch, binary ? classes : 1, width, [&](bool device, Output output) {
     (device ? cuda::sampled_moments : cpu::sampled_moments)(dtype_of<T>, likelihood, logits.get(), weights.get(), batch,
-                                                            samples, classes, width, sink, {});
+                                                            samples, classes, width, output, {});
   });
 }
 

@@ -1,6 +1,6 @@
 """From a batch to the [B, D] gradient that goes back: posterior, moments and weighted mean, task after task.
 
-The moments of a task are folded into two [B, D] sums as soon as they are known, so that no [B, T, D] tensor exists.
+The moments of a task are accumulated in two [B, D] sums as soon as they are known, so that no [B, T, D] tensor exists.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..ops._library import unseen
-from ..ops.fold import (
-    Sink,
-    folding,
+from ..ops import hide_from_dynamo
+from ..ops.moments import (
+    Output,
     has_kernels,
     run_binary,
     run_multiclass,
     run_regression,
     run_sampled,
-    weighted_mean,
+    run_weighted_mean,
 )
 from ..posterior.likelihoods import augment
 from ..posterior.posteriors import Posterior
@@ -116,42 +115,39 @@ def _parts(batch: Batch, index: int) -> Iterator[Part]:
     yield from condition(prior, features, hidden, targets, weight, batch.task_name(index), rows)
 
 
-def _run(batch: Batch, index: int, part: Part, sink: Sink) -> None:
+def _run(batch: Batch, index: int, part: Part, out: Output) -> None:
     likelihood = batch.heads[index].likelihood
     features, targets = batch.features, batch.targets[index]
     if likelihood != "multiclass":
         targets = targets.to(features.dtype)[:, part.first : part.last]
     if isinstance(part, Sampled):
-        run_sampled(features, targets, part.samples, likelihood, sink)
-    elif likelihood == "regression":
-        run_regression(features, targets, part.mean, part.cross, part.spread, sink)
-    elif likelihood == "binary":
-        run_binary(features, targets, part.mean, part.cross, part.spread, sink)
+        run_sampled(features, targets, part.samples, likelihood, out)
     else:
-        run_multiclass(features, targets, part.mean, part.structure, part.cross, part.spread, part.class_factor, sink)
+        run = {"regression": run_regression, "binary": run_binary, "multiclass": run_multiclass}[likelihood]
+        run(features, targets, part.at, out)
 
 
 def _tasks_of(head: Head, part: Part) -> slice:
     return slice(0, 1) if head.likelihood == "multiclass" else slice(part.first, part.last)
 
 
-def _fold(batch: Batch) -> tuple[Tensor, Tensor]:
+def _accumulate(batch: Batch) -> tuple[Tensor, Tensor]:
     numerator, denominator = torch.zeros_like(batch.features), torch.zeros_like(batch.features)
     for index, head in enumerate(batch.heads):
         for part in _parts(batch, index):
             power = batch.powers[index][_tasks_of(head, part)]
-            _run(batch, index, part, folding(numerator, denominator, power))
+            _run(batch, index, part, Output(numerator, denominator, power))
     return numerator, denominator
 
 
 @torch.no_grad()
-@unseen
+@hide_from_dynamo
 def aggregate(batch: Batch) -> Tensor:
     """The inverse-variance weighted mean of the tasks' gradients, divided by B, [B, D]; with several ranks by all their
     examples, times the number of ranks, whose gradients will be averaged."""
     with torch.autocast(batch.features.device.type, enabled=False):
         kernels = has_kernels(batch.features.device)
-        result = weighted_mean(*_fold(batch)) if kernels else _aggregate_by_reference(batch)
+        result = run_weighted_mean(*_accumulate(batch)) if kernels else _aggregate_by_reference(batch)
         if batch.everyone is not None and batch.everyone.share != 1.0:
             result *= batch.everyone.share
     return result
@@ -179,14 +175,14 @@ def _reference_moments(batch: Batch, index: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-@unseen
+@hide_from_dynamo
 def diagnose(batch: Batch) -> tuple[Tensor, Tensor]:
     """Each task's share of the weights, averaged over examples and dimensions, [T]; and the variance of its gradient,
     averaged over the examples that have its label, [T, D]. Computes the moments once more, one task at a time."""
     shares, variances = [], []
     with torch.autocast(batch.features.device.type, enabled=False):
         if has_kernels(batch.features.device):
-            _, denominator = _fold(batch)
+            _, denominator = _accumulate(batch)
         else:
             denominator = _reference_denominator(batch)
         for index, head in enumerate(batch.heads):
@@ -207,9 +203,9 @@ def _written_variances(batch: Batch, index: int, head: Head) -> Iterator[tuple[T
         return
     for part in _parts(batch, index):
         tasks = _tasks_of(head, part)
-        sink = Sink.write(batch.features, tasks.stop - tasks.start)
-        _run(batch, index, part, sink)
-        yield sink.second, batch.powers[index][tasks]
+        out = Output.like(batch.features, tasks.stop - tasks.start)
+        _run(batch, index, part, out)
+        yield out.second, batch.powers[index][tasks]
 
 
 def _reference_denominator(batch: Batch) -> Tensor:

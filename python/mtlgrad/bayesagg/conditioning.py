@@ -28,12 +28,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.moments_kernels import (
-    binary_cross,
-    class_spread,
+from ..ops.moments import (
+    BatchPosterior,
+    binary_posterior,
+    class_variances,
     condition_on_batch,
-    multiclass_cross,
-    regression_cross,
+    multiclass_posterior,
+    regression_posterior,
 )
 from ..posterior.cholesky import checked_cholesky
 from ..posterior.likelihoods import terms_of
@@ -46,20 +47,14 @@ CHUNK_BYTES = 16 << 20  # on a device, of [outputs, B, W] at a time; on the host
 
 
 class Conditioned(NamedTuple):
-    """The batch posterior of rows [first, last); shapes as the kernels want them (csrc/kernels.h)."""
+    """The batch posterior of rows [first, last)."""
 
     first: int
     last: int
-    mean: Tensor  # [last - first, W]
-    structure: str  # "rows" (regression, binary), or multiclass "full", "block", "kron"
-    cross: Tensor
-    spread: Tensor
-    class_factor: Tensor | None
+    at: BatchPosterior
 
     def to(self, like: Tensor) -> Conditioned:
-        mean, cross, spread = self.mean.to(like), self.cross.to(like), self.spread.to(like)
-        class_factor = None if self.class_factor is None else self.class_factor.to(like)
-        return self._replace(mean=mean, cross=cross, spread=spread, class_factor=class_factor)
+        return self._replace(at=self.at.to(like))
 
 
 def _wants_float64(trace: Tensor, summands: Tensor, prior: Posterior, m: Tensor) -> bool:
@@ -145,18 +140,15 @@ def _moments_of(posterior: Posterior, features: Tensor) -> Iterator[Conditioned]
     mean = posterior.mean
     covariance = posterior.contrasts
     if posterior.likelihood == "multiclass":
-        structure, cross = multiclass_cross(features, covariance, mean.shape[0])
-        yield Conditioned(0, len(mean), mean, structure, cross, *class_spread(covariance, mean.shape[0]))
+        yield Conditioned(0, len(mean), multiclass_posterior(features, mean, covariance))
     elif posterior.likelihood == "binary":
         for o in range(len(mean)):
-            cross, spread = binary_cross(features, covariance[o : o + 1])
-            yield Conditioned(o, o + 1, mean[o : o + 1], "rows", cross, spread, None)
+            yield Conditioned(o, o + 1, binary_posterior(features, mean[o : o + 1], covariance[o : o + 1]))
     elif covariance.dim() == 2:
-        yield Conditioned(0, len(mean), mean, "rows", *regression_cross(features, covariance), None)
+        yield Conditioned(0, len(mean), regression_posterior(features, mean, covariance))
     else:
         for o in range(len(mean)):
-            cross, spread = regression_cross(features, covariance[o])
-            yield Conditioned(o, o + 1, mean[o : o + 1], "rows", cross, spread, None)
+            yield Conditioned(o, o + 1, regression_posterior(features, mean[o : o + 1], covariance[o]))
 
 
 def _condition_blocks(
@@ -199,25 +191,24 @@ def _condition_blocks(
             rest = _condition_blocks(exact, hidden.double(), targets, weight, name, wanted, start)
             yield from (part.to(hidden) for part in rest)
             return
-        cross, spread = found
+        cross, variances = found
         if shared:  # one product for all rows, not one each
             mean = prior.mean + innovation @ cross[0]
         else:
             mean = prior.mean[first:last] + torch.matmul(innovation[first:last, None], cross)[:, 0]
         cross = cross[:, wanted]
         if together:
-            parts.append((mean, cross, spread))
+            parts.append((mean, cross, variances))
         else:
-            yield Conditioned(first, last, mean, "rows", cross, spread, None)
+            yield Conditioned(first, last, BatchPosterior("rows", mean, cross, variances))
     if together:
-        mean, cross, spread = (torch.cat(part) for part in zip(*parts))
-        yield Conditioned(0, rows, mean, "block", cross, spread, None)
+        yield Conditioned(0, rows, BatchPosterior("block", *(torch.cat(part) for part in zip(*parts))))
 
 
 def _condition_rows(
     prior: Posterior, covariance: Tensor, hidden: Tensor, curvature: Tensor | None, name: str
 ) -> tuple[Tensor, Tensor] | None:
-    """covariance [r, W, W], curvature [r, B] (None: one); returns cross [r, B, W], spread [r, W]; None where that wants
+    """covariance [r, W, W], curvature [r, B] (None: one); returns cross [r, B, W], variances [r, W]; None where that wants
     float64."""
     k = torch.matmul(hidden, covariance)
     g = torch.matmul(k, hidden.T)
@@ -233,9 +224,9 @@ def _condition_rows(
     if hidden.device.type == "cpu" and covariance.shape[0] > 1:
         # Many small matrices, one to a thread: several times quicker than as many calls of LAPACK. What fails there
         # fails again below, which has words for it.
-        spread = diagonal.contiguous()
-        if condition_on_batch(k, g, curvature.contiguous(), spread):
-            return k, spread
+        variances = diagonal.contiguous()
+        if condition_on_batch(k, g, curvature.contiguous(), variances):
+            return k, variances
         k = torch.matmul(hidden, covariance)
     root = curvature.sqrt()[..., None]
     m = g if ones else g * root * root.mT
@@ -292,8 +283,8 @@ def _condition_joint(
     # [C(k), B, C*P] again: S J' - R' W for every (k, b)
     k.view(-1, classes * width).addmm_(w.T, r, alpha=-1.0)
     halves = r.view(-1, classes, width)
-    spread, _ = class_spread(covariance, classes)
-    spread = spread - torch.einsum("xcd,xkd->ckd", halves, halves)
+    variances = class_variances(covariance, classes) - torch.einsum("xcd,xkd->ckd", halves, halves)
     innovation = terms.jointly_curved(hidden @ (anchor - prior.mean).T) - terms.residual
     mean = prior.mean + (innovation.T.reshape(1, -1) @ k.view(classes * batch, -1)).view_as(anchor)
-    yield Conditioned(0, classes, mean, "full", k.view(classes, batch, classes, width)[:, wanted], spread, None)
+    cross = k.view(classes, batch, classes, width)[:, wanted]
+    yield Conditioned(0, classes, BatchPosterior("full", mean, cross, variances))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..ops._library import register, unseen
+from ..ops import define_operator, hide_from_dynamo
 from .aggregation import Batch
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def known_as(layer: BayesAgg) -> int:
     return handle
 
 
-@unseen
+@hide_from_dynamo
 def _enter(features: Tensor, targets: Sequence[Tensor], latest: Tensor, layer: int, borrowed: bool = True) -> Tensor:
     entered = _LAYERS[layer]._enter(features, list(targets), borrowed)
     entered.layer = _LAYERS[layer]
@@ -60,7 +60,7 @@ def _pass_of(token: Tensor) -> Pass | None:
     return _PASSES.get(int(token))
 
 
-@unseen
+@hide_from_dynamo
 def _replace(gradient: Tensor, token: Tensor) -> Tensor:
     entered = _pass_of(token)
     if entered is None or entered.layer is None:
@@ -71,7 +71,7 @@ def _replace(gradient: Tensor, token: Tensor) -> Tensor:
     return entered.layer._replacement(entered, gradient)
 
 
-@unseen
+@hide_from_dynamo
 def _record(gradient: Tensor, token: Tensor) -> Tensor:
     entered = _pass_of(token)
     if entered is not None:
@@ -80,17 +80,17 @@ def _record(gradient: Tensor, token: Tensor) -> Tensor:
 
 
 # Operators: results must be new tensors, and what they keep must be theirs.
-_enter_op = register(
+_enter_op = define_operator(
     "bayesagg_enter(Tensor features, Tensor[] targets, Tensor(a!) latest, int layer) -> Tensor",
     _enter,
     lambda features, targets, latest, layer: torch.empty_like(latest),
 )
-_replace_op = register(
+_replace_op = define_operator(
     "bayesagg_replace(Tensor gradient, Tensor token) -> Tensor",
     lambda gradient, token: _replace(gradient, token).clone(memory_format=torch.contiguous_format),
     lambda gradient, token: gradient.new_empty(gradient.shape),
 )
-_record_op = register(
+_record_op = define_operator(
     "bayesagg_record(Tensor gradient, Tensor token) -> Tensor",
     lambda gradient, token: _record(gradient.clone(), token).clone(),
     lambda gradient, token: gradient.new_empty(gradient.shape),

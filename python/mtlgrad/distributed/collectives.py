@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops._library import register
+from ..ops import define_operator
 from .groups import Ranks, control_device, group_named, group_of
 
 BUCKET_BYTES = 25 << 20  # as DDP's: long enough for the bandwidth, short enough to overlap
@@ -21,7 +21,7 @@ def _sum(values: Tensor, group: str) -> None:
 
 
 # An operator: opaque to torch.compile, so that the layers trace with fullgraph=True.
-_sum_op = register("sum_over_ranks_(Tensor(a!) values, str group) -> ()", _sum, lambda values, group: None)
+_sum_op = define_operator("sum_over_ranks_(Tensor(a!) values, str group) -> ()", _sum, lambda values, group: None)
 
 
 def sum_(values: Tensor, ranks: Ranks) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from types import ModuleType
 from typing import Any
 
 import torch  # before _C: it brings the libgomp.so.1 that _C is to share
@@ -25,6 +26,18 @@ except ImportError as error:
         f"{_PACKAGE}: the compiled kernels cannot be loaded ({error}); build them again: "
         f"pip install --force-reinstall --no-deps {_PACKAGE}"
     ) from None
+
+
+# By device type; tests of the CUDA sources without a GPU put their emulated kernels in place of the host's.
+KERNELS: dict[str, ModuleType | None] = {"cpu": _C.cpu, "cuda": _C.cuda if _C.cuda_compiled else None}
+
+
+def launch_place(device: torch.device) -> tuple[int, int, int]:
+    """Return (threads, stream, device index). The stream is read at every call: a CUDA graph capture changes it."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return 1, torch._C._cuda_getCurrentRawStream(index), index
+    return torch.get_num_threads(), 0, 0
 
 
 def _device_problem() -> str | None:

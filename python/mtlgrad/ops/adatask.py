@@ -29,21 +29,158 @@ writes moments and parameters, once: for Adam (5 T + 2) N elements. Parameters m
 for one; what is not dense, or not in the parameter's order, is copied.
 
 Errors: ``RuntimeError`` for shapes, dtypes and devices that do not fit. NaN and infinity are passed on.
+
+Who takes many steps over the same tensors keeps a :class:`TaskStep`, which looks once at what does not change.
 """
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..reference.adatask import Lists, Rate
-from .adatask_checks import ADAGRAD, ADAM, RMSPROP
-from .adatask_operators import adatask_op
+from ._native import KERNELS, launch_place
+from ._operation import Operation, hide_from_dynamo, mark_written
 from .checks import refuse, shape_of
+from .rows import DTYPE_CODES, pointers
 
-__all__ = ["adatask_adagrad", "adatask_adam", "adatask_rmsprop"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["TaskStep", "adatask_adagrad", "adatask_adam", "adatask_rmsprop"]
+
+#: What the moments of a parameter may be.
+MOMENT_DTYPES = {
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.bfloat16: (torch.float32, torch.bfloat16),
+    torch.float64: (torch.float64,),
+}
+
+# A thousand parameters of three tasks are ten thousand tensors: what is asked of each is asked without Python between.
+_SHAPE, _DTYPE, _DEVICE, _LAYOUT = map(attrgetter, ("shape", "dtype", "device", "layout"))
+
+
+# ---- the arguments of a step -----------------------------------------------------------------------------------------
+
+
+class AdamMoments(NamedTuple):
+    """Parameter after parameter, T tensors each."""
+
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]  #: none: not amsgrad
+
+    SCHEMA = "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs"
+    SQUARES = "exp_avg_sqs"  #: whose dtype all have
+
+
+class RMSpropMoments(NamedTuple):
+    """Parameter after parameter, T tensors each; one buffer each."""
+
+    square_avgs: list[Tensor]
+    grad_avgs: list[Tensor]  #: none: not centered
+    momentum_buffers: list[Tensor]  #: none: no momentum
+
+    SCHEMA = "Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, Tensor(d!)[] momentum_buffers"
+    SQUARES = "square_avgs"
+
+
+class AdagradMoments(NamedTuple):
+    """Parameter after parameter, T tensors each."""
+
+    state_sums: list[Tensor]
+
+    SCHEMA = "Tensor(b!)[] state_sums"
+    SQUARES = "state_sums"
+
+
+class Adam(NamedTuple):
+    beta1: float
+    beta2: float
+    decoupled: bool
+
+    SCHEMA = "float beta1, float beta2, bool decoupled"
+
+
+class RMSprop(NamedTuple):
+    alpha: float
+    momentum: float
+
+    SCHEMA = "float alpha, float momentum"
+
+
+class Adagrad(NamedTuple):
+    lr_decay: float
+
+    SCHEMA = "float lr_decay"
+
+
+class StepSettings(NamedTuple):
+    """What the three rules share."""
+
+    lr: float
+    lr_tensor: Tensor | None  #: [1] float64 on the parameters' device, in the place of `lr`
+    eps: float
+    weight_decay: float
+    maximize: bool
+    square_decay: float
+    task_weights: list[float]
+    present: Tensor | None
+    keys: list[int] | None
+
+    SCHEMA = (
+        "float lr, Tensor? lr_tensor, float eps, float weight_decay, bool maximize, float square_decay, "
+        "float[] task_weights, Tensor? present, int[]? keys"
+    )
+
+
+class Step(NamedTuple):
+    """All arguments of an operation."""
+
+    parameters: list[Tensor]
+    jacobians: list[Tensor]
+    moments: AdamMoments | RMSpropMoments | AdagradMoments
+    steps: list[Tensor]
+    squares: list[Tensor]  #: none: AU is not asked for
+    rule: Adam | RMSprop | Adagrad
+    settings: StepSettings
+
+    @property
+    def tasks(self) -> int:
+        return len(self.settings.task_weights)
+
+    @property
+    def tensors(self) -> tuple[list[Tensor], ...]:
+        """All that is changed."""
+        return (self.parameters, *self.moments, self.steps, self.squares)
+
+    def moment_dtypes(self) -> list[torch.dtype]:
+        """One a parameter."""
+        return list(map(_DTYPE, getattr(self.moments, self.moments.SQUARES)[:: self.tasks]))
+
+
+# ---- the operations --------------------------------------------------------------------------------------------------
+
+
+class Shared(TypedDict, total=False):
+    """Options of the three rules."""
+
+    weight_decay: float
+    maximize: bool
+    task_weights: Sequence[float] | None
+    present: Tensor | None
+    squares: Sequence[Tensor] | None
+    square_decay: float
+    keys: Sequence[int] | None
 
 
 def adatask_adam(
@@ -57,38 +194,17 @@ def adatask_adam(
     lr: Rate = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
     decoupled: bool = False,
-    maximize: bool = False,
-    task_weights: Sequence[float] | None = None,
-    present: Tensor | None = None,
-    squares: Sequence[Tensor] | None = None,
-    square_decay: float = 0.99,
-    keys: Sequence[int] | None = None,
+    **shared: Unpack[Shared],
 ) -> None:
-    """Adam (``decoupled``: AdamW; ``max_exp_avg_sqs``: amsgrad) with moments per task; see above for the arguments.
+    """Take a step of Adam (``decoupled``: AdamW; ``max_exp_avg_sqs``: amsgrad) with moments per task; see above.
 
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.Adam (DESIGN 4.5).
     """
-    op, tasks = "adatask_adam", _tasks("adatask_adam", parameters, jacobians)
-    rate, on_device = _rate(op, lr)
-    _call(
-        list(parameters),
-        list(jacobians),
-        _flat(op, "exp_avgs", exp_avgs, tasks),
-        _flat(op, "exp_avg_sqs", exp_avg_sqs, tasks),
-        _flat(op, "max_exp_avg_sqs", max_exp_avg_sqs, tasks),
-        [],
-        list(steps),
-        _list(squares),
-        present,
-        on_device,
-        ADAM,
-        [rate, *betas, eps, weight_decay, 0.0, square_decay],
-        [max_exp_avg_sqs is not None, decoupled, maximize],
-        _weights(op, task_weights, tasks),
-        None if keys is None else list(keys),
-    )
+    tasks = _tasks("adatask_adam", parameters, jacobians)
+    lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
+    moments = AdamMoments(*_flat("adatask_adam", tasks, lists))
+    _take_step(ADAM, tasks, parameters, jacobians, moments, steps, Adam(*betas, decoupled), lr, eps, **shared)
 
 
 def adatask_rmsprop(
@@ -102,41 +218,20 @@ def adatask_rmsprop(
     lr: Rate = 1e-2,
     alpha: float = 0.99,
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
     momentum: float = 0.0,
-    maximize: bool = False,
-    task_weights: Sequence[float] | None = None,
-    present: Tensor | None = None,
-    squares: Sequence[Tensor] | None = None,
-    square_decay: float = 0.99,
-    keys: Sequence[int] | None = None,
+    **shared: Unpack[Shared],
 ) -> None:
-    """RMSProp with a second moment per task; see above for the arguments.
+    """Take a step of RMSProp with a second moment per task; see above for the arguments.
 
     ``grad_avgs`` (``centered``) are per task, too. ``momentum_buffers`` are P tensors, typed like the moments: momentum
     is linear in the updates, so one buffer holds the sum of all tasks'. AU then counts updates before the momentum.
 
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.RMSprop (DESIGN 4.5).
     """
-    op, tasks = "adatask_rmsprop", _tasks("adatask_rmsprop", parameters, jacobians)
-    rate, on_device = _rate(op, lr)
-    _call(
-        list(parameters),
-        list(jacobians),
-        _flat(op, "grad_avgs", grad_avgs, tasks),
-        _flat(op, "square_avgs", square_avgs, tasks),
-        [],
-        _list(momentum_buffers),
-        list(steps),
-        _list(squares),
-        present,
-        on_device,
-        RMSPROP,
-        [rate, momentum, alpha, eps, weight_decay, 0.0, square_decay],
-        [grad_avgs is not None, False, maximize],
-        _weights(op, task_weights, tasks),
-        None if keys is None else list(keys),
-    )
+    tasks = _tasks("adatask_rmsprop", parameters, jacobians)
+    per_task = _flat("adatask_rmsprop", tasks, {"square_avgs": square_avgs, "grad_avgs": grad_avgs})
+    moments = RMSpropMoments(*per_task, list(momentum_buffers or ()))
+    _take_step(RMSPROP, tasks, parameters, jacobians, moments, steps, RMSprop(alpha, momentum), lr, eps, **shared)
 
 
 def adatask_adagrad(
@@ -148,46 +243,66 @@ def adatask_adagrad(
     lr: Rate = 1e-2,
     lr_decay: float = 0.0,
     eps: float = 1e-10,
+    **shared: Unpack[Shared],
+) -> None:
+    """Take a step of AdaGrad with a sum of squared gradients per task; see above for the arguments.
+
+    Source: arXiv 2211.15055, section 4, with the state of torch.optim.Adagrad (DESIGN 4.5).
+    """
+    tasks = _tasks("adatask_adagrad", parameters, jacobians)
+    moments = AdagradMoments(*_flat("adatask_adagrad", tasks, {"state_sums": state_sums}))
+    _take_step(ADAGRAD, tasks, parameters, jacobians, moments, steps, Adagrad(lr_decay), lr, eps, **shared)
+
+
+def _take_step(
+    operation: Operation,
+    tasks: int,
+    parameters: Sequence[Tensor],
+    jacobians: Sequence[Tensor],
+    moments: Any,
+    steps: Sequence[Tensor],
+    rule: Any,
+    lr: Rate,
+    eps: float,
+    *,
+    squares: Sequence[Tensor] | None = None,
+    **shared: Any,
+) -> None:
+    settings = step_settings(operation.name, tasks, lr, eps, **shared)
+    if parameters:
+        operation(list(parameters), list(jacobians), moments, list(steps), list(squares or ()), rule, settings)
+
+
+def step_settings(
+    op: str,
+    tasks: int,
+    lr: Rate,
+    eps: float,
     weight_decay: float = 0.0,
     maximize: bool = False,
     task_weights: Sequence[float] | None = None,
     present: Tensor | None = None,
-    squares: Sequence[Tensor] | None = None,
     square_decay: float = 0.99,
     keys: Sequence[int] | None = None,
-) -> None:
-    """AdaGrad with a sum of squared gradients per task; see above for the arguments.
-
-    Source: arXiv 2211.15055, section 4, with the state of torch.optim.Adagrad (DESIGN 4.5).
-    """
-    op, tasks = "adatask_adagrad", _tasks("adatask_adagrad", parameters, jacobians)
-    rate, on_device = _rate(op, lr)
-    _call(
-        list(parameters),
-        list(jacobians),
-        [],
-        _flat(op, "state_sums", state_sums, tasks),
-        [],
-        [],
-        list(steps),
-        _list(squares),
-        present,
-        on_device,
-        ADAGRAD,
-        [rate, 0.0, 0.0, eps, weight_decay, lr_decay, square_decay],
-        [False, False, maximize],
-        _weights(op, task_weights, tasks),
-        None if keys is None else list(keys),
-    )
-
-
-def _call(parameters: list[Tensor], *arguments: object) -> None:
-    if parameters:
-        adatask_op(parameters, *arguments)
+) -> StepSettings:
+    if task_weights is not None and len(task_weights) != tasks:
+        refuse(f"{op}: task_weights: expected {tasks} numbers, one a task, found {len(task_weights)}")
+    weights = [1.0] * tasks if task_weights is None else [float(w) for w in task_weights]
+    number, on_device = 0.0, None
+    if not isinstance(lr, Tensor):
+        number = float(lr)
+    elif lr.numel() != 1:
+        refuse(f"{op}: lr: expected a number or a tensor with one, found shape {shape_of(lr)}")
+    elif lr.device.type == "cpu" and not torch.compiler.is_compiling():
+        number = float(lr)
+    else:  # the host must not wait for it
+        on_device = lr.detach().to(torch.float64).reshape(1)
+    listed = None if keys is None else list(keys)
+    return StepSettings(number, on_device, eps, weight_decay, maximize, square_decay, weights, present, listed)
 
 
 def _tasks(op: str, parameters: Sequence[Tensor], jacobians: Sequence[Tensor]) -> int:
-    """T, and what the operator would not be asked about."""
+    """Return T, and refuse what the operator would not be asked about."""
     _check_dense(op, "parameters", parameters)
     _check_dense(op, "jacobians", jacobians)
     if not jacobians:
@@ -203,31 +318,311 @@ def _check_dense(op: str, name: str, tensors: Sequence[Tensor], each: int = 1) -
             refuse(f"{op}: {name}: expected a dense tensor for parameter {i // each}, found {tensor.layout}")
 
 
-def _flat(op: str, name: str, lists: Lists | None, tasks: int) -> list[Tensor]:
-    for p, row in enumerate(lists or ()):
-        if len(row) != tasks:
-            refuse(f"{op}: {name}: expected {tasks} tensors, one a task, for parameter {p}, found {len(row)}")
-    tensors = [] if lists is None else [tensor for row in lists for tensor in row]
-    _check_dense(op, name, tensors, tasks)
-    return tensors
+def _flat(op: str, tasks: int, named: dict[str, Any]) -> list[list[Tensor]]:
+    found = []
+    for name, lists in named.items():
+        for p, row in enumerate(lists or ()):
+            if len(row) != tasks:
+                refuse(f"{op}: {name}: expected {tasks} tensors, one a task, for parameter {p}, found {len(row)}")
+        found.append(list(itertools.chain.from_iterable(lists or ())))
+        _check_dense(op, name, found[-1], tasks)
+    return found
 
 
-def _list(tensors: Sequence[Tensor] | None) -> list[Tensor]:
-    return [] if tensors is None else list(tensors)
+# ---- what does not fit -----------------------------------------------------------------------------------------------
 
 
-def _rate(op: str, lr: Rate) -> tuple[float, Tensor | None]:
-    """A number, or a tensor that the host must not wait for."""
-    if not isinstance(lr, Tensor):
-        return float(lr), None
-    if lr.numel() != 1:
-        refuse(f"{op}: lr: expected a number or a tensor with one, found shape {shape_of(lr)}")
-    if lr.device.type == "cpu" and not torch.compiler.is_compiling():
-        return float(lr), None
-    return 0.0, lr.detach().to(torch.float64).reshape(1)
+def _check(op: str, *arguments: Any) -> None:
+    """Refuse what does not fit, before anything is changed."""
+    step = Step(*arguments)
+    parameters, tasks, settings = step.parameters, step.tasks, step.settings
+    count, device = len(parameters), parameters[0].device
+    lists = {"jacobians": step.jacobians, **step.moments._asdict(), "steps": step.steps, "squares": step.squares}
+    if settings.keys is not None and len(settings.keys) != count:
+        refuse(f"{op}: keys: expected {count}, one a parameter, found {len(settings.keys)}")
+    for name, tensors in lists.items():
+        per_task = name in step.moments._fields and name != "momentum_buffers"
+        expected = count * (tasks if per_task else 1)
+        optional = name in ("max_exp_avg_sqs", "grad_avgs", "momentum_buffers", "squares")
+        if len(tensors) != expected and (tensors or not optional):
+            each = f" for {count} parameters and {tasks} tasks" if per_task else ", one a parameter"
+            refuse(f"{op}: {name}: expected {expected} tensors{each}, found {len(tensors)}")
+    if isinstance(step.rule, RMSprop) and step.rule.momentum and not lists["momentum_buffers"]:
+        refuse(f"{op}: momentum_buffers: expected one a parameter for momentum={step.rule.momentum}, found none")
+    _check_settings(op, device, settings)
+    shapes, dtypes, moment_dtypes = list(map(_SHAPE, parameters)), list(map(_DTYPE, parameters)), step.moment_dtypes()
+    _check_like(op, "jacobians", step.jacobians, [(tasks, *shape) for shape in shapes], dtypes, dtypes, device)
+    for name, tensors in step.moments._asdict().items():
+        each = range(len(tensors) // count)
+        wanted = [shape for shape in shapes for _ in each], [dtype for dtype in moment_dtypes for _ in each]
+        _check_like(op, name, tensors, *wanted, dtypes, device)
+    for name, tensors, dtype in (("steps", step.steps, torch.float32), ("squares", step.squares, torch.float64)):
+        for p, tensor in enumerate(tensors):
+            _check_small(op, f"{name}[{p}]", tensor, tasks, dtype, device)
+    for p, elsewhere in enumerate(map(_DEVICE, parameters)):
+        if elsewhere != device:
+            refuse(f"{op}: parameters: expected all on {device}, found {elsewhere} for parameter {p}")
 
 
-def _weights(op: str, weights: Sequence[float] | None, tasks: int) -> list[float]:
-    if weights is not None and len(weights) != tasks:
-        refuse(f"{op}: task_weights: expected {tasks} numbers, one a task, found {len(weights)}")
-    return [1.0] * tasks if weights is None else [float(w) for w in weights]
+def _check_settings(op: str, device: torch.device, settings: StepSettings) -> None:
+    if settings.lr_tensor is not None and settings.lr_tensor.device != device:
+        refuse(f"{op}: lr: expected a tensor on {device} like the parameters, found {settings.lr_tensor.device}")
+    if settings.present is not None:
+        _check_small(op, "present", settings.present, len(settings.task_weights), torch.bool, device)
+
+
+def _check_like(
+    op: str, name: str, tensors: list[Tensor], shapes: Any, dtypes: Any, own: list[torch.dtype], device: torch.device
+) -> None:
+    """`own`: the parameters' dtypes."""
+    fits = list(map(_SHAPE, tensors)) == shapes and list(map(_DTYPE, tensors)) == dtypes
+    each = len(tensors) // len(own)
+    if name != "jacobians":
+        fits = fits and all(d in MOMENT_DTYPES.get(p, ()) for d, p in set(zip(dtypes[::each], own) if each else ()))
+    if fits and set(map(_DEVICE, tensors)) <= {device} and set(map(_LAYOUT, tensors)) <= {torch.strided}:
+        return
+    for i, tensor in enumerate(tensors):
+        p, found = i // each, tensor.dtype
+        if list(tensor.shape) != list(shapes[i]):
+            refuse(f"{op}: {name}: expected shape {list(shapes[i])} for parameter {p}, found {shape_of(tensor)}")
+        if own[p] not in MOMENT_DTYPES:
+            refuse(
+                f"{op}: parameters: expected float32, bfloat16 or float64, found {own[p]} in parameter {p}; keep "
+                "float32 parameters and use autocast"
+            )
+        if name == "jacobians" and found != own[p]:
+            refuse(f"{op}: {name}: expected {own[p]} like parameter {p}, found {found}")
+        if name != "jacobians" and (found != dtypes[i] or found not in MOMENT_DTYPES[own[p]]):
+            allowed = " or ".join(map(str, MOMENT_DTYPES[own[p]]))
+            refuse(f"{op}: {name}: expected {allowed}, alike for parameter {p}, found {found}")
+        if tensor.device != device:
+            refuse(f"{op}: {name}: expected all on {device}, found {tensor.device} for parameter {p}")
+        if tensor.layout != torch.strided:
+            refuse(f"{op}: {name}: expected a dense tensor for parameter {p}, found {tensor.layout}")
+
+
+def _check_small(op: str, name: str, tensor: Tensor, tasks: int, dtype: torch.dtype, device: torch.device) -> None:
+    # Kernels take its address and no stride.
+    fits = tensor.layout == torch.strided and tensor.is_contiguous()
+    if not fits or tensor.shape != (tasks,) or tensor.dtype != dtype or tensor.device != device:
+        found = f"{shape_of(tensor)} {tensor.dtype} on {tensor.device}" + ", not contiguous" * (not fits)
+        refuse(f"{op}: {name}: expected [{tasks}] {dtype} on {device}, contiguous, found {found}")
+
+
+# ---- the kernels -----------------------------------------------------------------------------------------------------
+
+
+def _same_order(tensor: Tensor, order: Tensor) -> bool:
+    return tensor.stride() == order.stride() or (tensor.is_contiguous() and order.is_contiguous())
+
+
+def _in_order(op: str, step: Step) -> tuple[Step, list[tuple[Tensor, Tensor]]]:
+    """Return the step over tensors that are dense and in one element order for each parameter, as kernels take them;
+    and pairs of a tensor that is not and its copy, which is to be copied back."""
+    if all(map(Tensor.is_contiguous, itertools.chain(step.parameters, *step.moments))):
+        return step, []
+    # empty_like keeps the strides of what is dense, in whatever order, and of nothing else.
+    orders = [p if p.is_contiguous() or _same_order(o := torch.empty_like(p), p) else o for p in step.parameters]
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def ordered(tensors: list[Tensor]) -> list[Tensor]:
+        each, found = len(tensors) // len(orders), []
+        for i, tensor in enumerate(tensors):
+            order = orders[i // each]
+            if not _same_order(tensor, order):
+                if any(apart == 0 and size > 1 for apart, size in zip(tensor.stride(), tensor.shape)):
+                    refuse(
+                        f"{op}: expected parameters and moments with memory for every element, found an expanded "
+                        "tensor; use .clone()"
+                    )
+                copies.append((tensor, torch.empty_like(order, dtype=tensor.dtype).copy_(tensor)))
+                tensor = copies[-1][1]
+            found.append(tensor)
+        return found
+
+    moments = type(step.moments)(*map(ordered, step.moments))
+    return step._replace(parameters=ordered(step.parameters), moments=moments), copies
+
+
+class _Launch:
+    """The parameters of one dtype, with moments of one dtype, as a kernel takes them; all but the tensors."""
+
+    def __init__(self, op: str, step: Step, places: Sequence[int], moment_dtype: torch.dtype):
+        self.op, self.tasks, self.places = op, step.tasks, places
+        self.whole = len(places) == len(step.parameters)
+        own = self._own(step.parameters)
+        self.codes = DTYPE_CODES[own[0].dtype], DTYPE_CODES[moment_dtype]
+        self.sizes = array("q", map(Tensor.numel, own))
+        self.apart = array("q", [size * own[0].element_size() for size in self.sizes])
+        keys = step.settings.keys
+        self.keys = None if keys is None else array("q", [keys[p] for p in places])
+
+    def _own(self, tensors: list[Tensor], each: int = 1) -> list[Tensor]:
+        return tensors if self.whole else [tensors[p * each + t] for p in self.places for t in range(each)]
+
+    def tables(self, step: Step) -> list[array[int] | None]:
+        """Read the addresses of all that is changed."""
+        found: list[array[int] | None] = []
+        for every in step.tensors:
+            tensors = self._own(every, len(every) // len(step.parameters))
+            found.append(pointers(tensors) if tensors else None)
+            if tensors and 0 in found[-1] and any(t.numel() and not t.data_ptr() for t in tensors):  # type: ignore[operator]
+                refuse(f"{self.op}: expected tensors with memory, found one whose storage was freed")
+        return found
+
+    def _rows(self, step: Step) -> tuple[Any, list[Tensor]]:
+        """Return the gradients' table, and what its pointers need alive."""
+        kept, orders, apart = self._own(step.jacobians), self._own(step.parameters), self.apart
+        if not all(map(Tensor.is_contiguous, kept)) or not all(map(Tensor.is_contiguous, orders)):
+            kept = [j if _same_order(j[0], order) else _stacked_like(j, order) for j, order in zip(kept, orders)]
+            apart = array("q", [j.stride(0) * j.element_size() for j in kept])
+        return (pointers(kept), apart, self.sizes, self.tasks), kept
+
+    def run(self, kernels: ModuleType, tables: Sequence[array[int] | None], step: Step) -> None:
+        (parameters, *moments, steps, squares), by = tables, step.settings
+        rows, kept = self._rows(step)
+        device = kept[0].device
+        size = kernels.adatask_workspace(self.tasks, len(self.places), sum(self.sizes)) if squares else 0
+        workspace = torch.empty(size, dtype=torch.float64, device=device)
+        lr = 0 if by.lr_tensor is None else by.lr_tensor.data_ptr()
+        weights, present = array("d", by.task_weights), 0 if by.present is None else by.present.data_ptr()
+        stochastic = self.keys is not None
+        getattr(kernels, self.op.removeprefix("adatask_"))(
+            *self.codes,
+            rows,
+            (parameters, steps, squares, self.keys),
+            tuple(moments),
+            tuple(step.rule),
+            (by.lr, lr, by.eps, by.weight_decay, by.maximize, stochastic, by.square_decay, weights, present),
+            workspace.data_ptr(),
+            launch_place(device),
+        )
+
+
+def _stacked_like(jacobian: Tensor, order: Tensor) -> Tensor:
+    rows = jacobian.new_empty_strided((len(jacobian), *order.shape), (order.numel(), *order.stride()))
+    return rows.copy_(jacobian)
+
+
+def _launches(op: str, step: Step) -> list[_Launch]:
+    groups: dict[Any, list[int]] = {}
+    for p, pair in enumerate(zip(map(_DTYPE, step.parameters), step.moment_dtypes())):
+        groups.setdefault(pair, []).append(p)
+    return [_Launch(op, step, places, moment) for (_, moment), places in groups.items()]
+
+
+def _run(kernels: ModuleType, launches: Sequence[_Launch], step: Step) -> None:
+    tables = [launch.tables(step) for launch in launches]  # all, before the first kernel changes anything
+    present = step.settings.present
+    torch._foreach_add_(step.steps, 1.0 if present is None else [present.to(torch.float32)] * len(step.steps))
+    for launch, table in zip(launches, tables):
+        launch.run(kernels, table, step)
+
+
+def _kernel(op: str, kernels: ModuleType, *arguments: Any) -> Any:
+    given = Step(*arguments[:-1])
+    if given.tasks > kernels.adatask_max_tasks:
+        return NotImplemented
+    step, copies = _in_order(op, given)
+    _run(kernels, _launches(op, step), step)
+    for tensor, copy in copies:
+        tensor.copy_(copy)
+    mark_written(given.parameters)
+    return None
+
+
+def _refer(function: Any, *arguments: Any) -> None:
+    step = Step(*arguments)
+
+    def lists(name: str, tensors: list[Tensor]) -> Any:
+        if not tensors or name == "momentum_buffers":
+            return tensors or None
+        return [tensors[i : i + step.tasks] for i in range(0, len(tensors), step.tasks)]
+
+    options = step.settings._asdict() | step.rule._asdict()
+    lr = options.pop("lr_tensor")
+    if isinstance(step.rule, Adam):
+        options["betas"] = options.pop("beta1"), options.pop("beta2")
+    if lr is not None:
+        options["lr"] = lr[0]
+    moments = {name: lists(name, tensors) for name, tensors in step.moments._asdict().items()}
+    function(step.parameters, step.jacobians, **moments, steps=step.steps, squares=step.squares or None, **options)
+
+
+def _declare(op: str, moments: type, rule: type) -> Operation:
+    return Operation(
+        f"{op}(Tensor(a!)[] parameters, Tensor[] jacobians, {moments.__name__} moments, Tensor(e!)[] steps, "
+        f"Tensor(f!)[] squares, {rule.__name__} rule, StepSettings settings) -> ()",
+        structs=[moments, rule, StepSettings],
+        check=partial(_check, op),
+        kernel=partial(_kernel, op),
+        reference=partial(_refer, getattr(reference, op)),
+    )
+
+
+ADAM = _declare("adatask_adam", AdamMoments, Adam)
+RMSPROP = _declare("adatask_rmsprop", RMSpropMoments, RMSprop)
+ADAGRAD = _declare("adatask_adagrad", AdagradMoments, Adagrad)
+
+
+# ---- many steps over the same tensors --------------------------------------------------------------------------------
+
+
+class TaskStep:
+    """Take steps over parameters and moments that are alike from step to step.
+
+    What follows from their dtypes, sizes and layouts is kept, and made anew when one of these has changed. No tensor
+    is: each step reads all addresses from the tensors that it is given.
+    """
+
+    _PLAIN: ClassVar = {Tensor, torch.nn.Parameter}
+
+    def __init__(self, operation: Operation):
+        self.operation = operation
+        self._known: Any = None  #: what the tensors were like, for which all that follows was made
+        self._launches: list[_Launch] = []
+        self._shapes: list[tuple[int, ...]] = []  #: of the jacobians
+
+    def __call__(self, step: Step) -> None:
+        device = step.parameters[0].device
+        kernels = None if torch.compiler.is_compiling() else KERNELS.get(device.type)
+        if kernels is None or not self._fits(kernels, step):
+            self.operation(*step)
+            return
+        _check_settings(self.operation.name, device, step.settings)
+        self._run(kernels, step)
+
+    @hide_from_dynamo
+    def _run(self, kernels: ModuleType, step: Step) -> None:
+        _run(kernels, self._launches, step)
+        mark_written(step.parameters)
+
+    def _fits(self, kernels: ModuleType, step: Step) -> bool:
+        """Whether a kernel can work on the tensors themselves; the operation knows what to do with all others."""
+        every = list(itertools.chain(*step.tensors))
+        looks = [list(map(_DTYPE, every)), list(map(_DEVICE, every)), list(map(Tensor.is_contiguous, every))]
+        # A tensor that is contiguous is its elements in order, whatever its shape.
+        looks += (
+            [list(map(Tensor.numel, every))]
+            if all(looks[-1])
+            else [list(map(_SHAPE, every)), list(map(Tensor.stride, every))]
+        )
+        looks += [[len(tensors) for tensors in step.tensors], step.settings.keys, step.tasks]
+        if looks != self._known:
+            self._known = None
+            if step.tasks > kernels.adatask_max_tasks or not set(map(type, every)) <= self._PLAIN:
+                return False
+            _check(self.operation.name, *step)
+            if _in_order(self.operation.name, step)[1]:
+                return False
+            self._launches = _launches(self.operation.name, step)
+            self._shapes = [(step.tasks, *shape) for shape in map(_SHAPE, step.parameters)]
+            self._known = looks
+        jacobians, first = step.jacobians, len(step.parameters)
+        return (
+            list(map(_SHAPE, jacobians)) == self._shapes
+            and list(map(_DTYPE, jacobians)) == looks[0][:first]
+            and list(map(_DEVICE, jacobians)) == looks[1][:first]
+            and set(map(type, every)) | set(map(type, jacobians)) <= self._PLAIN
+            and set(map(_LAYOUT, jacobians)) == {torch.strided}
+        )

@@ -16,22 +16,26 @@ infinity are passed on; ``check_finite=True`` reads the result on the host and n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.combine import Row, Rows
-from ._autograd import differentiable
-from .checks import check_gram
-from .combine_operators import combine_into_op, combine_op, dots_op, gram_op
-from .rows import Flat, Stacked, flatten, row_of, unflatten
+from ._native import launch_place
+from ._operation import Operation
+from .checks import check_gram, check_shape, refuse
+from .rows import AnyRows, Group, Row, Rows, Stacked, pointers
 
 __all__ = ["Stacked", "combine", "dots", "gram"]
 
 
-def gram(rows: Rows | Stacked, *, check_finite: bool = False) -> Tensor:
-    """M_ij = <row i, row j>.
+# ---- gram ------------------------------------------------------------------------------------------------------------
+
+
+def gram(rows: AnyRows | Stacked, *, check_finite: bool = False) -> Tensor:
+    """Return M_ij = <row i, row j>.
 
     Args:
         rows: T rows of N elements in all.
@@ -43,17 +47,37 @@ def gram(rows: Rows | Stacked, *, check_finite: bool = False) -> Tensor:
 
     Source: G'G of arXiv 2305.19000, section 3; differentiable (DESIGN 4.4).
     """
-    flat = flatten("gram", rows)
-    result: Tensor = differentiable(
-        lambda *t: gram_op(list(t), flat.tasks, flat.stacked), lambda *t: reference.gram(_rows(t, flat)), *flat.tensors
-    )
+    own, _ = Rows.of("gram", rows)
+    result: Tensor = _gram(own)
     if check_finite:
-        check_gram("gram", result.detach(), lambda t: row_of(flat.tensors, flat.tasks, flat.stacked, t))
+        check_gram("gram", result.detach(), own.row)
     return result
 
 
-def dots(rows: Rows | Stacked, vector: Row) -> Tensor:
-    """<row t, vector> for every task.
+def add_gram(kernels: ModuleType, groups: Sequence[Group], total: Tensor, where: tuple[int, int, int]) -> None:
+    """Add the rows' products to ``total``, [T, T] float64."""
+    size = max(kernels.gram_workspace(total.shape[0], group.columns) for group in groups)
+    workspace = total.new_empty(size)
+    for group in groups:
+        kernels.gram(group.code, group.table, total.data_ptr(), workspace.data_ptr(), where)
+
+
+_gram = Operation(
+    "gram(Rows rows) -> Tensor",
+    structs=[Rows],
+    check=lambda rows: rows.check("gram"),
+    outputs=lambda rows: [rows.tensors[0].new_empty(rows.tasks, rows.tasks, dtype=torch.float64)],
+    kernel=lambda kernels, rows, out: add_gram(kernels, rows.groups(), out[0].zero_(), launch_place(out[0].device)),
+    reference=lambda rows: reference.gram(rows.listed()),
+    differentiable=True,
+)
+
+
+# ---- dots ------------------------------------------------------------------------------------------------------------
+
+
+def dots(rows: AnyRows | Stacked, vector: Row) -> Tensor:
+    """Return <row t, vector> for every task.
 
     Args:
         rows: T rows.
@@ -64,24 +88,45 @@ def dots(rows: Rows | Stacked, vector: Row) -> Tensor:
 
     Source: the derivative of :func:`combine` in its weights; DESIGN 4.5.
     """
-    flat = flatten("dots", rows)
-    parts = [vector] if isinstance(vector, Tensor) else list(vector)
-    cut = len(flat.tensors)
-    result: Tensor = differentiable(
-        lambda *t: dots_op(list(t[:cut]), list(t[cut:]), flat.tasks, flat.stacked),
-        lambda *t: reference.dots(_rows(t[:cut], flat), t[cut:]),
-        *flat.tensors,
-        *parts,
-    )
+    own, _ = Rows.of("dots", rows)
+    result: Tensor = dots_of(own, [vector] if isinstance(vector, Tensor) else list(vector))
     return result
+
+
+def _check_dots(rows: Rows, vector: list[Tensor]) -> None:
+    rows.check("dots")
+    rows.check_like_row("dots", "vector", vector, wider=True)
+
+
+def _dots_kernel(kernels: ModuleType, rows: Rows, vector: list[Tensor], out: list[Tensor]) -> None:
+    total, where = out[0].zero_(), launch_place(out[0].device)
+    for group in rows.groups(vector):
+        parts = group.in_order(vector)
+        workspace = total.new_empty(kernels.dots_workspace(rows.tasks, group.columns))
+        addresses = (pointers(parts), total.data_ptr(), workspace.data_ptr())
+        kernels.dots(group.code, group.other_code, group.table, *addresses, where)
+
+
+dots_of = Operation(
+    "dots(Rows rows, Tensor[] vector) -> Tensor",
+    structs=[Rows],
+    check=_check_dots,
+    outputs=lambda rows, vector: [rows.tensors[0].new_empty(rows.tasks, dtype=torch.float64)],
+    kernel=_dots_kernel,
+    reference=lambda rows, vector: reference.dots(rows.listed(), vector),
+    differentiable=True,
+)
+
+
+# ---- combine ---------------------------------------------------------------------------------------------------------
 
 
 @overload
 def combine(rows: Tensor | Sequence[Tensor], weights: Tensor, out: Row | None = None) -> Tensor: ...
 @overload
 def combine(rows: Stacked | Sequence[Sequence[Tensor]], weights: Tensor, out: Row | None = None) -> list[Tensor]: ...
-def combine(rows: Rows | Stacked, weights: Tensor, out: Row | None = None) -> Tensor | list[Tensor]:
-    """sum_t weights_t row_t: one read of every row, one write.
+def combine(rows: AnyRows | Stacked, weights: Tensor, out: Row | None = None) -> Tensor | list[Tensor]:
+    """Return sum_t weights_t row_t: one read of every row, one write.
 
     Args:
         rows: T rows.
@@ -95,19 +140,40 @@ def combine(rows: Rows | Stacked, weights: Tensor, out: Row | None = None) -> Te
 
     Source: G w of arXiv 2305.19000, section 3; DESIGN 4.4.
     """
-    flat = flatten("combine", rows)
+    own, listed = Rows.of("combine", rows)
     if out is not None:
         parts = [out] if isinstance(out, Tensor) else list(out)
-        combine_into_op(flat.tensors, weights.detach(), flat.tasks, flat.stacked, parts)
+        _combine.into(parts, own, weights.detach())
         return out if isinstance(out, Tensor) else parts
-    results = differentiable(
-        lambda *t: tuple(combine_op(list(t[1:]), t[0], flat.tasks, flat.stacked)),
-        lambda *t: tuple(reference.combine(_rows(t[1:], flat), t[0])),
-        weights,
-        *flat.tensors,
-    )
-    return list(results) if flat.listed else results[0]
+    results = list(_combine(own, weights))
+    return results if listed else results[0]
 
 
-def _rows(tensors: Sequence[Tensor], flat: Flat) -> Rows:
-    return unflatten(list(tensors), flat.tasks, flat.stacked)
+def write_combination(
+    kernels: ModuleType, groups: Sequence[Group], weights: Tensor, out: Sequence[Tensor], where: tuple[int, int, int]
+) -> None:
+    """Write the weighted sum of the rows to ``out``; ``weights`` are float64 and contiguous."""
+    for group in groups:
+        given = group.code, group.table, weights.data_ptr()
+        group.write_to(out, lambda targets: kernels.combine(*given, targets, where))  # noqa: B023
+
+
+def _check_combine(rows: Rows, weights: Tensor) -> None:
+    rows.check("combine")
+    check_shape("combine", "weights", weights, (rows.tasks,))
+    if weights.device != rows.tensors[0].device:
+        refuse(f"combine: weights: expected device {rows.tensors[0].device} like rows, found {weights.device}")
+
+
+_combine = Operation(
+    "combine(Rows rows, Tensor weights) -> Tensor[]",
+    structs=[Rows],
+    check=_check_combine,
+    outputs=lambda rows, weights: rows.empty_row(),
+    check_out=lambda out, rows, weights: rows.check_like_row("combine", "out", out),
+    kernel=lambda kernels, rows, weights, out: write_combination(
+        kernels, rows.groups(), weights.to(torch.float64).contiguous(), out, launch_place(weights.device)
+    ),
+    reference=lambda rows, weights: reference.combine(rows.listed(), weights),
+    differentiable=True,
+)

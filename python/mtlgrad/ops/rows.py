@@ -1,24 +1,27 @@
-"""The gradients of T tasks as the kernels take them: tables of pointers, nothing concatenated or copied.
+"""The gradients of T tasks over P tensors, as operations and kernels take them: nothing concatenated or copied.
 
 Users give ``rows``: a tensor [T, ...], or a sequence of T rows, each a tensor or a sequence of tensors, one per
-parameter. The operators take a flat list of tensors: one [T, ...] per parameter (``stacked``), or every row's tensors,
-row after row.
+parameter; or :class:`Stacked`. Operations take :class:`Rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
-from typing import NamedTuple
+from array import array
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..reference.combine import Row, Rows
+from ..reference.combine import Row
+from ..reference.combine import Rows as AnyRows
 from .checks import check_floating, refuse, shape_of
 
+__all__ = ["AnyRows", "Group", "Row", "Rows", "Stacked", "dense", "empty_like_row", "in_order_of", "pointers"]
+
 # A thousand parameters of eight tasks are 8,000 tensors: what is asked of each is asked without Python in between.
-_SHAPE, _DTYPE, _DEVICE = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+_SHAPE, _DTYPE, _DEVICE, _FIRST = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), itemgetter(0)
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
@@ -29,107 +32,9 @@ class Stacked(NamedTuple):
     tensors: Sequence[Tensor]
 
 
-class Flat(NamedTuple):
-    """Rows as the operators take them."""
-
-    tensors: list[Tensor]
-    tasks: int
-    stacked: bool
-    listed: bool  #: whether a row is a list of tensors, and not one
-
-
-def flatten(op: str, rows: Rows | Stacked) -> Flat:
-    """Checks what the operators cannot see any more: how the rows were put together."""
-    if isinstance(rows, Stacked):
-        tensors = list(rows.tensors)
-        _check(op, len(tensors) > 0, "at least one tensor [T, ...]", "none")
-        _check(op, tensors[0].dim() > 0, "tensors [T, ...]", f"shape {shape_of(tensors[0])}")
-        return Flat(tensors, tensors[0].shape[0], stacked=True, listed=True)
-    if isinstance(rows, Tensor):
-        _check(op, rows.dim() >= 1, "a tensor [T, ...] or a sequence of rows", f"shape {shape_of(rows)}")
-        _check(op, rows.shape[0] > 0, "at least one row", f"shape {shape_of(rows)}")
-        return Flat([rows], rows.shape[0], stacked=True, listed=False)
-    listed = list(rows)
-    _check(op, len(listed) > 0, "at least one row", "none")
-    single = isinstance(listed[0], Tensor)
-    _check(op, all(isinstance(r, Tensor) == single for r in listed), "all rows tensors, or all lists", "both")
-    parts = [[row] if isinstance(row, Tensor) else list(row) for row in listed]
-    _check(op, len(parts[0]) > 0, "at least one tensor a row", "none")
-    for t, row in enumerate(parts):
-        _check(op, len(row) == len(parts[0]), f"{len(parts[0])} tensors in row {t}, as in row 0", f"{len(row)}")
-        if all([isinstance(part, Tensor) for part in row]):  # noqa: C419 (a list is faster)
-            continue
-        for p, part in enumerate(row):
-            if not isinstance(part, Tensor):
-                expected = f"a tensor as rows[{t}]{'' if single else f'[{p}]'} (zeros where a task does not reach)"
-                _check(op, False, expected, type(part).__name__)
-    return Flat([part for row in parts for part in row], len(parts), stacked=False, listed=not single)
-
-
-def unflatten(tensors: list[Tensor], tasks: int, stacked: bool) -> Rows:
-    """The rows again, as the reference takes them."""
-    if stacked:
-        return [[tensor[t] for tensor in tensors] for t in range(tasks)]
-    count = len(tensors) // tasks
-    return [tensors[t * count : (t + 1) * count] for t in range(tasks)]
-
-
-def row_of(tensors: list[Tensor], tasks: int, stacked: bool, task: int) -> list[Tensor]:
-    """One of the rows."""
-    count = len(tensors) // tasks
-    return [tensor[task] for tensor in tensors] if stacked else tensors[task * count : (task + 1) * count]
-
-
-def of_parameters(tensors: list[Tensor], tasks: int, stacked: bool, places: Sequence[int]) -> list[Tensor]:
-    """The rows of these parameters alone."""
-    if stacked:
-        return [tensors[p] for p in places]
-    count = len(tensors) // tasks
-    return [tensors[t * count + p] for t in range(tasks) for p in places]
-
-
-def row_like(tensors: list[Tensor], tasks: int, stacked: bool) -> list[Tensor]:
-    """Tensors with the shapes of one row, for their shapes alone."""
-    return [tensor[0] for tensor in tensors] if stacked else tensors[: len(tensors) // tasks]
-
-
-def _check(op: str, fits: bool, expected: str, found: str) -> None:
-    if not fits:
-        raise ValueError(f"{op}: rows: expected {expected}, found {found}")
-
-
-def check_rows(op: str, tensors: list[Tensor], tasks: int, stacked: bool) -> None:
-    """Shapes, dtypes and devices: every row like the first."""
-    count = len(tensors) if stacked else len(tensors) // tasks
-    shapes, dtypes = list(map(_SHAPE, tensors)), list(map(_DTYPE, tensors))
-    # What is true of nearly all calls is found out at once; only the rest is worth a loop that can name the tensor.
-    fits = len(set(map(_DEVICE, tensors))) == 1 and DTYPE_CODES.keys() >= set(dtypes)
-    if stacked:
-        fits = fits and all(len(shape) > 0 and shape[0] == tasks for shape in shapes)
-    else:
-        fits = fits and shapes == shapes[:count] * tasks and dtypes == dtypes[:count] * tasks
-    if not fits:
-        _explain(op, tensors, tasks, stacked, count)
-
-
-def _explain(op: str, tensors: list[Tensor], tasks: int, stacked: bool, count: int) -> None:
-    for i, tensor in enumerate(tensors):
-        check_floating(op, rows=tensor)
-        if tensor.device != tensors[0].device:
-            refuse(f"{op}: rows: expected all on {tensors[0].device}, found {tensor.device}")
-        if stacked:
-            if tensor.dim() == 0 or tensor.shape[0] != tasks:
-                found = f"found shape {shape_of(tensor)} in tensor {i}"
-                refuse(f"{op}: rows: expected {tasks} rows in every tensor, {found}")
-            continue
-        like = tensors[i % count]
-        if tensor.shape != like.shape or tensor.dtype != like.dtype:
-            row, part = divmod(i, count)
-            message = (
-                f"{op}: rows: expected {shape_of(like)} {like.dtype} in row {row}, tensor {part}, as in row 0, "
-                f"found {shape_of(tensor)} {tensor.dtype}"
-            )
-            refuse(message)
+def pointers(tensors: Iterable[Tensor]) -> array[int]:
+    """Return a table of addresses, as a kernel reads it."""
+    return array("Q", map(Tensor.data_ptr, tensors))
 
 
 def dense(tensor: Tensor) -> bool:
@@ -137,14 +42,14 @@ def dense(tensor: Tensor) -> bool:
 
 
 def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` with the element order of `like`, which is dense; a copy only where it has another."""
+    """Return `tensor` with the element order of `like`, which is dense; a copy only where it has another."""
     if tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous()):
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def empty_like_row(part: Tensor, device: torch.device | None = None) -> Tensor:
-    """Memory for a result, in the element order that `groups` takes for rows like `part`."""
+    """Allocate a result, in the element order that `Rows.groups` takes for rows like `part`."""
     order = torch.preserve_format if dense(part) else torch.contiguous_format
     return torch.empty_like(part, device=device, memory_format=order)
 
@@ -154,57 +59,229 @@ class Group(NamedTuple):
 
     code: int
     other_code: int  #: of the dtype of what goes with the rows
-    pointers: list[int]  #: of parameter p's row t at p * tasks + t
-    sizes: list[int]
-    orders: list[Tensor]  #: per parameter a tensor of a row's shape and element order
-    places: list[int]  #: which parameters these are
+    table: tuple[array[int], array[int] | None, array[int], int]  #: `Rows` of csrc/kernels.h
+    places: Sequence[int]  #: which parameters these are
+    orders: list[Tensor] | None  #: per parameter a tensor of a row's shape and element order; None: all contiguous
     kept: list[Tensor]  #: what the pointers need alive
 
+    @property
+    def columns(self) -> int:
+        return sum(self.table[2])
 
-def groups(tensors: list[Tensor], tasks: int, stacked: bool, others: Sequence[Tensor] = ()) -> list[Group]:
-    """Pointer tables per dtype, and per dtype of `others`, which go with the rows: one tensor per parameter, if any.
-    Rows that are not dense, or not all in one element order, are copied."""
-    count = len(tensors) if stacked else len(tensors) // tasks
-    places: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for p, other in enumerate(others or tensors[:count]):
-        places.setdefault((tensors[p].dtype, other.dtype), []).append(p)
-    make = _stacked_group if stacked else _listed_group
-    return [make(tensors, tasks, count, chosen, DTYPE_CODES[other]) for (_, other), chosen in places.items()]
+    def in_order(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return a vector's tensors, one per parameter of all groups, in the element orders of this group's rows."""
+        if self.orders is None:
+            return [tensors[p].contiguous() for p in self.places]
+        return [in_order_of(tensors[p], order) for p, order in zip(self.places, self.orders, strict=True)]
 
-
-def _stacked_group(tensors: list[Tensor], tasks: int, count: int, places: list[int], other_code: int) -> Group:
-    kept = [tensors[p] for p in places]
-    orders = [tensor[0] for tensor in kept]
-    for i, order in enumerate(orders):
-        if not dense(order):
-            kept[i] = kept[i].contiguous()
-            orders[i] = kept[i][0]
-    pointers: list[int] = []
-    for tensor in kept:
-        start, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
-        pointers += [start + t * step for t in range(tasks)]
-    code, sizes = DTYPE_CODES[kept[0].dtype], [order.numel() for order in orders]
-    return Group(code, other_code, pointers, sizes, orders, places, kept)
-
-
-def _listed_group(tensors: list[Tensor], tasks: int, count: int, places: list[int], other_code: int) -> Group:
-    orders = [tensors[p] for p in places]
-    kept = [tensors[t * count + p] for p in places for t in range(tasks)]
-    if not all(map(Tensor.is_contiguous, kept)):
-        orders = [order if dense(order) else order.contiguous() for order in orders]
-        kept = [in_order_of(tensor, orders[i // tasks]) for i, tensor in enumerate(kept)]
-    pointers = list(map(Tensor.data_ptr, kept))
-    code, sizes = DTYPE_CODES[orders[0].dtype], [order.numel() for order in orders]
-    return Group(code, other_code, pointers, sizes, orders, places, kept)
+    def write_to(self, out: Sequence[Tensor], kernel: Any) -> None:
+        """Call ``kernel(pointers)``; an output in another element order than the rows is filled by a copy, after it."""
+        targets = [out[p] for p in self.places]
+        parts = targets
+        if self.orders is None:
+            if not all(map(Tensor.is_contiguous, targets)):
+                parts = [t if t.is_contiguous() else t.new_empty(t.shape) for t in targets]
+        else:
+            parts = [
+                target if target.stride() == order.stride() else torch.empty_like(order, dtype=target.dtype)
+                for target, order in zip(targets, self.orders, strict=True)
+            ]
+        kernel(pointers(parts))
+        for target, part in zip(targets, parts) if parts is not targets else ():
+            if target is not part:
+                target.copy_(part)
 
 
-def columns(group: Group) -> int:
-    return sum(group.sizes)
+class Rows(NamedTuple):
+    """T gradients over P tensors: one [T, ...] per parameter (``stacked``), or every row's tensors, row after row."""
+
+    tensors: list[Tensor]
+    tasks: int
+    stacked: bool
+
+    SCHEMA = "Tensor[] rows, int tasks, bool stacked"
+
+    @staticmethod
+    def of(op: str, rows: AnyRows | Stacked) -> tuple[Rows, bool]:
+        """Return the rows, and whether one is a list of tensors; refuse what `check` cannot see any more."""
+        if isinstance(rows, Stacked):
+            tensors = list(rows.tensors)
+            if not tensors:
+                _refuse(op, "at least one tensor [T, ...]", "none")
+            if tensors[0].dim() == 0:
+                _refuse(op, "tensors [T, ...]", f"shape {shape_of(tensors[0])}")
+            return Rows(tensors, tensors[0].shape[0], stacked=True), True
+        if isinstance(rows, Tensor):
+            if rows.dim() == 0:
+                _refuse(op, "a tensor [T, ...] or a sequence of rows", f"shape {shape_of(rows)}")
+            if rows.shape[0] == 0:
+                _refuse(op, "at least one row", f"shape {shape_of(rows)}")
+            return Rows([rows], rows.shape[0], stacked=True), False
+        listed: list[Any] = list(rows)
+        if not listed:
+            _refuse(op, "at least one row", "none")
+        single = [isinstance(row, Tensor) for row in listed]
+        if all(single):
+            return Rows(listed, len(listed), stacked=False), False
+        if any(single):
+            _refuse(op, "all rows tensors, or all lists", "both")
+        parts = [list(row) for row in listed]
+        if not parts[0]:
+            _refuse(op, "at least one tensor a row", "none")
+        for t, row in enumerate(parts):
+            if len(row) != len(parts[0]):
+                _refuse(op, f"{len(parts[0])} tensors in row {t}, as in row 0", f"{len(row)}")
+            if all([isinstance(part, Tensor) for part in row]):  # noqa: C419 (a list is faster)
+                continue
+            for p, part in enumerate(row):
+                if not isinstance(part, Tensor):
+                    expected = f"a tensor as rows[{t}][{p}] (zeros where a task does not reach)"
+                    _refuse(op, expected, type(part).__name__)
+        return Rows([part for row in parts for part in row], len(parts), stacked=False), True
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return len(self.tensors) if self.stacked else len(self.tensors) // self.tasks
+
+    def row(self, task: int) -> list[Tensor]:
+        if self.stacked:
+            return [tensor[task] for tensor in self.tensors]
+        return self.tensors[task * self.parameters : (task + 1) * self.parameters]
+
+    def listed(self) -> list[list[Tensor]]:
+        """Return all rows, as the reference takes them."""
+        return [self.row(t) for t in range(self.tasks)]
+
+    def like(self) -> list[Tensor]:
+        """Return tensors with the shapes and dtypes of one row, for these alone."""
+        return self.row(0)
+
+    def empty_row(self) -> list[Tensor]:
+        """Allocate a result like a row."""
+        if not self.stacked or not all(map(Tensor.is_contiguous, self.tensors)):
+            return list(map(empty_like_row, self.like()))
+        if not all(type(tensor) is Tensor for tensor in self.tensors):  # traced sizes have no hash
+            return [tensor.new_empty(tuple(tensor.shape)[1:]) for tensor in self.tensors]
+        # To make one like another takes half the time of reading its shape.
+        alike = {(tensor.shape, tensor.dtype): tensor for tensor in self.tensors}
+        alike = {key: tensor.new_empty(tuple(tensor.shape)[1:]) for key, tensor in alike.items()}
+        return [torch.empty_like(alike[tensor.shape, tensor.dtype]) for tensor in self.tensors]
+
+    def of_parameters(self, places: Sequence[int]) -> Rows:
+        """Return the rows of these parameters alone."""
+        starts = [0] if self.stacked else [t * self.parameters for t in range(self.tasks)]
+        return self._replace(tensors=[self.tensors[start + p] for start in starts for p in places])
+
+    # ---- checks ----
+
+    def check(self, op: str) -> None:
+        """Refuse shapes, dtypes and devices of which not every row is like the first."""
+        shapes, dtypes = list(map(_SHAPE, self.tensors)), list(map(_DTYPE, self.tensors))
+        # What is true of nearly all calls is found out at once; only the rest is worth a loop that can name the tensor.
+        fits = len(set(map(_DEVICE, self.tensors))) == 1 and DTYPE_CODES.keys() >= set(dtypes)
+        if self.stacked:
+            fits = fits and all(shapes) and list(map(_FIRST, shapes)) == [self.tasks] * len(shapes)
+        else:
+            count = self.parameters
+            fits = fits and shapes == shapes[:count] * self.tasks and dtypes == dtypes[:count] * self.tasks
+        if not fits:
+            self._explain(op)
+
+    def _explain(self, op: str) -> None:
+        for i, tensor in enumerate(self.tensors):
+            check_floating(op, rows=tensor)
+            if tensor.device != self.tensors[0].device:
+                refuse(f"{op}: rows: expected all on {self.tensors[0].device}, found {tensor.device}")
+            if self.stacked:
+                if tensor.dim() == 0 or tensor.shape[0] != self.tasks:
+                    found = f"found shape {shape_of(tensor)} in tensor {i}"
+                    refuse(f"{op}: rows: expected {self.tasks} rows in every tensor, {found}")
+                continue
+            row, part = divmod(i, self.parameters)
+            like = self.tensors[part]
+            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                message = (
+                    f"{op}: rows: expected {shape_of(like)} {like.dtype} in row {row}, tensor {part}, as in row 0, "
+                    f"found {shape_of(tensor)} {tensor.dtype}"
+                )
+                refuse(message)
+
+    def check_like_row(self, op: str, name: str, parts: list[Tensor], *, wider: bool = False) -> None:
+        """Refuse `parts` that are not like a row."""
+        first = self.tensors[: self.parameters]
+        shapes = [shape[1:] for shape in map(_SHAPE, first)] if self.stacked else list(map(_SHAPE, first))
+        fits = list(map(_SHAPE, parts)) == shapes and list(map(_DTYPE, parts)) == list(map(_DTYPE, first))
+        if not fits or set(map(_DEVICE, parts)) != {first[0].device}:
+            check_like(op, name, parts, self.like(), "a row", wider=wider)
+
+    # ---- for the kernels ----
+
+    def groups(self, others: Sequence[Tensor] = ()) -> list[Group]:
+        """Return tables per dtype, and per dtype of `others`, which go with the rows: one tensor per parameter, if any.
+        Rows that are not dense, or not all in one element order, are copied."""
+        count, make = self.parameters, self._stacked_group if self.stacked else self._listed_group
+        dtypes = list(map(_DTYPE, self.tensors[:count]))
+        pairs = list(zip(dtypes, map(_DTYPE, others) if others else dtypes))
+        places: dict[Any, list[int]] = {}
+        if len(set(pairs)) > 1:
+            for p, pair in enumerate(pairs):
+                places.setdefault(pair, []).append(p)
+            return [make(chosen, other) for (_, other), chosen in places.items()]
+        return [make(range(count), pairs[0][1])]
+
+    def _stacked_group(self, places: Sequence[int], other: torch.dtype) -> Group:
+        kept = [self.tensors[p] for p in places]
+        orders = None
+        if all(map(Tensor.is_contiguous, kept)):
+            sizes = array("q", [size // self.tasks for size in map(Tensor.numel, kept)])
+        else:
+            orders = [tensor[0] for tensor in kept]
+            for i, order in enumerate(orders):
+                if not dense(order):
+                    kept[i] = kept[i].contiguous()
+                    orders[i] = kept[i][0]
+            sizes = array("q", map(Tensor.numel, orders))
+        size = kept[0].element_size()
+        apart = sizes if orders is None else [tensor.stride(0) for tensor in kept]
+        table = (pointers(kept), array("q", [size * n for n in apart]), sizes, self.tasks)
+        return Group(DTYPE_CODES[kept[0].dtype], DTYPE_CODES[other], table, places, orders, kept)
+
+    def _listed_group(self, places: Sequence[int], other: torch.dtype) -> Group:
+        first = [self.tensors[p] for p in places]
+        kept = [self.tensors[t * self.parameters + p] for p in places for t in range(self.tasks)]
+        orders = None
+        if not all(map(Tensor.is_contiguous, kept)):
+            orders = [order if dense(order) else order.contiguous() for order in first]
+            kept = [in_order_of(tensor, orders[i // self.tasks]) for i, tensor in enumerate(kept)]
+        table = (pointers(kept), None, array("q", map(Tensor.numel, first)), self.tasks)
+        return Group(DTYPE_CODES[first[0].dtype], DTYPE_CODES[other], table, places, orders, kept)
 
 
-def in_order(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """One row-like list of tensors (a vector, an output) in the element orders of the group's rows."""
-    return [in_order_of(tensors[p], order) for p, order in zip(group.places, group.orders, strict=True)]
+def _refuse(op: str, expected: str, found: str) -> NoReturn:
+    raise ValueError(f"{op}: rows: expected {expected}, found {found}")
 
 
-__all__ = ["Row", "Rows", "Stacked"]
+def check_like(
+    op: str,
+    name: str,
+    parts: list[Tensor],
+    like: list[Tensor],
+    of: str,
+    *,
+    wider: bool = False,
+    device: torch.device | None = None,
+) -> None:
+    """Refuse `parts` that are not like the tensors of `of`; `wider`: or float32 where those are bfloat16; `device`:
+    there, not where those are."""
+    if len(parts) != len(like):
+        refuse(f"{op}: {name}: expected {len(like)} tensors, found {len(parts)}")
+    for p, (part, one) in enumerate(zip(parts, like, strict=True)):
+        dtypes = (one.dtype, torch.float32) if wider and one.dtype == torch.bfloat16 else (one.dtype,)
+        where = one.device if device is None else device
+        if part.shape != one.shape or part.dtype not in dtypes or part.device != where:
+            message = (
+                f"{op}: {name}: expected {shape_of(one)} {' or '.join(map(str, dtypes))} on {where}, like tensor {p} "
+                f"of {of}, found {shape_of(part)} {part.dtype} on {part.device}"
+            )
+            refuse(message)

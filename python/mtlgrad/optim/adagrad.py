@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..ops import adatask
 from ..reference.adatask import Rate
 from .base import TaskOptimizer
 from .options import TaskOptions
@@ -37,6 +37,7 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
     """
 
     ordinary = torch.optim.Adagrad
+    operation, moments, fields = adatask.ADAGRAD, adatask.AdagradMoments, ("sum",)
     takes_sparse = True
 
     def __init__(
@@ -84,15 +85,7 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
         super()._before_ordinary(group, p)
         if not self.state[p]:
             self.state[p]["step"] = torch.tensor(0.0)
-            self._moments(group, [p], ["sum"])
+            self._make_state(group, [p], None)
 
-    def _operate(
-        self,
-        group: dict[str, Any],
-        parameters: list[Tensor],
-        jacobians: list[Tensor],
-        moments: dict[str, list[list[Tensor]]],
-        steps: list[Tensor],
-        options: dict[str, Any],
-    ) -> None:
-        ops.adatask_adagrad(parameters, jacobians, moments["sum"], steps, lr_decay=group["lr_decay"], **options)
+    def _rule(self, group: dict[str, Any]) -> adatask.Adagrad:
+        return adatask.Adagrad(float(group["lr_decay"]))

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from .. import ops
+from ..ops import adatask
 from ..reference.adatask import Rate
 from .base import TaskOptimizer
 from .options import TaskOptions
@@ -18,31 +17,16 @@ if TYPE_CHECKING:
 
 
 class _Adam(TaskOptimizer):
+    operation, moments = adatask.ADAM, adatask.AdamMoments
+    fields = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     decoupled = False
 
     def _names(self, group: dict[str, Any]) -> list[str]:
         return ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(group["amsgrad"])]
 
-    def _operate(
-        self,
-        group: dict[str, Any],
-        parameters: list[Tensor],
-        jacobians: list[Tensor],
-        moments: dict[str, list[list[Tensor]]],
-        steps: list[Tensor],
-        options: dict[str, Any],
-    ) -> None:
-        ops.adatask_adam(
-            parameters,
-            jacobians,
-            moments["exp_avg"],
-            moments["exp_avg_sq"],
-            steps,
-            max_exp_avg_sqs=moments.get("max_exp_avg_sq"),
-            betas=group["betas"],
-            decoupled=self.decoupled or group.get("decoupled_weight_decay", False),
-            **options,
-        )
+    def _rule(self, group: dict[str, Any]) -> adatask.Adam:
+        decoupled = self.decoupled or group.get("decoupled_weight_decay", False)
+        return adatask.Adam(*map(float, group["betas"]), decoupled)  # type: ignore[arg-type]
 
 
 class AdaTaskAdam(_Adam, torch.optim.Adam):

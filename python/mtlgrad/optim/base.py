@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -13,11 +14,12 @@ from ..distributed.groups import name_of
 from ..distributed.jacobians import check_averaged, still_averaged
 from ..distributed.shards import is_sharded, local
 from ..jacobian import parameter_list
+from ..ops import Operation, Step, TaskStep, step_settings
 from .amp import reach_jacobians
-from .checks import check_gradients, check_jacobian, present_tasks
+from .checks import all_fit, check_gradients, check_jacobian, present_tasks
 from .dominance import Layers, layer_shares
 from .options import TaskOptions, check_group, moments_name
-from .plan import Own, Plan, as_gradients, gradients_of, standing_still
+from .plan import StepPlan, TaskParameters, as_gradients, gradients_of, standing_still
 from .sharded import Totals, key_of_shard, only_row
 
 if TYPE_CHECKING:
@@ -33,8 +35,13 @@ class TaskOptimizer(torch.optim.Optimizer):
     #: The optimizer of torch.optim for ordinary parameters.
     ordinary: ClassVar[type[torch.optim.Optimizer]]
     takes_sparse: ClassVar[bool] = False  #: whether that reads sparse gradients
+    operation: ClassVar[Operation]
+    moments: ClassVar[type[Any]]  #: the operation's
+    fields: ClassVar[tuple[str, ...]]  #: of `moments`, by the names of torch.optim's state
+    shared_fields: ClassVar[tuple[str, ...]] = ()  #: those that all tasks have together
 
     _group: str | None = None  #: the name of process_group; groups cannot be pickled
+    _kept: dict[Any, tuple[TaskStep, Any]]  #: by group and device, with the moments_dtype that state was made for
 
     def __init__(
         self,
@@ -46,30 +53,18 @@ class TaskOptimizer(torch.optim.Optimizer):
     ):
         self._task_options = task_options._asdict()
         self._group = name_of(type(self).__name__, process_group)
+        self._kept = {}
         reach_jacobians()
         super().__init__(params, *arguments, **settings)
 
     # ---- for each rule to say ----------------------------------------------------------------------------------------
 
     def _names(self, group: dict[str, Any]) -> list[str]:
-        """The moments that a task has with a group's settings, by the names of torch.optim's state."""
+        """Return the moments that there are with a group's settings, some of `fields`."""
         raise NotImplementedError
 
-    def _common(self, group: dict[str, Any]) -> list[str]:
-        """The moments that all tasks have together."""
-        return []
-
-    def _operate(
-        self,
-        group: dict[str, Any],
-        parameters: list[Tensor],
-        jacobians: list[Tensor],
-        moments: dict[str, list[list[Tensor]]],
-        steps: list[Tensor],
-        options: dict[str, Any],
-    ) -> None:
-        """Calls the operation of `mtlgrad.ops`; moments as `_names` has them, per parameter T tensors, and as `_common`
-        has them, one."""
+    def _rule(self, group: dict[str, Any]) -> Any:
+        """Return the operation's own settings."""
         raise NotImplementedError
 
     def _start(self, group: dict[str, Any]) -> float:
@@ -88,6 +83,7 @@ class TaskOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._kept = {}
         reach_jacobians()  # in a process that has made no such optimizer
 
     # ---- torch.optim's interface -------------------------------------------------------------------------------------
@@ -138,14 +134,15 @@ class TaskOptimizer(torch.optim.Optimizer):
         for group, plan in pairs:
             for p, _ in plan.ordinary:
                 self._before_ordinary(group, p)
-        with gradients_of(plans):
-            self._ordinary_step()
+        if any(plan.ordinary for plan in plans):
+            with gradients_of(plans):
+                self._ordinary_step()
         totals = Totals()
-        for group, plan in pairs:
-            for device in dict.fromkeys(own.parameter.device for own in (*plan.tasks, *plan.single)):
-                here = [own for own in plan.tasks if own.parameter.device == device]
-                self._update(group, here, group["num_tasks"], "_{}", present.get(device), totals)
-                self._update(group, [own for own in plan.single if own.parameter.device == device], 1, "", None, totals)
+        for number, (group, plan) in enumerate(pairs):
+            for device in plan.devices:
+                per_task, single = plan.tasks.on(device), plan.single.on(device)
+                self._update(number, group, per_task, group["num_tasks"], present.get(device), totals)
+                self._update(number, group, single, None, None, totals)
         totals.add_up()
         return result
 
@@ -177,9 +174,9 @@ class TaskOptimizer(torch.optim.Optimizer):
         gradients: dict[Tensor, Tensor | None] = dict.fromkeys(every)
         for p, group in new.items():
             if p in per_task and self._per_task(group):
-                self._state(group, [p], group["num_tasks"], "_{}")
+                self._make_state(group, [p], group["num_tasks"])
             elif self._moment_dtype(group, p) != p.dtype:
-                self._state(group, [p], 1, "")
+                self._make_state(group, [p], None)
             else:
                 self._before_ordinary(group, p)
                 gradients[p] = torch.zeros_like(p)
@@ -203,6 +200,7 @@ class TaskOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but that moments have the dtype of ``moments_dtype`` and not the parameter's."""
         loaded: list[dict[str, Any]] = []
+        self._kept.clear()
 
         def look(_: Any, state: dict[str, Any]) -> None:
             self._check_loaded(state)
@@ -281,115 +279,135 @@ class TaskOptimizer(torch.optim.Optimizer):
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    def _plan(self, number: int, group: dict[str, Any], key: int) -> Plan:
-        plan = Plan([], [], [])
-        tasks, first_moment = group["num_tasks"], self._names(group)[0]
-        for i, p in enumerate(group["params"]):
-            jacobian = getattr(p, "jac", None)
+    def _plan(self, number: int, group: dict[str, Any], key: int) -> StepPlan:
+        plan = StepPlan(TaskParameters([], [], []), TaskParameters([], [], []), [])
+        parameters, tasks, first_moment = group["params"], group["num_tasks"], self._names(group)[0]
+        jacobians = [getattr(p, "jac", None) for p in parameters]
+        per_task = self._per_task(group)
+        places = [i for i, jacobian in enumerate(jacobians) if jacobian is not None]
+        with_jac = [parameters[i] for i in places], [jacobians[i] for i in places]
+        if not all_fit(*with_jac, tasks):
+            for i in places:
+                check_jacobian(self._where(number, i), parameters[i], jacobians[i], tasks)  # type: ignore[arg-type]
+        for i, p in enumerate(parameters):
+            jacobian = jacobians[i]
+            if jacobian is not None and per_task:
+                state = self.state.get(p)
+                if state and f"{first_moment}_0" not in state:
+                    self._refuse_side(self._where(number, i), per_task)
+                continue
             if jacobian is None and p.grad is None:
                 continue
-            where = f"{type(self).__name__}.step: parameter {i} of group {number}"
-            if jacobian is not None:
-                check_jacobian(where, p, jacobian, tasks)
-            per_task = jacobian is not None and self._per_task(group)
-            self._check_side(where, p, first_moment, per_task)
-            if jacobian is not None and per_task:
-                plan.tasks.append(Own(p, jacobian, key + i))
-                continue
+            where = self._where(number, i)
+            if f"{first_moment}_0" in self.state.get(p, ()):
+                self._refuse_side(where, False)
             gradient = cast("Tensor", p.grad if jacobian is None else only_row(p, jacobian))
             own_dtype = self._moment_dtype(group, p) == p.dtype
             if gradient.layout != torch.strided and not (own_dtype and self.takes_sparse):
                 raise ValueError(f"{where}: expected a dense .grad, found {gradient.layout}; use sparse=False")
             if own_dtype:
                 plan.ordinary.append((p, gradient))
-            else:
-                plan.single.append(Own(p, gradient if is_sharded(p) else gradient.unsqueeze(0), key + i))
+                continue
+            for own, value in zip(plan.single, (p, gradient if is_sharded(p) else gradient.unsqueeze(0), key + i)):
+                own.append(value)  # type: ignore[arg-type]
+        if per_task:
+            plan = plan._replace(tasks=TaskParameters(*with_jac, [key + i for i in places]))
         return plan
+
+    def _where(self, number: int, i: int) -> str:
+        return f"{type(self).__name__}.step: parameter {i} of group {number}"
 
     def _per_task(self, group: dict[str, Any]) -> bool:
         # One task alone is the ordinary optimizer, unless its update is weighted.
         return bool(group["num_tasks"] > 1 or group["task_weights"] not in (None, [1.0]))
 
-    def _check_side(self, where: str, p: Tensor, moment: str, per_task: bool) -> None:
+    def _refuse_side(self, where: str, per_task: bool) -> None:
         """A parameter cannot change sides: its moments would begin anew, unseen."""
-        state = self.state.get(p)
-        if state and (f"{moment}_0" in state) != per_task:
-            kept, found = (".grad", ".jac") if per_task else (".jac", ".grad without .jac")
-            early = " (torch.distributed.checkpoint made them? then call init_state(shared) before it)" * per_task
-            raise ValueError(
-                f"{where}: expected {kept}, which its moments are made of, found {found}; to start them anew, delete "
-                f"optimizer.state[parameter]{early}"
-            )
+        kept, found = (".grad", ".jac") if per_task else (".jac", ".grad without .jac")
+        early = " (torch.distributed.checkpoint made them? then call init_state(shared) before it)" * per_task
+        raise ValueError(
+            f"{where}: expected {kept}, which its moments are made of, found {found}; to start them anew, delete "
+            f"optimizer.state[parameter]{early}"
+        )
 
     def _moment_dtype(self, group: dict[str, Any], p: Tensor) -> torch.dtype:
         if p.dtype not in (torch.float32, torch.bfloat16):
             return p.dtype
         return cast("torch.dtype", getattr(torch, moments_name(group["moments_dtype"] or "float32")))
 
-    def _moments(self, group: dict[str, Any], parameters: list[Tensor], names: list[str]) -> list[list[Tensor]]:
-        """Per parameter the tensors of its state with these names; made where there are none yet."""
-        found = []
+    def _make_state(self, group: dict[str, Any], parameters: list[Tensor], tasks: int | None) -> None:
+        """Make the state that there is none of yet, and give moments their dtype; without tasks: as torch.optim's."""
+        names = self._state_names(group, tasks)
         for p in parameters:
             state, dtype = self.state[p], self._moment_dtype(group, p)
-            for name in names:
+            for name in itertools.chain(*names):
                 if name not in state:
                     state[name] = torch.full_like(p, self._start(group), dtype=dtype)
                 elif state[name].dtype != dtype:  # moments_dtype was changed
                     state[name] = state[name].to(dtype)
-            found.append([state[name] for name in names])
-        return found
+            shape = [] if tasks is None else [tasks]
+            if "step" not in state:
+                state["step"] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+            if "update_square" not in state and tasks is not None and group["dominance_decay"] is not None:
+                state["update_square"] = torch.zeros(shape, dtype=torch.float64, device=p.device)
 
-    def _counts(self, parameters: list[Tensor], name: str, shape: list[int], dtype: torch.dtype) -> list[Tensor]:
-        """Per parameter a small tensor of its state; made where there is none yet."""
-        found = []
-        for p in parameters:
-            state = self.state[p]
-            if name not in state:
-                state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
-            found.append(state[name])
-        return found
+    def _state_names(self, group: dict[str, Any], tasks: int | None) -> list[list[str]]:
+        """Return what each of `fields` is called in a parameter's state; an empty list: there is no such moment."""
+        names = self._names(group)
+        suffixes = [""] if tasks is None else [f"_{t}" for t in range(tasks)]
+        return [
+            [] if name not in names else [name] if name in self.shared_fields else [name + s for s in suffixes]
+            for name in self.fields
+        ]
 
-    def _state(
-        self, group: dict[str, Any], parameters: list[Tensor], tasks: int, suffix: str
-    ) -> tuple[dict[str, list[list[Tensor]]], list[Tensor], list[Tensor]]:
-        """Moments, step counts and AU (none if not per task, or not asked for); made where there are none yet."""
-        moments = {
-            name: self._moments(group, parameters, [name + suffix.format(t) for t in range(tasks)])
-            for name in self._names(group)
-        }
-        moments |= {name: self._moments(group, parameters, [name]) for name in self._common(group)}
-        steps = self._counts(parameters, "step", [tasks] if suffix else [], torch.float32)
-        if not suffix or group["dominance_decay"] is None:
-            return moments, steps, []
-        return moments, steps, self._counts(parameters, "update_square", [tasks], torch.float64)
+    def _state_of(
+        self, group: dict[str, Any], parameters: list[Tensor], tasks: int | None
+    ) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
+        """Return moments as `fields` has them, step counts and AU (none if not per task, or not asked for)."""
+        states = [self.state[p] for p in parameters]
+        moments = [[state[name] for state in states for name in names] for names in self._state_names(group, tasks)]
+        averages = [] if tasks is None or group["dominance_decay"] is None else [s["update_square"] for s in states]
+        return moments, [state["step"] for state in states], averages
 
     def _update(
         self,
+        number: int,
         group: dict[str, Any],
-        owns: list[Own],
-        tasks: int,
-        suffix: str,
+        own: TaskParameters,
+        tasks: int | None,
         present: Tensor | None,
         totals: Totals,
     ) -> None:
-        if not owns:
+        """`number`: of the group; without `tasks` parameters have one, and state as torch.optim's."""
+        if not own.keys:
             return
-        parameters, jacobians, keys = map(list, zip(*owns, strict=True))
-        moments, steps, squares = self._state(group, parameters, tasks, suffix)
+        parameters, jacobians, keys = own
+        place = number, parameters[0].device, tasks is None
+        kept, moments_dtype = self._kept.get(place, (None, None))
+        if kept is None or moments_dtype != group["moments_dtype"]:
+            kept = TaskStep(self.operation)
+            self._kept[place] = kept, group["moments_dtype"]
+            self._make_state(group, parameters, tasks)
+        try:
+            moments, steps, squares = self._state_of(group, parameters, tasks)
+        except KeyError:  # a parameter's first step
+            self._make_state(group, parameters, tasks)
+            moments, steps, squares = self._state_of(group, parameters, tasks)
         if any(map(is_sharded, parameters)):
-            moments = {name: [list(map(local, row)) for row in rows] for name, rows in moments.items()}
+            moments = [list(map(local, tensors)) for tensors in moments]
             squares = [totals.part(p, square) for p, square in zip(parameters, squares)]
             keys = [key_of_shard(key, p) for key, p in zip(keys, parameters)]
-            jacobians = [local(j) if suffix else local(j).unsqueeze(0) if is_sharded(j) else j for j in jacobians]
+            jacobians = [local(j) if tasks else local(j).unsqueeze(0) if is_sharded(j) else j for j in jacobians]
             parameters = list(map(local, parameters))
-        options = {name: group[name] for name in ("lr", "eps", "weight_decay", "maximize")}
-        if suffix:
+        options: dict[str, Any] = {name: group[name] for name in ("lr", "eps", "weight_decay", "maximize")}
+        if tasks is None:
+            steps = [step.view(1) for step in steps]
+        else:
             options["task_weights"] = group["task_weights"]
             options["present"] = present if group["missing"] == "still" else None
             if squares:
-                options["square_decay"], options["squares"] = group["dominance_decay"], squares
-        else:
-            steps = [step.view(1) for step in steps]
-        if group["stochastic_rounding"] and any(self._moment_dtype(group, p) == torch.bfloat16 for p in parameters):
+                options["square_decay"] = group["dominance_decay"]
+        if group["stochastic_rounding"] and group["moments_dtype"] == "bfloat16":
             options["keys"] = keys
-        self._operate(group, parameters, jacobians, moments, steps, options)
+        settings = step_settings(self.operation.name, tasks or 1, **options)
+        kept(Step(parameters, jacobians, self.moments(*moments), steps, squares, self._rule(group), settings))

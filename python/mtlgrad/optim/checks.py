@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,25 @@ from ..distributed.shards import local, shard_groups, sum_over
 from .sharded import check_layout
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import StepPlan
 
-Pairs = Sequence[tuple[dict[str, Any], "Plan"]]  # the groups and what a step does with them
+_SHAPE, _DTYPE, _DEVICE, _LAYOUT = map(attrgetter, ("shape", "dtype", "device", "layout"))
+
+Pairs = Sequence[tuple[dict[str, Any], "StepPlan"]]  # the groups and what a step does with them
 Place = tuple[torch.device, tuple[Any, ...]]  # where tensors lie, and which ranks have the rest of them
+
+
+def all_fit(parameters: Sequence[Tensor], jacobians: Sequence[Any], tasks: int) -> bool:
+    """Whether :func:`check_jacobian` would refuse none, found out fast; False where it is to look itself."""
+    return (
+        set(map(type, jacobians)) <= {Tensor}
+        and set(map(type, parameters)) <= {Tensor, torch.nn.Parameter}
+        and list(map(_SHAPE, jacobians)) == [(tasks, *shape) for shape in map(_SHAPE, parameters)]
+        and (dtypes := list(map(_DTYPE, jacobians))) == list(map(_DTYPE, parameters))
+        and set(dtypes) <= {torch.float32, torch.bfloat16, torch.float64}
+        and list(map(_DEVICE, jacobians)) == list(map(_DEVICE, parameters))
+        and set(map(_LAYOUT, jacobians)) <= {torch.strided}
+    )
 
 
 def check_jacobian(where: str, p: Tensor, jacobian: Tensor, tasks: int) -> None:
@@ -56,13 +72,13 @@ def _marks(rows: list[Tensor]) -> Tensor:
     return sizes.ne(0.0).double().where(sizes.isfinite(), torch.nan)
 
 
-def _task_marks(plans: Sequence[Plan]) -> list[dict[torch.device, Tensor]]:
+def _task_marks(plans: Sequence[StepPlan]) -> list[dict[torch.device, Tensor]]:
     """For each plan and device marks [T], of all ranks' shards: one all-reduce of T float64 a plan."""
     parts: dict[Place, list[tuple[int, Tensor]]] = {}
     for i, plan in enumerate(plans):
         rows: dict[Place, list[Tensor]] = {}
-        for own in plan.tasks:
-            rows.setdefault(_place(own.parameter), []).append(local(own.jacobian))
+        for p, jacobian in zip(plan.tasks.parameters, plan.tasks.jacobians):
+            rows.setdefault(_place(p), []).append(local(jacobian))
         for place, some in rows.items():
             parts.setdefault(place, []).append((i, _marks(some)))
     found: list[dict[torch.device, Tensor]] = [{} for _ in plans]
@@ -101,7 +117,7 @@ def check_gradients(name: str, pairs: Pairs) -> None:
                     f"{name}.step: group {number}: expected finite gradients, found NaN or infinity in .jac of task "
                     f"{finite.index(False)}; look at its loss, or skip the step (torch.amp.GradScaler does)"
                 )
-        gradients = [*plan.ordinary, *((own.parameter, own.jacobian) for own in plan.single)]
+        gradients = [*plan.ordinary, *zip(plan.single.parameters, plan.single.jacobians)]
         bad = _bad(gradients)
         if any(bad):
             places = {p: i for i, p in enumerate(group["params"])}
@@ -113,7 +129,7 @@ def check_gradients(name: str, pairs: Pairs) -> None:
 
 def present_tasks(pairs: Pairs) -> dict[torch.device, Tensor]:
     """[T] bool on each device: the tasks whose gradients are not zero throughout; nothing if no group asks for it."""
-    if not any(group["missing"] == "still" and plan.tasks for group, plan in pairs):
+    if not any(group["missing"] == "still" and plan.tasks.keys for group, plan in pairs):
         return {}
     found = [
         (device, mark != 0.0) for sizes in _task_marks([plan for _, plan in pairs]) for device, mark in sizes.items()

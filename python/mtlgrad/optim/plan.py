@@ -10,27 +10,35 @@ import torch
 from torch import Tensor
 
 
-class Own(NamedTuple):
-    """A parameter that this package's kernels update, and its gradients [T, *shape]."""
+class TaskParameters(NamedTuple):
+    """Parameters that this package's kernels update."""
 
-    parameter: Tensor
-    jacobian: Tensor
-    key: int  #: its number among all parameters, for random bits
+    parameters: list[Tensor]
+    jacobians: list[Tensor]  #: their gradients [T, *shape]
+    keys: list[int]  #: their numbers among all parameters, for random bits
+
+    def on(self, device: torch.device) -> TaskParameters:
+        places = [i for i, p in enumerate(self.parameters) if p.device == device]
+        return self if len(places) == len(self.keys) else TaskParameters(*([own[i] for i in places] for own in self))  # type: ignore[arg-type]
 
 
-class Plan(NamedTuple):
+class StepPlan(NamedTuple):
     """What a step does with the parameters of a group."""
 
-    tasks: list[Own]  #: with moments per task
-    single: list[Own]  #: T = 1: with one set of moments, of another dtype than the parameter's
+    tasks: TaskParameters  #: with moments per task
+    single: TaskParameters  #: T = 1: with one set of moments, of another dtype than the parameter's
     ordinary: list[tuple[Tensor, Tensor]]  #: left to torch.optim, with their gradients
 
+    @property
+    def devices(self) -> list[torch.device]:
+        return list(dict.fromkeys(p.device for p in (*self.tasks.parameters, *self.single.parameters)))
 
-def gradients_of(plans: Sequence[Plan]) -> Any:
+
+def gradients_of(plans: Sequence[StepPlan]) -> Any:
     """What torch.optim is to see as ``.grad``: that of its own parameters, and none of the others."""
     wanted: dict[Tensor, Tensor | None] = {}
     for plan in plans:
-        wanted |= {own.parameter: None for own in (*plan.tasks, *plan.single)}
+        wanted |= {p: None for p in (*plan.tasks.parameters, *plan.single.parameters) if p.grad is not None}
         wanted |= dict(plan.ordinary)
     return as_gradients(wanted)
 

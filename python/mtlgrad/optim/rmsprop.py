@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from .. import ops
+from ..ops import adatask
 from ..reference.adatask import Rate
 from .base import TaskOptimizer
 from .options import TaskOptions
@@ -38,6 +37,9 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
     """
 
     ordinary = torch.optim.RMSprop
+    operation, moments = adatask.RMSPROP, adatask.RMSpropMoments
+    fields = ("square_avg", "grad_avg", "momentum_buffer")
+    shared_fields = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -66,29 +68,8 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
         super().__init__(params, *rule, task_options=options, process_group=process_group, **flags)
 
     def _names(self, group: dict[str, Any]) -> list[str]:
-        return ["square_avg", *["grad_avg"] * bool(group["centered"])]
+        momentum = ["momentum_buffer"] * bool(group["momentum"] > 0.0)
+        return ["square_avg", *["grad_avg"] * bool(group["centered"]), *momentum]
 
-    def _common(self, group: dict[str, Any]) -> list[str]:
-        return ["momentum_buffer"] * bool(group["momentum"] > 0.0)
-
-    def _operate(
-        self,
-        group: dict[str, Any],
-        parameters: list[Tensor],
-        jacobians: list[Tensor],
-        moments: dict[str, list[list[Tensor]]],
-        steps: list[Tensor],
-        options: dict[str, Any],
-    ) -> None:
-        buffers = moments.get("momentum_buffer")
-        ops.adatask_rmsprop(
-            parameters,
-            jacobians,
-            moments["square_avg"],
-            steps,
-            grad_avgs=moments.get("grad_avg"),
-            momentum_buffers=None if buffers is None else [buffer for (buffer,) in buffers],
-            alpha=group["alpha"],
-            momentum=group["momentum"],
-            **options,
-        )
+    def _rule(self, group: dict[str, Any]) -> adatask.RMSprop:
+        return adatask.RMSprop(float(group["alpha"]), float(group["momentum"]))

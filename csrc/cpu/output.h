@@ -1,4 +1,4 @@
-// One task's moments along the D features of one example, written out or folded into the sums: see Sink in kernels.h.
+// One task's moments along the D features of one example, written out or accumulated into the sums: see Output in kernels.h.
 #pragma once
 #include "cpu/parallel.h"
 #include "math/moments.h"
@@ -6,23 +6,24 @@
 namespace mtlgrad::cpu {
 
 template <typename T>
-struct SinkRow {
+struct OutputRow {
   T *mean, *variance;          // write here, or
   T *numerator, *denominator;  // add here
   double power;
 };
 
 template <typename T>
-inline SinkRow<T> sink_row(const Sink& sink, int64_t example, int64_t task, int64_t tasks, int64_t width) {
+inline OutputRow<T> output_row(const Output& output, int64_t example, int64_t task, int64_t tasks, int64_t width) {
   const int64_t row = (example * tasks + task) * width;
-  if (sink.numerator)
-    return {nullptr, nullptr, static_cast<T*>(sink.numerator) + example * width,
-            static_cast<T*>(sink.denominator) + example * width, sink.power[task]};
-  return {static_cast<T*>(sink.mean) + row, static_cast<T*>(sink.variance) + row, nullptr, nullptr, 1.0};
+  if (output.numerator)
+    return {nullptr, nullptr, static_cast<T*>(output.numerator) + example * width,
+            static_cast<T*>(output.denominator) + example * width, output.power[task]};
+  return {static_cast<T*>(output.mean) + row, static_cast<T*>(output.variance) + row, nullptr, nullptr, 1.0};
 }
 
 template <typename T, typename F, typename W>
-MTLGRAD_INLINE void fold(const SinkRow<T>& row, int64_t begin, int64_t end, const F& moments_at, const W& weight_of) {
+MTLGRAD_INLINE void accumulate(const OutputRow<T>& row, int64_t begin, int64_t end, const F& moments_at,
+                               const W& weight_of) {
   T* __restrict__ numerator = row.numerator, * __restrict__ denominator = row.denominator;
 #pragma omp simd
   for (int64_t d = begin; d < end; ++d) {
@@ -35,16 +36,17 @@ MTLGRAD_INLINE void fold(const SinkRow<T>& row, int64_t begin, int64_t end, cons
 // moments_at(d) for d in [begin, end). Functions, not lambdas, hold the loops: a lambda that is not inlined would leave
 // the clone's instruction set. A power of one has a loop of its own, since a branch inside would stop the vectoriser.
 template <typename T, typename F>
-MTLGRAD_INLINE void emit(const SinkRow<T>& row, int64_t begin, int64_t end, const F& moments_at) {
+MTLGRAD_INLINE void emit(const OutputRow<T>& row, int64_t begin, int64_t end, const F& moments_at) {
   if (row.numerator) {
     const T floor = static_cast<T>(math::kSmallestVariance);
     const math::Power<T> power(row.power);
     if (row.power == 1.0)
-      fold(row, begin, end, moments_at,
-           [=](T variance) __attribute__((always_inline)) { return T(1) / (variance < floor ? floor : variance); });
+      accumulate(row, begin, end, moments_at, [=](T variance) __attribute__((always_inline)) {
+        return T(1) / (variance < floor ? floor : variance);
+      });
     else
-      fold(row, begin, end, moments_at,
-           [=](T variance) __attribute__((always_inline)) { return math::precision_weight(variance, power); });
+      accumulate(row, begin, end, moments_at,
+                 [=](T variance) __attribute__((always_inline)) { return math::precision_weight(variance, power); });
     return;
   }
   T* __restrict__ mean = row.mean, * __restrict__ variance = row.variance;
@@ -56,7 +58,7 @@ MTLGRAD_INLINE void emit(const SinkRow<T>& row, int64_t begin, int64_t end, cons
 }
 
 template <typename T>
-MTLGRAD_INLINE void emit_no_label(const SinkRow<T>& row, int64_t begin, int64_t end) {
+MTLGRAD_INLINE void emit_no_label(const OutputRow<T>& row, int64_t begin, int64_t end) {
   if (row.numerator) return;
   const math::Moments<T> none = math::no_label<T>();
   for (int64_t d = begin; d < end; ++d) row.mean[d] = none.mean, row.variance[d] = none.variance;

@@ -1,0 +1,272 @@
+"""How an operation is declared: once, as an :class:`Operation`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ._native import KERNELS
+
+_LIBRARY = torch.library.Library("mtlgrad", "DEF")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def hide_from_dynamo(function: _Function) -> _Function:
+    """Run the function as it is, with all that it calls, also where torch.compile looks at every Python function.
+
+    Kernels get pointers, of which Dynamo knows nothing: where it takes a function apart it lets go of tensors before
+    the kernel has read or written them. As ``torch.compiler.disable``, without importing Dynamo (3 s). Goes under other
+    decorators: their code is shared with functions of others.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):  # torch from 2.7
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+def define_operator(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator that torch.compile does not look into, for the host and CUDA; return it.
+
+    ``fake`` is the version without values that is traced. In ``kernel`` autocast is off: it would turn the GEMMs before
+    a kernel to half precision.
+    """
+    name = schema.partition("(")[0]
+
+    @hide_from_dynamo
+    @functools.wraps(kernel)
+    def full_precision(*arguments: Any) -> Any:
+        device_type = _first(arguments).device.type
+        if not torch.is_autocast_enabled(device_type):
+            return kernel(*arguments)
+        with torch.autocast(device_type, enabled=False):
+            return kernel(*arguments)
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, full_precision, "CPU")
+    _LIBRARY.impl(name, full_precision, "CUDA")
+    torch.library.register_fake(f"mtlgrad::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.mtlgrad, name).default
+
+
+class Operation:
+    """An operation, from which the operators of torch, their traced versions and the derivative follow.
+
+    Args:
+        schema: as torch.library's; the name of one of ``structs``, NamedTuples with a ``SCHEMA``, stands for the fields.
+        check: of all arguments; raises before anything is computed, in the real and in the traced version.
+        kernel: ``kernel(kernels, *arguments, out)`` calls compiled code and writes to ``out``, a list of tensors, or
+            returns NotImplemented for what that cannot take.
+        reference: ``reference(*arguments)`` in plain PyTorch: where there are no kernels, and for derivatives.
+        outputs: ``outputs(*arguments)`` allocates ``out``. None: the operation changes its arguments.
+        check_out: ``check_out(out, *arguments)`` of an ``out`` that the caller gives, to :meth:`into`. None: none can
+            be given.
+        differentiable: whether calls have the derivative of ``reference``.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        check: Callable[..., None],
+        kernel: Callable[..., Any],
+        reference: Callable[..., Any],
+        outputs: Callable[..., list[Tensor]] | None = None,
+        check_out: Callable[..., None] | None = None,
+        structs: Sequence[Any] = (),
+        differentiable: bool = False,
+    ):
+        self._check, self._kernel, self._reference, self._outputs = check, kernel, reference, outputs
+        self._check_out, self._differentiable = check_out, differentiable
+        head, _, self._returns = schema.partition(" -> ")
+        self.name, _, listed = head.rstrip(")").partition("(")
+        kinds = {kind.__name__: kind for kind in structs}
+        texts = listed.split(", ")
+        self._kinds: list[Any] = [kinds.get(text.split()[0]) for text in texts]
+        expanded = ", ".join(kind.SCHEMA if kind else text for kind, text in zip(self._kinds, texts))
+        self._operator = define_operator(f"{self.name}({expanded}) -> {self._returns}", self._run, self._fake)
+        if check_out is not None:
+            into = f"{self.name}_into({expanded}, Tensor(out!)[] out) -> ()"
+            self._operator_into = define_operator(into, self._run_into, self._fake_into)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the schema returns; new tensors."""
+        flat = self._flat(arguments)
+        leaves = _leaves(flat)
+        if self._differentiable and torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):  # noqa: C419
+            return _ViaReference.apply(
+                lambda *some: self._operator(*_with_leaves(flat, some)),
+                lambda *some: self._reference(*self._arguments(_with_leaves(flat, some))),
+                *leaves,
+            )
+        return self._directly(arguments) if is_eager(leaves) else self._operator(*flat)
+
+    def into(self, out: list[Tensor], *arguments: Any) -> None:
+        """Write to ``out``; not differentiable."""
+        flat = self._flat(arguments)
+        if is_eager(_leaves(flat)) and is_eager(out):
+            self._directly(arguments, out)
+        else:
+            self._operator_into(*flat, out)
+
+    # ---- between arguments and the operators' flat lists of them ----
+
+    def _flat(self, arguments: Sequence[Any]) -> list[Any]:
+        flat: list[Any] = []
+        for kind, argument in zip(self._kinds, arguments, strict=True):
+            flat.extend(argument) if kind else flat.append(argument)
+        return flat
+
+    def _arguments(self, flat: Sequence[Any]) -> list[Any]:
+        rest = iter(flat)
+        return [kind(*(next(rest) for _ in kind._fields)) if kind else next(rest) for kind in self._kinds]
+
+    # ---- the operators ----
+
+    @hide_from_dynamo
+    def _directly(self, arguments: Sequence[Any], out: list[Tensor] | None = None) -> Any:
+        """Compute without torch's dispatcher, which costs the host 20 us: where nobody but this would look."""
+        device_type = _first(arguments).device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return self._directly(arguments, out)
+        self._check(*arguments)
+        if out is not None:
+            self._check_out(out, *arguments)  # type: ignore[misc]
+            self._compute(arguments, out)
+            return mark_written(out)
+        made: list[Tensor] = [] if self._outputs is None else self._outputs(*arguments)
+        self._compute(arguments, made)
+        return self._returned(made)
+
+    def _run(self, *flat: Any) -> Any:
+        return self._directly(self._arguments(flat))
+
+    def _fake(self, *flat: Any) -> Any:
+        arguments = self._arguments(flat)
+        self._check(*arguments)
+        return None if self._outputs is None else self._returned(self._outputs(*arguments))
+
+    def _run_into(self, *flat: Any) -> None:
+        *given, out = flat
+        self._directly(self._arguments(given), out)
+
+    def _fake_into(self, *flat: Any) -> None:
+        *given, out = flat
+        arguments = self._arguments(given)
+        self._check(*arguments)
+        assert self._check_out is not None
+        self._check_out(out, *arguments)
+
+    def _compute(self, arguments: Sequence[Any], out: list[Tensor]) -> None:
+        kernels: ModuleType | None = KERNELS.get(_first(arguments).device.type)
+        if kernels is None or self._kernel(kernels, *arguments, out) is NotImplemented:
+            found = self._reference(*arguments)
+            for target, value in zip(out, [found] if isinstance(found, Tensor) else found or (), strict=True):
+                target.copy_(value)
+
+    def _returned(self, out: list[Tensor]) -> Any:
+        if self._returns == "()":
+            return None
+        return out[0] if self._returns == "Tensor" else out if self._returns == "Tensor[]" else tuple(out)
+
+
+def _first(arguments: Sequence[Any]) -> Tensor:
+    first = arguments[0]
+    while not isinstance(first, Tensor):
+        first = first[0]
+    return first
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def is_eager(tensors: Iterable[Tensor]) -> bool:
+    """Whether nobody follows what is done with the tensors: no tracer, no mode, no subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and set(map(type, tensors)) <= _PLAIN
+    )
+
+
+def _increments_lists() -> bool:
+    try:
+        torch.autograd.graph.increment_version([])
+    except (TypeError, AttributeError):  # an older torch
+        return False
+    return True
+
+
+_INCREMENTS_LISTS = _increments_lists()
+
+
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that a kernel has written them: what it may have saved for a backward is gone."""
+    ordinary = [tensor for tensor in tensors if not tensor.is_inference()]
+    if _INCREMENTS_LISTS:
+        torch.autograd.graph.increment_version(ordinary)
+        return
+    for tensor in ordinary:
+        torch.autograd.graph.increment_version(tensor)
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+
+
+def _leaves(flat: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for argument in flat:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+            found += argument
+    return found
+
+
+def _with_leaves(flat: Sequence[Any], leaves: Sequence[Tensor]) -> list[Any]:
+    """`flat` with other tensors in the places of its own."""
+    rest = iter(leaves)
+    found: list[Any] = []
+    for argument in flat:
+        if isinstance(argument, list):
+            found.append([next(rest) for _ in argument] if argument and isinstance(argument[0], Tensor) else argument)
+        else:
+            found.append(next(rest) if isinstance(argument, Tensor) else argument)
+    return found
+
+
+class _ViaReference(torch.autograd.Function):
+    """The kernels go forward, the reference's derivative comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Callable[..., Any], reference: Callable[..., Any], *tensors: Tensor) -> Any:
+        ctx.reference = reference
+        ctx.save_for_backward(*tensors)
+        found = op(*tensors)
+        return tuple(found) if isinstance(found, list) else found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        active = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+
+        def reference(*some: Tensor) -> Any:
+            full = list(tensors)
+            for i, tensor in zip(active, some):
+                full[i] = tensor
+            found = ctx.reference(*full)
+            return tuple(found) if isinstance(found, list) else found
+
+        like, pull_back, *_ = torch.func.vjp(reference, *(tensors[i] for i in active))
+        found = pull_back(gradients if isinstance(like, tuple) else gradients[0])
+        result: list[Tensor | None] = [None] * len(tensors)
+        for i, gradient in zip(active, found):
+            result[i] = gradient
+        return None, None, *result
