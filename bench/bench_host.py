@@ -82,7 +82,7 @@ class HostCase(Case):
             torch.set_num_threads(threads)
         print(f"\n{self.title}")
         for row in rows:
-            figures = "".join(f"{row.get(name, ''):>12}{unit}" for name, unit in UNITS.items())
+            figures = "".join(f"{row[name]:>12}{unit}" for name, unit in UNITS.items() if name in row)
             print(f"  {row['contender']:<22}{figures}  {row['note']}", flush=True)
         return rows
 
