@@ -18,7 +18,7 @@ from bench.bench_training import Training
 from bench.harness import BenchError, Case, Options, first_line
 from bench.table import ROOT, Row, facts, slug, write_rows
 
-STEMS = ("combine", "adatask", "moments", "alphavil", "step")  # what runs when none is named
+STEMS = ("combine", "adatask", "moments", "host", "alphavil", "step")  # what runs when none is named
 ALSO = ("training",)
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 

@@ -307,7 +307,7 @@ def where(results: Results, device: str) -> str:
     if device != "cpu":
         return results.devices[device]
     rows = [row for row in results.rows if row["device"] == device]
-    threads = "/".join(results.distinct("threads", [row for row in rows if not row["metric"]]))
+    threads = "/".join(results.distinct("threads", [row for row in rows if row["median_ms"]]))
     return f"{'/'.join(results.distinct('cpu', rows))}, {threads} threads"
 
 

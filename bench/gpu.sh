@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
 log=${OUT:-build}/gpu.log
-stems=(${GPU_STEMS:-moments combine adatask step alphavil})
+stems=(${GPU_STEMS:-moments combine adatask host step alphavil})
 total=${GPU_SECONDS:-525}
 unit=$((total * 1000 / 525))  # milliseconds to a second of the limits below
 failed=0

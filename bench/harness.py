@@ -78,12 +78,17 @@ class Case:
     def title(self) -> str:
         return f"{self.operation} {self.shape}"
 
-    def rows(self, stem: str, options: Options, extra: Sequence[str]) -> list[Row]:
-        """Checks, times and measures; `stem` and `extra` are for memory's ``python -m bench STEM EXTRA...``."""
+    def built(self, options: Options) -> Work:
+        """The same at each call, with the contenders that are wanted."""
         torch.manual_seed(0)
         work = self.build(False)
         for name in [name for name in work.contenders if any(text in name for text in options.without)]:
             del work.contenders[name]
+        return work
+
+    def rows(self, stem: str, options: Options, extra: Sequence[str]) -> list[Row]:
+        """Checks, times and measures; `stem` and `extra` are for memory's ``python -m bench STEM EXTRA...``."""
+        work = self.built(options)
         results, copy_rate, gemm_rate = check_and_time(self, work, options, Clock(options.device, options.flush_bytes))
         if options.with_memory and self.memory:
             for name, result in results.items():

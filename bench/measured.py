@@ -16,7 +16,8 @@ NEEDED = (
     *("date", "machine", "cpu", "threads", "device", "python", "torch", "mtlgrad", "commit"),
     *("operation", "shape", "contender"),
 )
-NUMBERS = (*COLUMNS[COLUMNS.index("checked_error") : COLUMNS.index("metric")], "mean", "sd")
+NUMBERS = (*COLUMNS[COLUMNS.index("checked_error") : COLUMNS.index("metric")], *COLUMNS[COLUMNS.index("mean") :])
+OLD = COLUMNS[: COLUMNS.index("host_us")]  # of files from before there were more
 # Whose a contender is, by its name's first word, in the order of all tables and figures.
 KINDS = ("mtlgrad", "reference", "compiled", "published", "torchjd", "libmtl", "torch", "other")
 UNTIMED = ("failed", "wrong, not timed")
@@ -132,8 +133,8 @@ class Results:
         return dict(sorted(found.items(), key=lambda item: (item[0] != "cpu", item[0])))
 
     def of(self, device: str, stem: str | None = None) -> list[CaseRows]:
-        """Cases by a device's slug."""
-        return [case for case in self.cases if case.device == device and stem in (None, case.stem)]
+        """Cases by a device's slug; those of the host's time, whose sizes mean nothing, where `stem` asks for them."""
+        return [c for c in self.cases if c.device == device and (c.stem == stem if stem else c.stem != "host")]
 
     def distinct(self, column: str, rows: Sequence[Measurement] | None = None) -> list[str]:
         """Values in the order of the files, without empty ones."""
@@ -146,8 +147,8 @@ def rows_in(path: Path) -> Iterator[Measurement]:
     stem, _, device = path.stem.partition("_")
     with path.open(newline="") as file:
         reader = csv.reader(file)
-        columns = next(reader, [])
-        if tuple(columns) != COLUMNS:
+        columns = tuple(next(reader, []))
+        if columns not in (COLUMNS, OLD):
             missing, unknown = [c for c in COLUMNS if c not in columns], [c for c in columns if c not in COLUMNS]
             lists = [f"{word} {', '.join(names)}" for word, names in (("without", missing), ("with", unknown)) if names]
             found = "; ".join(lists) or "another order"
@@ -157,9 +158,9 @@ def rows_in(path: Path) -> Iterator[Measurement]:
             )
         for values in reader:
             where = f"{path}:{reader.line_num}"
-            if len(values) != len(COLUMNS):
-                raise ReportError(f"{where}: expected {len(COLUMNS)} fields, found {len(values)}; measure it again")
-            row = dict(zip(COLUMNS, values))
+            if len(values) != len(columns):
+                raise ReportError(f"{where}: expected {len(columns)} fields, found {len(values)}; measure it again")
+            row = dict.fromkeys(COLUMNS, "") | dict(zip(columns, values))
             check(row, where)
             if slug(row["device"]) != device:
                 raise ReportError(
@@ -186,6 +187,8 @@ def check(row: dict[str, str], where: str) -> None:
     needed: tuple[str, ...] = ()
     if row["metric"]:
         needed = ("mean", "runs")
+    elif row["host_us"]:
+        needed = ("host_us_p20", "host_us_p80", "times_first")
     elif not row["note"].startswith(UNTIMED):
         needed = ("median_ms", "times_first", "bytes", "flops", "copy_gb_per_s", "gemm_gflop_per_s")
     for column in needed:

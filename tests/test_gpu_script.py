@@ -22,7 +22,7 @@ if [[ -n ${FAIL:-} && "$*" == *"$FAIL"* ]]; then echo "as planted"; exit 3; fi
 if [[ "$*" == *--results* ]]; then touch "$OUT/${3/bench.resources/resources}_card.csv"; fi
 echo "${CARD-90}"
 """
-STEMS = ("moments", "combine", "adatask", "step", "alphavil")
+STEMS = ("moments", "combine", "adatask", "host", "step", "alphavil")
 PARTS = ["card", "torch", "build", "info", "parity", "graphs", "streams", "resources"]
 BENCHES = [f"bench {stem}" for stem in STEMS]
 SANITIZERS = [f"{tool} {stem}" for tool in ("memcheck", "racecheck", "synccheck") for stem in STEMS[:3]]
@@ -81,7 +81,7 @@ def test_leaves_no_more_files_than_come_back(tmp_path: Path) -> None:
     done = run(tmp_path, FAIL="racecheck")
     assert len(done.files) <= 8
     assert "gpu.log" in done.files
-    assert len([name for name in done.files if name.endswith(".csv")]) == 6
+    assert len([name for name in done.files if name.endswith(".csv")]) == 7
     log = (tmp_path / "out" / "gpu.log").read_text()
     assert [line for line in log.splitlines() if "as planted" in line] == ["as planted"] * 3
     assert re.findall(r"^== ([\w ]+):", log, re.MULTILINE) == list(done.parts())

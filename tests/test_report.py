@@ -294,6 +294,19 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
+def test_files_from_before_host_time_are_read_and_kept(tmp_path: Path) -> None:
+    path = write(tmp_path, "combine_cpu.csv", [row("gram", "T=2", "mtlgrad", 4.0)])
+    newer = ",host_us,host_us_p20,host_us_p80"
+    path.write_text(path.read_text().replace(newer, "").replace(",,,\n", "\n"))
+    (measurement,) = read_results(tmp_path).rows
+    assert (measurement.ms, measurement["host_us"]) == (4.0, "")
+    table.write_rows(path, [row("dots", "T=2", "mtlgrad", 2.0)], keep=True)
+    assert [m.ms for m in read_results(tmp_path).rows] == [4.0, 2.0]
+    path.write_text(path.read_text().replace(",host_us_p80", ""))
+    with pytest.raises(ReportError, match="without host_us_p80"):
+        read_results(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -301,6 +314,7 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
         ({"checked_error": "nan"}, "in the column checked_error, found 'nan'"),
         ({"median_ms": ""}, "expected a number in the column median_ms or a note of what failed"),
         ({"copy_gb_per_s": ""}, "expected a number in the column copy_gb_per_s"),
+        ({"host_us": "4.0"}, "expected a number in the column host_us_p20"),
         ({"metric": "delta_m"}, "expected a number in the column mean"),
         ({"device": "NVIDIA H200"}, r"expected the device that the file's name ends in \(cpu\), found 'NVIDIA H200'"),
     ],
