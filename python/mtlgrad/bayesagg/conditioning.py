@@ -38,7 +38,6 @@ from ..ops.moments_kernels import (
 from ..posterior.cholesky import checked_cholesky
 from ..posterior.likelihoods import terms_of
 from ..posterior.posteriors import BlockPosterior, JointPosterior, Posterior, empty_posterior
-from ..posterior.summing import forget_prior
 
 LARGEST_TRACE = 4e3  # of M in float32; an ordinary batch has about one an example
 ALL_ROWS = slice(None)
@@ -91,7 +90,7 @@ def batch_posterior(
     posterior = empty_posterior(prior.likelihood, anchor, prior, prior.gamma, prior.structure)
     posterior.name = name or posterior.name
     if not with_prior:
-        forget_prior(posterior)
+        posterior.forget_prior()
     return posterior.add(features, targets, None if from_weight else weight)
 
 
