@@ -86,9 +86,8 @@ def task_backward(
         starts = [None if loss is None or not loss.requires_grad else ([loss], [None]) for loss in values]
     else:
         trunk = _trunk(op, features)
-        if world.size > 1:
-            nodes = [loss.grad_fn for loss in values if loss is not None and loss.grad_fn is not None]
-            check_no_shards(op, (node for node, _ in walk(nodes, edges_of(trunk))))
+        nodes = [loss.grad_fn for loss in values if loss is not None and loss.grad_fn is not None]
+        check_no_shards(op, (node for node, _ in walk(nodes, edges_of(trunk))), world)
         starts = _through_heads(names, values, parameters, trunk, retain_graph, heads)
     leaves = leaves_of([tensor for start in starts if start is not None for tensor in start[0]], set())
     own = set(parameters)

@@ -111,13 +111,6 @@ def check_state(state: Any, names: list[str], target: int, buffers: dict[str, Te
 # ---- what several ranks must have alike ------------------------------------------------------------------------------
 
 
-def check_stage(stage: str, world: World, device: torch.device) -> None:
-    """Refuse ranks at different stages, which would wait for each other, or take each other's numbers for their own.
-    Bytes: 8 a rank."""
-    hint = "resume all ranks from checkpoints of the same stage, and give them the same arguments and task_weights"
-    check_same("AlphaVIL", "stage", stage, hint, world, device)
-
-
 def check_models(model: nn.Module, groups: Sequence[Group], world: World) -> None:
     """Refuse other parameters and buffers, or other tasks that train them. Bytes: 8 a rank, 16 a parameter and
     buffer."""

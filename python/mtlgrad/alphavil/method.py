@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..world.alike import check_same
 from ..world.ranks import ALONE, World, name_of, world_of
 from . import random_state
 from .buffers import Buffers, finite
@@ -23,7 +24,6 @@ from .checks import (
     check_min_weight,
     check_model,
     check_models,
-    check_stage,
     check_state,
     checked_weights,
 )
@@ -240,7 +240,9 @@ class AlphaVIL:
             f"{self.alpha_epochs} alpha_epochs, weights {self.task_weights.tolist()}, "
             f"{len(self._trainable)} parameters to train, {known}"
         )
-        check_stage(found, self._world, self._deltas.device)
+        hint = "resume all ranks from checkpoints of the same stage, and give them the same arguments and task_weights"
+        # Else they would wait for each other, or take each other's numbers for their own. Bytes: 8 a rank.
+        check_same("AlphaVIL", "stage", found, hint, self._world, self._deltas.device)
         if self._alike != self._world:
             check_models(self.model, self._deltas.groups, self._world)
             self._alike = self._world

@@ -457,7 +457,7 @@ def sum_over_ranks(posteriors: Sequence[Posterior], world: World) -> None:
     Bytes: those of the residuals [R, W] and of the precisions, in one all-reduce; and 8 a rank for each regression of
     several outputs, to ask whether these share one precision on all ranks.
     """
-    if world.size == 1 or not posteriors:
+    if not posteriors:
         return
     _part_alike(posteriors, world)
     pieces = [tensor for p in posteriors for tensor in (p.residual, *p._sums().values())]

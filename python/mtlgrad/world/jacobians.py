@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,13 +30,10 @@ def mark_averaged(jacobians: Iterable[Tensor], name: str | None) -> None:
 @contextmanager
 def still_averaged(jacobians: Sequence[Tensor]) -> Iterator[None]:
     """Keep the marks: what is written inside is the same on all ranks, or a factor that is."""
-    plain = [jacobian for jacobian in jacobians if not is_sharded(jacobian)]
-    marks = [getattr(jacobian, "_averaged", None) for jacobian in plain]
-    good = [mark is not None and mark[1] == jacobian._version for mark, jacobian in zip(marks, plain)]
+    marked: list[Any] = [j for j in jacobians if getattr(j, "_averaged", (None, -1))[1] == j._version]
     yield
-    for jacobian, mark, valid in zip(plain, marks, good):
-        if mark is not None and valid:
-            jacobian._averaged = (mark[0], jacobian._version)  # type: ignore[attr-defined]
+    for jacobian in marked:
+        jacobian._averaged = (jacobian._averaged[0], jacobian._version)
 
 
 def is_averaged(jacobian: Tensor, name: str | None) -> bool:

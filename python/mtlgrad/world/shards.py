@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .ranks import World
 
 
 def is_sharded(tensor: object) -> bool:
@@ -32,12 +34,12 @@ def full(tensor: Tensor) -> Tensor:
 
 def like_sharded(values: Tensor, like: Tensor, rows: int | None = None) -> Tensor:
     """Make a DTensor of this rank's `values`, laid out as `like`; with `rows` as that many of them, [rows, *shape]."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
     assert isinstance(like, DTensor)
     placements, shape, stride = like.placements, like.shape, like.stride()
     if rows is not None:
-        placements = tuple(Shard(p.dim + 1) if isinstance(p, Shard) else p for p in placements)
+        placements = _placements_of_rows(like)
         shape, stride = torch.Size((rows, *shape)), (like.numel(), *stride)
     return DTensor.from_local(values, like.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
@@ -81,9 +83,10 @@ def check_layout(where: str, p: Tensor, jacobian: Tensor) -> None:
     if not is_sharded(p) and not is_sharded(jacobian):
         return
     if is_sharded(p) and is_sharded(jacobian):
+        own, found = cast("Any", p), cast("Any", jacobian)
         shard_groups(p)  # refuses what is neither sharded nor replicated
-        found: Any = jacobian
-        if (found.device_mesh, found.placements) == _layout_of_jacobian(p) and local(found).shape[1:] == local(p).shape:
+        placed = found.device_mesh == own.device_mesh and found.placements == _placements_of_rows(p)
+        if placed and local(found).shape[1:] == local(p).shape:
             return
     raise ValueError(
         f"{where}: expected .jac sharded like the parameter, {_words(p)}, with the tasks in front, found "
@@ -91,10 +94,11 @@ def check_layout(where: str, p: Tensor, jacobian: Tensor) -> None:
     )
 
 
-def _layout_of_jacobian(p: Any) -> tuple[Any, tuple[Any, ...]]:
+def _placements_of_rows(p: Any) -> tuple[Any, ...]:
+    """Return where [rows, *shape] lie of what lies as `p`."""
     from torch.distributed.tensor import Shard
 
-    return p.device_mesh, tuple(Shard(q.dim + 1) if isinstance(q, Shard) else q for q in p.placements)
+    return tuple(Shard(q.dim + 1) if isinstance(q, Shard) else q for q in p.placements)
 
 
 def _words(tensor: Any) -> str:
@@ -170,9 +174,9 @@ def check_synchronised(op: str, silent: bool, leaves: Iterable[Tensor]) -> None:
         )
 
 
-def check_no_shards(op: str, nodes: Iterable[Any]) -> None:
-    """Refuse the nodes of a graph that are those of a module under ``fully_shard``."""
-    if any(node.name().startswith("RegisterPostBackwardFunction") for node in nodes):
+def check_no_shards(op: str, nodes: Iterable[Any], world: World) -> None:
+    """Refuse nodes of a graph, behind the heads' losses, that are those of a module under ``fully_shard``."""
+    if world.size > 1 and any(node.name().startswith("RegisterPostBackwardFunction") for node in nodes):
         raise ValueError(
             f"{op}: features: expected none, since a head is sharded (fully_shard), found some; FSDP2 averages "
             "gradients in whole backward passes alone; leave features out"
