@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mtlgrad.distributed.shards import like_sharded, local
+from mtlgrad.world.shards import like_sharded, local
 
 SHAPES = [(8, 3), (5, 2, 2), (1, 4), (3,)]  # shards of 2 and 4 ranks: even, uneven, empty
 HEADS = [(5, 2), (1,)]

@@ -179,7 +179,7 @@ def test_not_finite_on_one_rank_is_an_error_on_all(two_ranks: Pool) -> None:
 
 def communication(form: str) -> dict[str, int]:
     net, aligned = Net(), mtlgrad.AlignedMTL(3)
-    mtlgrad.distributed.groups.ranks_of(None)  # what makes the group is not a step's communication
+    mtlgrad.world.ranks.world_of(None)  # what makes the group is not a step's communication
     batch = batches(1, 11)[0]
     shared = list(net.backbone.parameters())
     z = net(batch.x)

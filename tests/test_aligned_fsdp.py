@@ -56,13 +56,12 @@ def gradients(form: str, parts: list[Batch], heads: bool, replicas: int) -> dict
         listed = [head.parameters() for head in net.heads] if form == "scaled" else None
         aligned.merge(shared, heads=listed)
     if not alone and not heads:
-        from mtlgrad.distributed.collectives import average_gradients
-        from mtlgrad.distributed.groups import ranks_of
+        from mtlgrad.world.ranks import world_of
 
-        ranks = ranks_of(None)
-        assert ranks is not None
+        world = world_of(None)
+        assert world.size > 1
         if form == "layer":
-            average_gradients(list(net.heads.parameters()), ranks)
+            world.average_gradients(list(net.heads.parameters()))
     found = {
         name: torch.cat([full(p.grad).flatten() for p in module.parameters()])
         for name, module in {"backbone": net.backbone, "heads": net.heads}.items()

@@ -9,8 +9,7 @@ from ranks import Pool
 
 import mtlgrad
 from mtlgrad.distributed import average_jacobians, global_means
-from mtlgrad.distributed.collectives import Averaging, gather_numbers, gather_rows
-from mtlgrad.distributed.groups import name_of, ranks_of
+from mtlgrad.world.ranks import ALONE, Averaging, name_of, world_of
 
 
 def means(counts: list[list[int]]) -> list[float]:
@@ -42,23 +41,22 @@ def test_global_means_of_one_process() -> None:
 
 
 def rows() -> None:
-    ranks = ranks_of(None)
-    assert ranks is not None
-    assert ranks.size == dist.get_world_size()
-    assert ranks.rank == dist.get_rank()
-    count = 3 * ranks.rank
-    counts = [row[0] for row in gather_numbers([count], ranks, torch.device("cpu"))]
-    assert counts == [3 * r for r in range(ranks.size)]
-    every = gather_rows(torch.full((count, 2), float(ranks.rank)), counts, ranks)
-    assert every[:, 0].tolist() == [float(r) for r in range(ranks.size) for _ in range(3 * r)]
+    world = world_of(None)
+    assert world.size == dist.get_world_size()
+    assert world.rank == dist.get_rank()
+    count = 3 * world.rank
+    counts = [row[0] for row in world.gather_numbers([count], torch.device("cpu"))]
+    assert counts == [3 * r for r in range(world.size)]
+    every = world.gather_rows(torch.full((count, 2), float(world.rank)), counts)
+    assert every[:, 0].tolist() == [float(r) for r in range(world.size) for _ in range(3 * r)]
     # more than a bucket, several dtypes, not contiguous, empty, scalar
-    tensors = [torch.full(s, float(ranks.rank)) for s in ((9_000_000,), (7, 3), (0,), (), (5,))]
-    tensors += [torch.full((4, 6), float(ranks.rank)).t(), torch.full((3,), float(ranks.rank), dtype=torch.float64)]
-    averaging = Averaging(ranks)
+    tensors = [torch.full(s, float(world.rank)) for s in ((9_000_000,), (7, 3), (0,), (), (5,))]
+    tensors += [torch.full((4, 6), float(world.rank)).t(), torch.full((3,), float(world.rank), dtype=torch.float64)]
+    averaging = Averaging(world)
     averaging.add(tensors)
     averaging.wait()
     for tensor in tensors:
-        assert torch.equal(tensor, torch.full_like(tensor, (ranks.size - 1) / 2))
+        assert torch.equal(tensor, torch.full_like(tensor, (world.size - 1) / 2))
 
 
 def test_collectives(two_ranks: Pool, four_ranks: Pool) -> None:
@@ -67,21 +65,18 @@ def test_collectives(two_ranks: Pool, four_ranks: Pool) -> None:
 
 
 def groups() -> None:
-    first, second = ranks_of(None), ranks_of(None)
+    first, second = world_of(None), world_of(None)
     assert first == second
-    assert first is not None
+    assert first != ALONE
     assert first.name != dist.group.WORLD.group_name
     alone, _ = dist.new_subgroups(group_size=1)
-    assert ranks_of(name_of("test", alone)) is None
+    assert world_of(name_of("test", alone)) == ALONE
     pair, _ = dist.new_subgroups(group_size=2)
-    found = ranks_of(name_of("test", pair))
-    assert found is not None
+    found = world_of(name_of("test", pair))
     assert (found.size, found.rank) == (2, dist.get_rank() % 2)
-    from mtlgrad.distributed.groups import group_of
-
     backend = torch.device("cpu")
-    world = dist.group.WORLD._get_backend(backend).options._timeout
-    assert group_of(first)._get_backend(backend).options._timeout == world
+    timeout = dist.group.WORLD._get_backend(backend).options._timeout
+    assert first.group._get_backend(backend).options._timeout == timeout
     with pytest.raises(TypeError, match=r"process_group: expected a torch.distributed process group, found str"):
         mtlgrad.AlignedMTL(2, process_group="world")  # type: ignore[arg-type]
 
@@ -161,9 +156,8 @@ def half_of_them() -> None:
         mtlgrad.optim.AdaTaskAdam([p], num_tasks=2).step()
     mtlgrad.optim.AdaTaskAdam([p], num_tasks=2, process_group=pair).step()
     turned = dist.new_group([3, 1, 0, 2], sort_ranks=False)
-    ranks = ranks_of(name_of("test", turned))
-    assert ranks is not None
-    every = gather_rows(torch.full((1,), float(ranks.rank)), [1] * 4, ranks)
+    world = world_of(name_of("test", turned))
+    every = world.gather_rows(torch.full((1,), float(world.rank)), [1] * 4)
     assert every.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 

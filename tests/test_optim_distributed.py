@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mtlgrad
 from mtlgrad.distributed import average_jacobians, global_means
-from mtlgrad.distributed.jacobians import is_averaged
 from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_
+from mtlgrad.world.jacobians import is_averaged
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 ROWS = 14

@@ -18,9 +18,9 @@ from torch.distributed.tensor import Replicate, Shard
 
 import mtlgrad
 from mtlgrad.distributed import global_means
-from mtlgrad.distributed.jacobians import mark_averaged
-from mtlgrad.distributed.shards import like_sharded, local
 from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_
+from mtlgrad.world.jacobians import mark_averaged
+from mtlgrad.world.shards import like_sharded, local
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 POOLS = pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])

@@ -12,14 +12,14 @@ from ranks import counted, environment, free_port
 from torch import nn
 
 from mtlgrad.cli import _parser, _settings, main
-from mtlgrad.distributed.groups import Ranks
 from mtlgrad.recipes.base import Job, Settings, Task, TrainError
 from mtlgrad.recipes.comparison import Comparison, Stop, Watchers
 from mtlgrad.recipes.optimizers import ADATASK
 from mtlgrad.recipes.parts import Recipe, Rows, Split, Table
 from mtlgrad.recipes.rounds import training
-from mtlgrad.recipes.team import any_of, slices
+from mtlgrad.recipes.team import any_rank, slices
 from mtlgrad.recipes.weighting import METHODS, SUMS
+from mtlgrad.world.ranks import ALONE, World
 
 GPUS = torch.cuda.device_count()
 #: Every batch of eight, the last of one row: with two ranks, one of them has none of it.
@@ -281,7 +281,7 @@ def test_an_environment_that_is_none(monkeypatch, capsys):
 
 def test_a_batch_is_shared_out_in_order():
     for rows, size, count in ((41, 8, 2), (41, 8, 7), (5, 8, 3), (8, 8, 8), (0, 4, 2)):
-        parts = [slices(rows, size, Ranks("", count, rank)) for rank in range(count)]
+        parts = [slices(rows, size, World("", count, rank)) for rank in range(count)]
         for batch, found in enumerate(zip(*parts, strict=True)):
             bounds = [0, *(end for _, end in found)]
             bounds[0] = batch * size
@@ -289,7 +289,7 @@ def test_a_batch_is_shared_out_in_order():
             assert [start for start, _ in found] == bounds[:-1]
             lengths = [end - start for start, end in found]
             assert max(lengths) - min(lengths) <= 1
-        assert slices(rows, size, None) == [(a, min(a + size, rows)) for a in range(0, rows, size)]
+        assert slices(rows, size, ALONE) == [(a, min(a + size, rows)) for a in range(0, rows, size)]
 
 
 def sent(method, optimizer):
@@ -297,14 +297,14 @@ def sent(method, optimizer):
     settings = Settings(methods=(method,), epochs=2, batch_size=SIZE)
     trainer = training(Small(torch.device("cpu")), Job(method, 1, None, optimizer), settings)
     trainer.net.train()
-    batches = list(trainer.split.shuffled(0).batches(SIZE, trainer.ranks))
+    batches = list(trainer.split.shuffled(0).batches(SIZE, trainer.world))
     found = []
     for number in (0, trainer.steps - 1):
         with counted() as step:
             trainer._step(number, batches[0], [], [])
         found.append(step)
     with counted() as question:
-        any_of(False)
+        any_rank(False)
     return [*found, question]
 
 

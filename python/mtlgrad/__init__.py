@@ -1,6 +1,6 @@
 """mtlgrad: merges the gradients of several tasks that share one backbone."""
 
-from . import metrics, ops, optim, posterior, reference
+from . import distributed, metrics, ops, optim, posterior, reference
 from .aligned import AlignedMTL
 from .alphavil import AlphaVIL
 from .bayesagg import BayesAgg, Binary, Multiclass, Regression
@@ -18,6 +18,7 @@ __all__ = [
     "Regression",
     "__version__",
     "build_info",
+    "distributed",
     "metrics",
     "ops",
     "optim",

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .distributed.collectives import Averaging, sum_
-from .distributed.groups import Ranks, name_of, ranks_of
-from .distributed.jacobians import check_averaged
-from .distributed.shards import by_groups, is_sharded, like_sharded, local, sum_over
-from .jacobian import Losses, named_losses, parameter_list
+from .arguments import Losses, named_losses, parameter_list
 from .ops.align import SCALES, AlignResult, Scale, empty_result
 from .ops.checks import check_ordinary_autograd
+from .world.jacobians import check_averaged
+from .world.ranks import ALONE, World, name_of, world_of
+from .world.shards import by_groups, is_sharded, like_sharded, local, sum_over
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -137,7 +136,7 @@ class AlignedMTL(nn.Module):
             return tuple(features.view_as(features) for _ in range(self.num_tasks))
         check_ordinary_autograd("AlignedMTL")
         self._use(features.device)
-        return _Views.apply(features, self, ranks_of(self._group))
+        return _Views.apply(features, self, world_of(self._group))
 
     def _apply(self, fn: Any, recurse: bool = True) -> AlignedMTL:
         super()._apply(fn, recurse)
@@ -162,18 +161,17 @@ class AlignedMTL(nn.Module):
             self._prepare(device)
         self._used = True
 
-    def _merge(self, rows: list[Tensor] | ops.Stacked, ranks: Ranks | None = None) -> Any:
-        """The aligned sum of the rows; with ranks, which have other columns of G each, this rank's columns of it."""
-        if ranks is None:
+    def _merge(self, rows: list[Tensor] | ops.Stacked, world: World = ALONE) -> Any:
+        """Return the aligned sum of the rows; of several ranks, which have other columns of G each, this rank's."""
+        if world.size == 1:
             options: dict[str, Any] = {"check_finite": self.check_finite, "result": self._result}
             return ops.merge(rows, self._preference, self.scale, self.rtol, **options)[0]
-        self._align(ops.gram(rows), ranks)
+        self._align(ops.gram(rows), world)
         return ops.combine(rows, self._result.weights)
 
-    def _align(self, gram: Tensor, ranks: Ranks | None) -> None:
-        if ranks is not None:
-            # Gradients are averaged over the ranks later on, so every rank's are W times its part of the batch's.
-            gram = sum_(gram, ranks) / ranks.size**2
+    def _align(self, gram: Tensor, world: World = ALONE) -> None:
+        # Gradients are averaged over the ranks later on, so every rank's are W times its part of the batch's.
+        gram = world.sum_(gram) / world.size**2
         ops.align(gram, self._preference, self.scale, self.rtol, check_finite=self.check_finite, out=self._result)
 
     @torch.no_grad()
@@ -236,7 +234,7 @@ class AlignedMTL(nn.Module):
         gram = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64, device=rows[0].device)
         for shared, places in groups.items():
             gram += sum_over(ops.gram(ops.Stacked([rows[i] for i in places])), shared)
-        self._align(gram, None)
+        self._align(gram)
         return ops.combine(ops.Stacked(rows), self._result.weights)
 
     def _listed(self, heads: Sequence[Iterable[Tensor]], shared: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -278,9 +276,9 @@ class AlignedMTL(nn.Module):
                 "AlignedMTL.weigh: shared: expected features, or parameters that are not sharded (fully_shard), found "
                 "shards, whose gradients exist in whole backward passes alone; use task_backward and merge"
             )
-        ranks = ranks_of(self._group)
-        own = [isinstance(tensor, nn.Parameter) for tensor in wanted]
-        if ranks is not None and any(own) and not all(own):
+        world = world_of(self._group)
+        parameters = [isinstance(tensor, nn.Parameter) for tensor in wanted]
+        if world.size > 1 and any(parameters) and not all(parameters):
             raise ValueError("AlignedMTL.weigh: shared: expected parameters, or features, found both")
         found = [
             [None] * len(wanted)
@@ -299,15 +297,13 @@ class AlignedMTL(nn.Module):
             [torch.zeros_like(tensor) if gradient is None else gradient for tensor, gradient in zip(wanted, row)]
             for row in found
         ]
-        if ranks is not None and all(own):
+        if world.size > 1 and all(parameters):
             # Clones: gradients may share memory, as those of a sum do.
             rows = [[gradient.clone() for gradient in row] for row in rows]
-            averaging = Averaging(ranks)
-            averaging.add([gradient for row in rows for gradient in row])
-            averaging.wait()
-            ranks = None
+            world.average_([gradient for row in rows for gradient in row])
+            world = ALONE
         self._use(wanted[0].device)
-        self._align(ops.gram(rows, check_finite=self.check_finite and ranks is None), ranks)
+        self._align(ops.gram(rows, check_finite=self.check_finite and world.size == 1), world)
         weights = self._result.weights
         dtypes = [loss.dtype for loss in values if loss is not None]
         return weights.to(dtypes[0] if dtypes else torch.get_default_dtype(), copy=True)
@@ -326,8 +322,8 @@ def _checked_preference(preference: Tensor | Sequence[float] | None, tasks: int)
 
 class _Views(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, module: AlignedMTL, ranks: Ranks | None) -> tuple[Tensor, ...]:
-        ctx.module, ctx.ranks = module, ranks
+    def forward(ctx: Any, features: Tensor, module: AlignedMTL, world: World) -> tuple[Tensor, ...]:
+        ctx.module, ctx.world = module, world
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtype, ctx.device = features.shape, features.dtype, features.device
         return tuple(features.view_as(features) for _ in range(module.num_tasks))
@@ -335,10 +331,10 @@ class _Views(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if ctx.ranks is None and all(gradient is None for gradient in gradients):
+        if ctx.world.size == 1 and all(gradient is None for gradient in gradients):
             return None, None, None
         rows = [
             torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device) if gradient is None else gradient
             for gradient in gradients
         ]
-        return ctx.module._merge(rows, ctx.ranks), None, None
+        return ctx.module._merge(rows, ctx.world), None, None

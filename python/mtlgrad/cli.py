@@ -276,7 +276,7 @@ def _train(given: dict[str, Any], stop: Stop) -> int:
     wants_cuda = settings is None or settings.device != "cpu"
     with team.joined(team.place(), cuda=wants_cuda and torch.cuda.is_available()):
         comparison = Comparison.start(settings, out, name) if settings is not None else Comparison.resume(resume)
-        return team.of_first(_run(comparison, stop))
+        return team.from_rank0(_run(comparison, stop))
 
 
 def _toy(given: dict[str, Any], stop: Stop) -> int:
@@ -306,7 +306,7 @@ def _installed(name: str) -> bool:
 
 def _run(comparison: Comparison, stop: Stop) -> int:
     """Runs or continues a comparison under the eyes of the user, who sees rank 0's."""
-    if not team.first():
+    if not team.is_rank0():
         comparison.run(Watchers(), stop)
         return 0
     from .recipes import figures, report

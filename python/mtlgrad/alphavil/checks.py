@@ -1,15 +1,22 @@
-"""What AlphaVIL's constructor checks beside tasks and heads; one line each."""
+"""What AlphaVIL checks beside tasks and heads; one line each."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..distributed.shards import is_sharded
+from ..world.alike import check_same, digest, first_unlike
+from ..world.ranks import World
+from ..world.shards import is_sharded
+from .deltas import Group
+from .tasks import count_of
+
+ALIKE = 1e-6  #: relative; the same training leaves other last digits on another kind of machine
 
 
 def check_model(model: Any) -> None:
@@ -99,3 +106,53 @@ def check_state(state: Any, names: list[str], target: int, buffers: dict[str, Te
             f"{refused} random: expected the state of {loaders} generators that loaders were given, found {found}; "
             "resume with loaders like those that the state was made with"
         )
+
+
+# ---- what several ranks must have alike ------------------------------------------------------------------------------
+
+
+def check_models(model: nn.Module, groups: Sequence[Group], world: World) -> None:
+    """Refuse other parameters and buffers, or other tasks that train them. Bytes: 8 a rank, 16 a parameter and
+    buffer."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    shapes = [(name, tuple(value.shape), value.dtype) for name, value in named]
+    layout = digest(repr((shapes, [(group.names, group.tasks, group.weighed) for group in groups])))
+    elements = sum(value.numel() for _, value in named)
+    found = f"{len(named)} parameters and buffers with {elements} elements (names, shapes and heads: {layout:x})"
+    hint = "make them, and include_heads, alike on all ranks"
+    check_same("AlphaVIL", "model, heads and frozen parameters", found, hint, world, groups[0].parameters[0].device)
+    if unlike := first_unlike([value for _, value in named], ALIKE, world):
+        i, least, most = unlike
+        raise ValueError(
+            f"AlphaVIL: model: expected the same parameters and buffers on all ranks, found {named[i][0]} with norms "
+            f"from {least:.7g} to {most:.7g}; load the same checkpoint on all ranks, make the model from the same "
+            "seed, or torch.distributed.broadcast each from rank 0 first"
+        )
+
+
+def check_counts(
+    task: str, what: str, batches: Iterable[Any], subset: float | int, world: World, device: torch.device
+) -> None:
+    """Refuse a rank with fewer batches in a pass, for which the others would wait. Bytes: 8 a rank."""
+    if world.size == 1:
+        return
+    count = count_of(batches, subset)
+    found = [row[0] for row in world.gather_numbers([-1 if count is None else count], device)]
+    known = [(n, rank) for rank, n in enumerate(found) if n >= 0]
+    if known and min(known)[0] != max(known)[0]:
+        (fewest, one), (most, other) = min(known), max(known)
+        raise ValueError(
+            f"AlphaVIL: tasks: {task!r}: {what}: expected the same number of batches on all ranks, found {fewest} on "
+            f"rank {one} and {most} on rank {other}; split the examples evenly, as torch's DistributedSampler does, or "
+            "let each rank have as many batches of its own size, with mtlgrad.distributed.global_means in the loss"
+        )
+
+
+def check_dense(task: str, parameters: Iterable[Tensor], world: World) -> None:
+    """Refuse sparse gradients where they are to be averaged."""
+    for p in parameters if world.size > 1 else ():
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise TypeError(
+                f"AlphaVIL: tasks: {task!r}: loss: expected dense gradients on several ranks, found a sparse one of "
+                f"shape {list(p.shape)}; leave sparse=True out of its embedding"
+            )

@@ -11,15 +11,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.groups import Ranks, name_of, ranks_of
+from ..world.alike import check_same
+from ..world.ranks import ALONE, World, name_of, world_of
 from . import random_state
 from .buffers import Buffers, finite
-from .checks import check_clip, check_epochs, check_maker, check_min_weight, check_model, check_state, checked_weights
+from .checks import (
+    check_clip,
+    check_counts,
+    check_dense,
+    check_epochs,
+    check_maker,
+    check_min_weight,
+    check_model,
+    check_models,
+    check_state,
+    checked_weights,
+)
 from .deltas import Copies, Deltas, Heads, Storage, groups_of
-from .ranks import check_counts, check_models, check_stage, mean_gradients, merged_buffers, settled
 from .records import Kind, Round, Stage
 from .search import MakeOptimizer, Search, made, training_mode
-from .tasks import Task, check_gradient, check_subset, checked_loss, count_of, named, sample, target_of
+from .tasks import Task, check_gradient, check_subset, checked_loss, named, sample, target_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -134,7 +145,7 @@ class AlphaVIL:
         check_maker("make_optimizer", make_optimizer)
         check_maker("alpha_optimizer", alpha_optimizer)
         self._group = name_of("AlphaVIL", process_group)
-        self._ranks: Ranks | None = None
+        self._world = ALONE
         self.make_optimizer, self.alpha_epochs, self.subset = make_optimizer, alpha_epochs, subset
         self.min_weight, self.include_heads, self.delta_storage = float(min_weight), include_heads, delta_storage
         self._find_parameters()
@@ -153,7 +164,7 @@ class AlphaVIL:
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         groups = groups_of(self.model, self._tasks, self.target, self.include_heads)
         self._deltas = Deltas(groups, self.delta_storage)
-        self._known_alike = False
+        self._alike: World | None = None  # whose ranks are known to have the same model
 
     @property
     def task_weights(self) -> Tensor:
@@ -222,19 +233,19 @@ class AlphaVIL:
         return Stage(kind, name, self._stage, count + 2 + self.alpha_epochs, loss), said
 
     def _check_ranks(self) -> None:
-        self._ranks = ranks_of(self._group)
-        if self._ranks is None:
-            return
-        known = "known to be alike" if self._known_alike else "to be compared"
+        self._world = world_of(self._group)
+        known = "known to be alike" if self._alike == self._world else "to be compared"
         found = (
             f"stage {self._stage + 1} of round {self.rounds + 1}, tasks {self.names}, target {self.target}, "
             f"{self.alpha_epochs} alpha_epochs, weights {self.task_weights.tolist()}, "
             f"{len(self._trainable)} parameters to train, {known}"
         )
-        check_stage(found, self._ranks, self._deltas.device)
-        if not self._known_alike:
-            check_models(self.model, self._deltas.groups, self._ranks)
-            self._known_alike = True
+        hint = "resume all ranks from checkpoints of the same stage, and give them the same arguments and task_weights"
+        # Else they would wait for each other, or take each other's numbers for their own. Bytes: 8 a rank.
+        check_same("AlphaVIL", "stage", found, hint, self._world, self._deltas.device)
+        if self._alike != self._world:
+            check_models(self.model, self._deltas.groups, self._world)
+            self._alike = self._world
 
     def _train(self, now: Round, t: int, said: list[str]) -> float:
         """delta_t: from the round's parameters, w_t L_t over a part of the task's batches."""
@@ -242,9 +253,12 @@ class AlphaVIL:
         try:
             with training_mode(self.model):
                 loss = self._descend(t)
-            changed = merged_buffers(self.model, self._buffers.changed(buffers), self._ranks)
+            changed = self._buffers.changed(buffers, self._world)
             sound = self._deltas.take(t, theta) and finite(changed, buffers)
-            loss, sound = settled(loss, sound, self._ranks, self._deltas.device)
+            where = self._world.control_device(self._deltas.device)
+            both = torch.tensor([loss, float(sound)], dtype=torch.float64, device=where)
+            loss, share = self._world.mean_(both).tolist()
+            sound = share == 1.0
             if sound:
                 self._buffers.take(changed)
         finally:
@@ -276,15 +290,15 @@ class AlphaVIL:
         optimizer = made("make_optimizer", self.make_optimizer, trained)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("AlphaVIL: make_optimizer: expected one whose step needs no closure, found LBFGS; take SGD")
-        if self._ranks is not None:
-            check_counts(name, "train", count_of(task.train, self.subset), self._ranks, self._deltas.device)
+        check_counts(name, "train", task.train, self.subset, self._world, self._deltas.device)
         losses: list[Tensor] = []
         for batch in sample(name, task.train, self.subset):
             self.model.zero_grad(set_to_none=True)
             loss = checked_loss(name, task.loss(self.model, batch))
             check_gradient(name, loss)
             (weight * loss).backward()
-            mean_gradients(name, trained, self._ranks)
+            check_dense(name, trained, self._world)
+            self._world.average_gradients(trained)
             optimizer.step()
             losses.append(loss.detach().double())
         return float(torch.stack(losses).mean())
@@ -292,13 +306,13 @@ class AlphaVIL:
     def _evaluate(self, now: Round) -> float:
         """The development loss before the round, and at alpha = 1, where the search starts."""
         self._search.begin(len(self.names), now.sat_out, self._deltas.device)
-        before = self._search.loss(None, self._ranks)
+        before = self._search.loss(None, self._world)
         if not math.isfinite(before):
             raise ValueError(
                 f"AlphaVIL: tasks: {self.names[self.target]!r}, the target: dev: expected a finite loss at the model's "
                 f"parameters, found {before}; go back to a checkpoint, or look at the development data"
             )
-        start = self._search.loss(self._deltas, self._ranks)
+        start = self._search.loss(self._deltas, self._world)
         now.before, now.start, now.after, now.kept = before, start, start, "start"
         return start
 
@@ -310,8 +324,8 @@ class AlphaVIL:
     def _alpha_epoch(self, now: Round) -> float:
         state = self._search.state_dict()
         try:
-            sound = self._search.epoch(self._deltas, self._ranks)
-            loss = self._search.loss(self._deltas, self._ranks) if sound else math.nan
+            sound = self._search.epoch(self._deltas, self._world)
+            loss = self._search.loss(self._deltas, self._world) if sound else math.nan
         except BaseException:
             self._search.load_state_dict(state, self._deltas.device)
             raise
@@ -373,7 +387,7 @@ class AlphaVIL:
         self._deltas.load_state_dict(state["deltas"])
         self._buffers.load_state_dict(state["buffers"])
         self._search.load_state_dict(state["search"], self._deltas.device)
-        self.rounds, self._stage, self._known_alike = state["rounds"], state["stage"], False
+        self.rounds, self._stage, self._alike = state["rounds"], state["stage"], None
         self.task_weights = state["task_weights"]
         self.last, self._round = (
             None if state[key] is None else Round.from_state(state[key]) for key in ("last", "round")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..distributed.groups import Ranks
+from ..world.ranks import ALONE, World
 from .buffers import Buffers
+from .checks import check_counts
 from .deltas import Deltas
-from .ranks import check_counts, mean_
-from .tasks import Task, check_checkpoints, check_gradient, checked_loss, count_of
+from .tasks import Task, check_checkpoints, check_gradient, checked_loss
 
 MakeOptimizer = Callable[[list[Any]], torch.optim.Optimizer]
 
@@ -76,18 +76,18 @@ class Search:
         self.alphas = torch.ones(tasks, dtype=torch.float64, device=device).requires_grad_()
         self.optimizer = made("alpha_optimizer", self.make_optimizer, [self.alphas])
 
-    def loss(self, deltas: Deltas | None, ranks: Ranks | None = None) -> float:
+    def loss(self, deltas: Deltas | None, world: World = ALONE) -> float:
         """The development loss at alpha, or (no deltas) at the model as it is; the mean over the ranks."""
         with evaluation_mode(self.model), torch.no_grad():
             buffers = self._buffers(merged=deltas is not None)
             parameters = {} if deltas is None else self._parameters(deltas)
             losses = [
                 functional_call(self.evaluated, {**parameters, **buffers}, (batch,)).double()
-                for batch in self._batches(ranks)
+                for batch in self._batches(world)
             ]
-            return float(mean_(torch.stack(losses).mean(), ranks))
+            return float(world.mean_(torch.stack(losses).mean()))
 
-    def epoch(self, deltas: Deltas, ranks: Ranks | None = None) -> bool:
+    def epoch(self, deltas: Deltas, world: World = ALONE) -> bool:
         """A step of alpha a batch. False where alpha came to NaN or infinity.
 
         All ranks take the same steps, each on its part of a batch.
@@ -96,18 +96,18 @@ class Search:
         assert optimizer is not None
         with evaluation_mode(self.model):
             buffers = self._buffers(merged=True)
-            for batch in self._batches(ranks):
-                optimizer.step(partial(self._derive, deltas, buffers, batch, ranks))  # type: ignore[arg-type]
+            for batch in self._batches(world):
+                optimizer.step(partial(self._derive, deltas, buffers, batch, world))  # type: ignore[arg-type]
                 optimizer.zero_grad()
                 with torch.no_grad():
                     if self.clip is not None:
                         self.alphas.clamp_(*self.clip)
                     # What weight decay, say, has made of them.
                     self.alphas[self.absent] = 1.0
-        mean_(self.alphas.detach(), ranks)  # their last digits, too, whatever machines the ranks are on
+        world.mean_(self.alphas.detach())  # their last digits, too, whatever machines the ranks are on
         return bool(self.alphas.isfinite().all())
 
-    def _derive(self, deltas: Deltas, buffers: dict[str, Tensor], batch: Any, ranks: Ranks | None) -> Tensor:
+    def _derive(self, deltas: Deltas, buffers: dict[str, Tensor], batch: Any, world: World) -> Tensor:
         """A batch's loss; its gradient in alpha goes to ``alphas.grad``. Means over the ranks, both."""
         with torch.enable_grad():
             stand_ins = {**self._parameters(deltas), **buffers}
@@ -117,9 +117,7 @@ class Search:
                 f"AlphaVIL: tasks: {self.name!r}: loss: expected one that takes its parameters from the model it is "
                 "given, found one that does not depend on alpha; it keeps parameters or another model of its own"
             )
-        if ranks is None:
-            return loss
-        means = mean_(torch.cat([self.alphas.grad, loss.to(self.alphas).reshape(1)]), ranks)
+        means = world.mean_(torch.cat([self.alphas.grad, loss.to(self.alphas).reshape(1)]))
         self.alphas.grad.copy_(means[:-1])
         return means[-1]
 
@@ -133,10 +131,9 @@ class Search:
             found.update((name, b.clone()) for name, b in self.buffers.merged.items())
         return {f"{MODEL}.{name}": b for name, b in found.items()}
 
-    def _batches(self, ranks: Ranks | None) -> Iterator[Any]:
+    def _batches(self, world: World) -> Iterator[Any]:
         assert self.task.dev is not None
-        if ranks is not None:
-            check_counts(self.name, "dev", count_of(self.task.dev, 1.0), ranks, self.alphas.device)
+        check_counts(self.name, "dev", self.task.dev, 1.0, world, self.alphas.device)
         empty = True
         for batch in self.task.dev:
             empty = False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from ..jacobian import walk
+from ..graph import walk
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

@@ -41,8 +41,8 @@ class Sampled(NamedTuple):
 Part = Conditioned | Sampled
 
 
-class Everyone(NamedTuple):
-    """Of all ranks' examples, which the batch posteriors are conditioned on: what a rank needs, apart from its own."""
+class GlobalBatch(NamedTuple):
+    """What a rank needs, beside its own, of all ranks' examples, which the batch posteriors are conditioned on."""
 
     features: Tensor | None  # [sum of B, D]; None where no head needs them
     targets: Sequence[Tensor | None]  # those of the heads that are conditioned by the matrix inversion lemma
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     num_samples: int  # 0: exact moments
     seed: int
     name: str  # for errors
-    everyone: Everyone | None = None  # None: one process
+    global_batch: GlobalBatch | None = None  # None: one process
 
     def task_name(self, index: int) -> str:
         return f"{self.name}, heads[{index}] ({self.heads[index].likelihood})"
@@ -89,27 +89,27 @@ def own_posterior(batch: Batch, index: int, with_prior: bool = True) -> Posterio
 
 
 def _posterior(batch: Batch, index: int) -> Posterior:
-    known = None if batch.everyone is None else batch.everyone.posteriors[index]
+    known = None if batch.global_batch is None else batch.global_batch.posteriors[index]
     return own_posterior(batch, index) if known is None else known
 
 
 def _parts(batch: Batch, index: int) -> Iterator[Part]:
     """A head's tasks, some at a time, with the batch posterior as their moments need it."""
-    head, everyone, features = batch.heads[index], batch.everyone, batch.features
+    head, shared, features = batch.heads[index], batch.global_batch, batch.features
     if batch.is_sampled(index):
         generator = torch.Generator(features.device)
         generator.manual_seed((batch.seed * 1009 + index) % 2**63)
         yield Sampled(0, head.num_tasks, _posterior(batch, index).sample(batch.num_samples, generator))
         return
     targets, rows = batch.targets[index], ALL_ROWS
-    if everyone is not None:
-        posterior, every_target = everyone.posteriors[index], everyone.targets[index]
+    if shared is not None:
+        posterior, all_targets = shared.posteriors[index], shared.targets[index]
         if posterior is not None:
             yield from moments_of(posterior, features)
             return
-        assert everyone.features is not None
-        assert every_target is not None
-        features, targets, rows = everyone.features, every_target, everyone.rows
+        assert shared.features is not None
+        assert all_targets is not None
+        features, targets, rows = shared.features, all_targets, shared.rows
     hidden = augment(features, head.likelihood)
     prior, weight = batch.posteriors[index], batch.weights[index]
     yield from condition(prior, features, hidden, targets, weight, batch.task_name(index), rows)
@@ -148,8 +148,8 @@ def aggregate(batch: Batch) -> Tensor:
     with torch.autocast(batch.features.device.type, enabled=False):
         kernels = has_kernels(batch.features.device)
         result = run_weighted_mean(*_accumulate(batch)) if kernels else _aggregate_by_reference(batch)
-        if batch.everyone is not None and batch.everyone.share != 1.0:
-            result *= batch.everyone.share
+        if batch.global_batch is not None and batch.global_batch.share != 1.0:
+            result *= batch.global_batch.share
     return result
 
 

@@ -39,7 +39,6 @@ from ..ops.moments import (
 from ..posterior.cholesky import checked_cholesky
 from ..posterior.likelihoods import terms_of
 from ..posterior.posteriors import BlockPosterior, JointPosterior, Posterior, empty_posterior
-from ..posterior.summing import forget_prior
 
 LARGEST_TRACE = 4e3  # of M in float32; an ordinary batch has about one an example
 ALL_ROWS = slice(None)
@@ -86,7 +85,7 @@ def batch_posterior(
     posterior = empty_posterior(prior.likelihood, anchor, prior, prior.gamma, prior.structure)
     posterior.name = name or posterior.name
     if not with_prior:
-        forget_prior(posterior)
+        posterior.forget_prior()
     return posterior.add(features, targets, None if from_weight else weight)
 
 
@@ -208,8 +207,8 @@ def _condition_blocks(
 def _condition_rows(
     prior: Posterior, covariance: Tensor, hidden: Tensor, curvature: Tensor | None, name: str
 ) -> tuple[Tensor, Tensor] | None:
-    """covariance [r, W, W], curvature [r, B] (None: one); returns cross [r, B, W], variances [r, W]; None where that wants
-    float64."""
+    """Return cross covariances [r, B, W] and variances [r, W], from covariance [r, W, W] and curvature [r, B] (None: one);
+    None where that wants float64."""
     k = torch.matmul(hidden, covariance)
     g = torch.matmul(k, hidden.T)
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)

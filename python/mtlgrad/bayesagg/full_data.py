@@ -1,13 +1,16 @@
-"""What one head has seen in an epoch, for its full-data posterior."""
+"""What one head has seen in an epoch, and the full-data posteriors of what all heads on all ranks have."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..posterior.posteriors import Posterior, empty_posterior, posterior_from_state
+from ..posterior.posteriors import Posterior, empty_posterior, posterior_from_state, sum_over_ranks
+from ..world.alike import check_same
+from ..world.ranks import World
 from .heads import Head
 
 STATISTICS = ("stored", "streaming")
@@ -47,33 +50,35 @@ class FullData:
             return
         features = features.double()
         if self.running is None:
-            self.running = self._start(features, weight)
+            self.running = self.empty(self._anchor(features, weight))
         elif self.running.anchor.device != features.device:  # resumed from a checkpoint that was mapped elsewhere
             self.running = posterior_from_state(self.running.state(), features)
         self.running.add(features, targets, weight)
 
-    def posterior(self) -> Posterior:
-        """A new one, or that of streaming itself, to be copied by those who change it."""
+    def posterior(self, anchor: Tensor) -> Posterior:
+        """Return a new one, or that of streaming itself, to be copied by those who change it."""
         if self.running is not None:
             return self.running
+        posterior = self.empty(anchor)
+        if not self.count:
+            return posterior
         device = self.device
         features = torch.cat([rows.to(device) for rows in self.features])
         targets = torch.cat([labels.to(device) for labels in self.targets])
-        posterior = self.empty()
         for rows, labels in zip(features.split(ROWS), targets.split(ROWS)):
             posterior.add(rows.double(), labels)
         return posterior
 
-    def empty(self) -> Posterior:
-        """Of no data, at the weights as they stand."""
+    def anchor(self) -> Tensor:
+        """Return the head's weights as they stand, float64 [R, W]; zeros for regression, which is exact anywhere."""
         like = torch.empty(0, dtype=torch.float64, device=self.device)
-        return self._start(like, self.head.weight(like))
+        return self._anchor(like, self.head.weight(like))
 
-    def _start(self, like: Tensor, weight: Tensor | None) -> Posterior:
-        anchor = like.new_zeros(self.head.outputs, self.head.width) if weight is None else weight.double()
-        return self.empty_at(anchor)
+    def _anchor(self, like: Tensor, weight: Tensor | None) -> Tensor:
+        return like.new_zeros(self.head.outputs, self.head.width) if weight is None else weight.double()
 
-    def empty_at(self, anchor: Tensor) -> Posterior:
+    def empty(self, anchor: Tensor) -> Posterior:
+        """Return that of no data."""
         return empty_posterior(self.head.likelihood, anchor, None, self.head.gamma, self.structure)
 
     def state(self) -> dict[str, Any]:
@@ -87,3 +92,47 @@ class FullData:
     def load_state(self, state: dict[str, Any]) -> None:
         self.features, self.targets, self.count = list(state["features"]), list(state["targets"]), state["count"]
         self.running = None if state["running"] is None else posterior_from_state(state["running"])
+
+
+def full_data_posteriors(full_data: Sequence[FullData], number: int, world: World) -> tuple[list[Posterior], int]:
+    """Return the posteriors of all ranks' examples, and the largest of the ranks' pass numbers.
+
+    Bytes: 24 a rank; the sums (:func:`sum_over_ranks`); streaming: the classifiers' weights in float64.
+    """
+    device = full_data[0].device
+    counts, numbers = map(list, zip(*world.gather_numbers([full_data[0].count, number], device)))
+    if not any(counts):
+        raise RuntimeError(
+            "BayesAgg.refresh: expected at least one training batch since the last refresh, found none on any rank"
+        )
+    anchors = [part.anchor() for part in full_data]
+    norms = ", ".join(repr(float(anchor.norm())) for anchor in anchors)
+    hint = "train the model in DistributedDataParallel, or give process_group= the ranks that train together"
+    check_same("BayesAgg.refresh", "weights of the heads", f"weights of norm {norms}", hint, world, device)
+    posteriors = [part.posterior(anchor) for part, anchor in zip(full_data, anchors)]
+    if world.size == 1:
+        return posteriors, number
+    # A copy of streaming's own: a refresh that fails leaves the epoch's sums as they are.
+    posteriors = [
+        posterior_from_state(posterior.state()) if posterior is part.running else posterior
+        for posterior, part in zip(posteriors, full_data)
+    ]
+    if full_data[0].statistics == "streaming":
+        _share_anchors(posteriors, counts, world)
+    if not world.is_rank0:  # the prior counts once
+        for posterior, part in zip(posteriors, full_data):
+            posterior.subtract(part.empty(posterior.anchor))
+    sum_over_ranks(posteriors, world)
+    return posteriors, max(numbers)
+
+
+def _share_anchors(posteriors: Sequence[Posterior], counts: Sequence[int], world: World) -> None:
+    """Sums in deviations from a point add up where that point is one: that of the first rank with examples."""
+    classifiers = [p for p in posteriors if p.likelihood != "regression"]
+    if not classifiers:
+        return
+    first = next(rank for rank, count in enumerate(counts) if count)
+    flat = torch.cat([p.anchor.reshape(-1) for p in classifiers])
+    world.sum_(flat if world.rank == first else flat.zero_())
+    for posterior, anchor in zip(classifiers, flat.split([p.anchor.numel() for p in classifiers])):
+        posterior.move(anchor.view_as(posterior.anchor))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..distributed.shards import is_sharded
 from ..ops.checks import check_same_device
 from ..ops.moments import power_tensor
 from ..posterior.likelihoods import Likelihood, check_batch
 from ..posterior.posteriors import DEFAULT_GAMMA, check_gamma
+from ..world.shards import full
 
 
 class Head:
@@ -66,7 +66,7 @@ class Head:
     def weight(self, like: Tensor) -> Tensor | None:
         """A copy [R, P] of the weights, bias last, in the dtype of ``like``; None for regression, whose posterior is
         exact."""
-        rows = [torch.cat([whole(layer.weight), whole(layer.bias)[:, None]], 1) for layer in self.layers]
+        rows = [torch.cat([full(layer.weight), full(layer.bias)[:, None]], 1) for layer in self.layers]
         return torch.cat(rows).to(like)
 
     def check(self, op: str, features: Tensor, targets: Tensor) -> Tensor:
@@ -76,14 +76,8 @@ class Head:
         return check_batch(op, self.likelihood, features, targets, (self.outputs, width)).detach()
 
     def predict(self, features: Tensor) -> Tensor:
-        layers = [(whole(layer.weight), None if layer.bias is None else whole(layer.bias)) for layer in self.layers]
+        layers = [(full(layer.weight), None if layer.bias is None else full(layer.bias)) for layer in self.layers]
         return torch.cat([functional.linear(features, weight, bias) for weight, bias in layers], -1)
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """Its values; of one that FSDP2 shards, gathered from the ranks, all of which must ask."""
-    values: Tensor = parameter.full_tensor() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
-    return values.detach()
 
 
 class Regression(Head):

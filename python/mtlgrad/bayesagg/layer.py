@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.groups import name_of, ranks_of
 from ..ops.checks import check_ordinary_autograd, check_shape
 from ..posterior.posteriors import STRUCTURES, Posterior, posterior_from_state
+from ..world.ranks import World, name_of, world_of
 from .aggregation import Batch, aggregate, diagnose
-from .full_data import STATISTICS, FullData
+from .full_data import STATISTICS, FullData, full_data_posteriors
+from .global_batch import gather_batch
 from .heads import Head
-from .passes import Pass, RecordScale, ReplaceGradient, enter, known_as
-from .ranks import of_all_ranks, with_everyone
+from .passes import Pass, RecordScale, ReplaceGradient, known_as, record_batch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -114,7 +114,7 @@ class BayesAgg(nn.Module):
         self._powers: list[Tensor] = []
         self._number = 0  # of passes; seeds the samples, names the batch in errors
         self._group = name_of("BayesAgg", process_group)
-        self._agreed = False  # that the ranks have the same posteriors
+        self._agreed: World | None = None  # whose ranks are known to have the same posteriors
         # Which pass was the last one, for total(): a tensor, since traced code may read and write nothing else that
         # changes from step to step.
         self._latest = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -138,7 +138,8 @@ class BayesAgg(nn.Module):
         if not (self.training and torch.is_grad_enabled() and features.requires_grad):
             return features
         check_ordinary_autograd("BayesAgg")
-        return ReplaceGradient.apply(features, enter(features, self._listed(targets), self._latest, self._handle))
+        token = record_batch(features, self._listed(targets), self._latest, self._handle)
+        return ReplaceGradient.apply(features, token)
 
     def _listed(self, targets: Sequence[Tensor] | None) -> list[Tensor]:
         if targets is None or isinstance(targets, Tensor) or len(targets) != len(self.heads):
@@ -148,7 +149,7 @@ class BayesAgg(nn.Module):
         return list(targets)
 
     @torch.no_grad()
-    def _enter(self, features: Tensor, targets: list[Tensor], borrowed: bool) -> Pass:
+    def _record_batch(self, features: Tensor, targets: list[Tensor], borrowed: bool) -> Pass:
         """``borrowed``: the tensors' memory is the caller's own again after this."""
         self._check_place(features)
         checked = self._check(features, targets)
@@ -206,14 +207,14 @@ class BayesAgg(nn.Module):
         total = torch.stack([loss.reshape(()) for loss in values]).sum()
         return RecordScale.apply(total, self._latest.clone()) if total.requires_grad else total
 
-    def _replacement(self, entered: Pass, gradient: Tensor) -> Tensor:
-        if entered.batch is None:
+    def _replacement(self, recorded: Pass, gradient: Tensor) -> Tensor:
+        if recorded.batch is None:
             return gradient
-        result = aggregate(entered.batch)
-        self._refuse_nan(result, entered.number)
-        self._last, self._diagnosis = entered.batch, None
-        if entered.scale is not None:
-            result = result * entered.scale.to(result.dtype)
+        result = aggregate(recorded.batch)
+        self._refuse_nan(result, recorded.number)
+        self._last, self._diagnosis = recorded.batch, None
+        if recorded.scale is not None:
+            result = result * recorded.scale.to(result.dtype)
         return result.to(gradient.dtype)
 
     @staticmethod
@@ -234,19 +235,12 @@ class BayesAgg(nn.Module):
 
         Call it once per epoch, after the last step; on all ranks, also on those that had no batch.
         """
-        ranks = ranks_of(self._group)
-        if ranks is not None:
-            posteriors, self._number = of_all_ranks(self._full_data, self._number, ranks)
-        elif self._full_data[0].count:
-            posteriors = [full_data.posterior() for full_data in self._full_data]
-        else:
-            raise RuntimeError(
-                "BayesAgg.refresh: expected at least one training batch since the last refresh, found none"
-            )
+        world = world_of(self._group)
+        posteriors, self._number = full_data_posteriors(self._full_data, self._number, world)
         for i, posterior in enumerate(posteriors):
             posterior.name = f"BayesAgg.refresh: heads[{i}] ({posterior.likelihood})"
             posterior.covariance()  # where it cannot be had, say so now and not in the next batch
-        self._posteriors, self._working, self._agreed = posteriors, [], ranks is not None
+        self._posteriors, self._working, self._agreed = posteriors, [], world
         for full_data in self._full_data:
             full_data.clear()
 
@@ -275,12 +269,10 @@ class BayesAgg(nn.Module):
         )
 
     def _for_all_ranks(self, batch: Batch, rows: Tensor) -> Batch:
-        ranks = ranks_of(self._group)
-        if ranks is None:
-            return batch
         assert self._posteriors is not None
-        batch = with_everyone(batch, rows, self._number, self._posteriors, self._agreed, ranks)
-        self._agreed = True
+        world = world_of(self._group)
+        batch = gather_batch(batch, rows, self._number, self._posteriors, self._agreed == world, world)
+        self._agreed = world
         return batch
 
     # ---- what the layer tells
@@ -360,7 +352,7 @@ class BayesAgg(nn.Module):
         self._number = state["number"]
         posteriors = state["posteriors"]
         self._posteriors = None if posteriors is None else [posterior_from_state(p) for p in posteriors]
-        self._working, self._last, self._diagnosis, self._agreed = [], None, None, False
+        self._working, self._last, self._diagnosis, self._agreed = [], None, None, None
         for full_data, saved in zip(self._full_data, state["full_data"]):
             full_data.load_state(saved)
 

@@ -45,14 +45,16 @@ def known_as(layer: BayesAgg) -> int:
 
 
 @hide_from_dynamo
-def _enter(features: Tensor, targets: Sequence[Tensor], latest: Tensor, layer: int, borrowed: bool = True) -> Tensor:
-    entered = _LAYERS[layer]._enter(features, list(targets), borrowed)
-    entered.layer = _LAYERS[layer]
+def _record_batch(
+    features: Tensor, targets: Sequence[Tensor], latest: Tensor, layer: int, borrowed: bool = True
+) -> Tensor:
+    recorded = _LAYERS[layer]._record_batch(features, list(targets), borrowed)
+    recorded.layer = _LAYERS[layer]
     number = next(_tokens)
     latest.fill_(number)
     token = latest.clone()
-    token._mtlgrad_pass = entered  # type: ignore[attr-defined]  # an attribute lives as long as the tensor, graphs or not
-    _PASSES[number] = entered
+    token._mtlgrad_pass = recorded  # type: ignore[attr-defined]  # an attribute lives as long as the tensor, graphs or not
+    _PASSES[number] = recorded
     return token
 
 
@@ -62,27 +64,27 @@ def _pass_of(token: Tensor) -> Pass | None:
 
 @hide_from_dynamo
 def _replace(gradient: Tensor, token: Tensor) -> Tensor:
-    entered = _pass_of(token)
-    if entered is None or entered.layer is None:
+    recorded = _pass_of(token)
+    if recorded is None or recorded.layer is None:
         raise RuntimeError(
             "BayesAgg: expected the pass that this backward belongs to, found it gone: something copies what compiled "
             "code saves for the backward (torch.autograd.graph.saved_tensors_hooks); keep the layer out of it"
         )
-    return entered.layer._replacement(entered, gradient)
+    return recorded.layer._replacement(recorded, gradient)
 
 
 @hide_from_dynamo
-def _record(gradient: Tensor, token: Tensor) -> Tensor:
-    entered = _pass_of(token)
-    if entered is not None:
-        entered.scale = gradient.detach()
+def _record_scale(gradient: Tensor, token: Tensor) -> Tensor:
+    recorded = _pass_of(token)
+    if recorded is not None:
+        recorded.scale = gradient.detach()
     return gradient
 
 
 # Operators: results must be new tensors, and what they keep must be theirs.
-_enter_op = define_operator(
-    "bayesagg_enter(Tensor features, Tensor[] targets, Tensor(a!) latest, int layer) -> Tensor",
-    _enter,
+_record_batch_op = define_operator(
+    "bayesagg_record_batch(Tensor features, Tensor[] targets, Tensor(a!) latest, int layer) -> Tensor",
+    _record_batch,
     lambda features, targets, latest, layer: torch.empty_like(latest),
 )
 _replace_op = define_operator(
@@ -90,19 +92,19 @@ _replace_op = define_operator(
     lambda gradient, token: _replace(gradient, token).clone(memory_format=torch.contiguous_format),
     lambda gradient, token: gradient.new_empty(gradient.shape),
 )
-_record_op = define_operator(
-    "bayesagg_record(Tensor gradient, Tensor token) -> Tensor",
-    lambda gradient, token: _record(gradient.clone(), token).clone(),
+_record_scale_op = define_operator(
+    "bayesagg_record_scale(Tensor gradient, Tensor token) -> Tensor",
+    lambda gradient, token: _record_scale(gradient.clone(), token).clone(),
     lambda gradient, token: gradient.new_empty(gradient.shape),
 )
 
 
-def enter(features: Tensor, targets: list[Tensor], latest: Tensor, layer: int) -> Tensor:
-    """The token of a new pass."""
+def record_batch(features: Tensor, targets: list[Tensor], latest: Tensor, layer: int) -> Tensor:
+    """Return the token of a new pass."""
     if torch.compiler.is_compiling():
-        token: Tensor = _enter_op(features.detach(), [target.detach() for target in targets], latest, layer)
+        token: Tensor = _record_batch_op(features.detach(), [target.detach() for target in targets], latest, layer)
         return token
-    return _enter(features, targets, latest, layer, borrowed=False)
+    return _record_batch(features, targets, latest, layer, borrowed=False)
 
 
 class ReplaceGradient(torch.autograd.Function):
@@ -110,7 +112,7 @@ class ReplaceGradient(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, token: Tensor) -> Tensor:
         ctx.save_for_backward(features, token)  # autograd then refuses features that were changed in place since
         if not torch.compiler.is_compiling():
-            ctx.entered = _pass_of(token)  # hooks on saved tensors may give back a copy
+            ctx.recorded = _pass_of(token)  # hooks on saved tensors may give back a copy
         return features.view_as(features)
 
     @staticmethod
@@ -132,5 +134,5 @@ class RecordScale(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (token,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            return _record_op(gradient, token), None
-        return _record(gradient, token), None
+            return _record_scale_op(gradient, token), None
+        return _record_scale(gradient, token), None

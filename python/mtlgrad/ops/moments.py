@@ -141,8 +141,8 @@ def _declare(
     run: Callable[..., None],
     refer: Callable[..., Any],
     tasks: Callable[..., int],
-    impossible: str = "covariance: expected a symmetric positive semi-definite matrix (and moments within range), found "
-    "an impossible or overflowing variance",
+    impossible: str = "covariance: expected a symmetric positive semi-definite matrix (and moments within range), "
+    "found an impossible or overflowing variance",
 ) -> Operation:
     """Declare an operation of the moments; ``run`` gets its arguments in one dtype, then an :class:`Output`."""
     op = schema.partition("(")[0]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.jacobians import still_averaged
-from ..distributed.shards import is_sharded, local, shard_groups, sum_over
+from ..world.jacobians import still_averaged
+from ..world.shards import is_sharded, local, shard_groups, sum_over
 
 _METHOD = "_unscale_grads_"
 

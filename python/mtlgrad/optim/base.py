@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..distributed.groups import name_of
-from ..distributed.jacobians import check_averaged, still_averaged
-from ..distributed.shards import is_sharded, local
-from ..jacobian import parameter_list
+from ..arguments import parameter_list
+from ..jacobian import as_gradients
 from ..ops import Operation, Step, TaskStep, step_settings
+from ..world.jacobians import check_averaged, still_averaged
+from ..world.ranks import name_of
+from ..world.shards import Totals, is_sharded, key_of_shard, local, only_row
 from .amp import reach_jacobians
 from .checks import all_fit, check_gradients, check_jacobian, present_tasks
 from .dominance import Layers, layer_shares
 from .options import TaskOptions, check_group, moments_name
-from .plan import StepPlan, TaskParameters, as_gradients, gradients_of, standing_still
-from .sharded import Totals, key_of_shard, only_row
+from .plan import StepPlan, TaskParameters, gradients_of, standing_still
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

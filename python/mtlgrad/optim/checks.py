@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..distributed.shards import local, shard_groups, sum_over
-from .sharded import check_layout
+from ..world.shards import check_layout, local, shard_groups, sum_over
 
 if TYPE_CHECKING:
     from .plan import StepPlan

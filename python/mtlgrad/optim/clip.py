@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..distributed.groups import name_of
-from ..distributed.jacobians import check_averaged, still_averaged
-from ..distributed.shards import by_groups, local, sum_over
-from ..jacobian import parameter_list
+from ..arguments import parameter_list
+from ..world.jacobians import check_averaged, still_averaged
+from ..world.ranks import name_of
+from ..world.shards import by_groups, local, sum_over
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..jacobian import as_gradients
 
 
 class TaskParameters(NamedTuple):
@@ -41,18 +43,6 @@ def gradients_of(plans: Sequence[StepPlan]) -> Any:
         wanted |= {p: None for p in (*plan.tasks.parameters, *plan.single.parameters) if p.grad is not None}
         wanted |= dict(plan.ordinary)
     return as_gradients(wanted)
-
-
-@contextmanager
-def as_gradients(wanted: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
-    kept = [p.grad for p in wanted]
-    for p, gradient in wanted.items():
-        p.grad = gradient
-    try:
-        yield
-    finally:
-        for p, gradient in zip(wanted, kept, strict=True):
-            p.grad = gradient
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import check_same_device
+from ..world.ranks import World
 from .cholesky import checked_cholesky
 from .likelihoods import Likelihood, Terms, augment, check_batch, terms_of
 
@@ -153,6 +155,27 @@ class Posterior(ABC):
     def _forget(self) -> None:
         for name in ("mean", "_cached_covariance", "contrasts", "factor"):
             self.__dict__.pop(name, None)
+
+    # ---- of data on several ranks: what each has of them is a sum, and sums add up
+
+    def forget_prior(self) -> None:
+        """Leave nothing of a posterior without data: on all ranks but one, so that the sum has the prior once."""
+        self.residual = torch.zeros_like(self.residual)
+        for value in self._sums().values():
+            value.zero_()
+
+    def subtract(self, start: Posterior) -> None:
+        """Leave what was added since ``start``, a posterior with the same anchor."""
+        self.residual = self.residual - start.residual
+        for name, value in start._sums().items():
+            self._sums()[name].sub_(value)
+
+    def move(self, anchor: Tensor) -> None:
+        """Count deviations from another point. Of a Kronecker posterior the mean changes a little."""
+        self.residual = self.residual + self.times_precision(anchor - self.anchor)
+        self.anchor = anchor
+
+    # ---- copies
 
     def to(self, like: Tensor) -> Posterior:
         """A copy in the dtype and on the device of a tensor, whose mean and covariance were computed before the cast:
@@ -426,6 +449,38 @@ class KroneckerPosterior(Posterior):
 
     def _sums(self) -> dict[str, Tensor]:
         return {"curvature": self.curvature, "gram": self.gram, "count": self.count}
+
+
+def sum_over_ranks(posteriors: Sequence[Posterior], world: World) -> None:
+    """Sum each over the ranks, in place. The anchors must agree, and the prior be on one rank alone.
+
+    Bytes: those of the residuals [R, W] and of the precisions, in one all-reduce; and 8 a rank for each regression of
+    several outputs, to ask whether these share one precision on all ranks.
+    """
+    if not posteriors:
+        return
+    _part_alike(posteriors, world)
+    pieces = [tensor for p in posteriors for tensor in (p.residual, *p._sums().values())]
+    flat = world.sum_(torch.cat([piece.reshape(-1) for piece in pieces]))
+    parts = iter(flat.split([piece.numel() for piece in pieces]))
+    for posterior in posteriors:
+        posterior.residual = next(parts).view_as(posterior.residual).clone()
+        for value in posterior._sums().values():
+            value.copy_(next(parts).view_as(value))
+        posterior._forget()
+
+
+def _part_alike(posteriors: Sequence[Posterior], world: World) -> None:
+    """Outputs whose labels are missing for some only have precisions of their own; so they must on all ranks."""
+    several = [
+        p for p in posteriors if p.likelihood == "regression" and isinstance(p, BlockPosterior) and len(p.anchor) > 1
+    ]
+    if not several:
+        return
+    found = world.gather_numbers([len(p.blocks) for p in several], several[0].anchor.device)
+    for posterior, count in zip(several, (max(counts) for counts in zip(*found))):
+        if len(posterior.blocks) < count:
+            posterior.blocks = posterior.blocks.repeat(count, 1, 1)
 
 
 def _class_for(likelihood: Likelihood, structure: str) -> type[Posterior]:

@@ -16,7 +16,7 @@ from .multimnist import Digits
 from .parts import Recipe
 from .river import River
 from .rounds import training
-from .team import any_of, lost, one_line, place, told, told_lost
+from .team import any_rank, broadcast_from_rank0, lost, one_line, place, words_for_lost
 from .training import Training
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (Clothing, River, Digits)}
@@ -89,12 +89,12 @@ class Comparison:
             state = _state(settings, [], None)
             return RunFolder.create(out, name, settings.data, state), None
 
-        folder, _ = told(create, _elsewhere)
+        folder, _ = broadcast_from_rank0(create, _elsewhere)
         return Comparison(settings, recipe, folder)
 
     @staticmethod
     def resume(path: Path) -> Comparison:
-        folder, state = told(lambda: RunFolder.open(path), _elsewhere)
+        folder, state = broadcast_from_rank0(lambda: RunFolder.open(path), _elsewhere)
         assert state is not None
         try:
             settings = Settings.from_dict(state["settings"])
@@ -132,7 +132,7 @@ class Comparison:
             watcher.start(number, trainer)
 
             def watch(epoch: int, step: int, losses: Tensor) -> None:
-                if any_of(stop.requested):
+                if any_rank(stop.requested):
                     raise Interrupted
                 watcher.step(epoch, step, losses)
 
@@ -144,7 +144,7 @@ class Comparison:
                 watcher.epoch_done(trainer)
             result = trainer.finish()
         except (RuntimeError, ValueError) as error:  # of a method that refuses what the training came to, or of torch
-            what = told_lost(error) if lost(error) else one_line(error)
+            what = words_for_lost(error) if lost(error) else one_line(error)
             raise TrainError(f"{job.title(self.recipe.tasks)}: {what}") from error
         if job.task is None:
             name = "-".join(job.label.split(" + "))

@@ -8,14 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..distributed.collectives import Averaging
-from ..distributed.groups import ranks_of
 from ..jacobian import task_backward
 from ..metrics import Dominance
 from ..optim import AdaTaskAdagrad, AdaTaskAdam, AdaTaskRMSprop
+from ..world.ranks import world_of
 from .base import ADAM, MultiTaskNet
 from .parts import Batch
-from .team import average
 from .weighting import Step, Weighting, at_features, batch_losses, forked, timed
 
 ADATASK: dict[str, type[AdaTaskAdam | AdaTaskRMSprop | AdaTaskAdagrad]] = {
@@ -54,7 +52,7 @@ class Updates:
         """Gives every parameter what the optimizer's step reads."""
         self.weighting.backward(self.net, features, losses)
         if not self.weighting.averages:
-            average(self.parameters, ranks_of(None))
+            world_of(None).average_gradients(self.parameters)
 
     def foresee(self, batch: Batch) -> dict[Tensor, Tensor] | None:
         """The tasks' gradients in the step to come, on a graph of their own; None where nobody wants them."""
@@ -67,10 +65,7 @@ class Updates:
         terms = self.weighting.terms(batch_losses(self.net, self.weighting.tasks, views, batch))
         rows = [torch.autograd.grad(term, shared, retain_graph=True) for term in terms]
         columns = [torch.stack(column) for column in zip(*rows, strict=True)]
-        if batch.ranks is not None:
-            averaging = Averaging(batch.ranks)
-            averaging.add(columns)
-            averaging.wait()
+        batch.world.average_(columns)
         return dict(zip(shared, columns, strict=True))
 
     def observe(self, jacobians: dict[Tensor, Tensor] | None) -> None:

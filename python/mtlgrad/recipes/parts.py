@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..distributed.groups import Ranks
+from ..world.ranks import ALONE, World
 from .base import MultiTaskNet, Task
 from .team import slices
 
@@ -46,17 +46,17 @@ class Batch(NamedTuple):
     targets: list[Tensor]
     rows: int  #: on all ranks together
     own: int  #: of these this rank has
-    ranks: Ranks | None = None
+    world: World = ALONE
 
     @property
     def divisor(self) -> float | None:
         """What the sums of losses are divided by, so that their mean over the ranks is the mean over the rows."""
-        return None if self.ranks is None else self.rows / self.ranks.size
+        return None if self.world.size == 1 else self.rows / self.world.size
 
     @property
     def padding(self) -> float:
         """How many rows the ranks have, those without labels too, for each that there is: 1.0 but for tiny batches."""
-        return 1.0 if self.ranks is None else max(self.rows, self.ranks.size) / self.rows
+        return max(self.rows, self.world.size) / self.rows
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class Part:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def batches(self, size: int, ranks: Ranks | None = None) -> Iterator[Batch]:
+    def batches(self, size: int, world: World = ALONE) -> Iterator[Batch]:
         """Batches of `size` rows each, the last one shorter, or this rank's part of each; targets are slices.
 
         A rank without a part of the last one has its first row, without labels: no method has to do with nothing.
         """
         starts = range(0, len(self), size)
-        own = slices(len(self), size, ranks)
+        own = slices(len(self), size, world)
         rows = [(a, b) if a < b else (first, first + 1) for first, (a, b) in zip(starts, own, strict=True)]
         for first, (a, b), inputs in zip(starts, own, self.inputs.batches(rows), strict=True):
             targets = [y[a:b] if a < b else _unlabelled(y) for y in self.targets]
-            yield Batch(inputs, targets, min(size, len(self) - first), b - a, ranks)
+            yield Batch(inputs, targets, min(size, len(self) - first), b - a, world)
 
     def only(self, task: int) -> Part:
         """The same rows with the targets of one task."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import alphavil
 from .base import Job, MultiTaskNet, Round, Settings, Task, task_loss
 from .parts import Batch, Recipe
-from .team import average, seed_epoch
+from .team import seed_epoch
 from .training import Trainer, Training, Watch
 from .weighting import Weighting
 
@@ -55,7 +55,7 @@ class AlphaVILTraining(Training):
         self.bounds = [self.steps * i // rounds for i in range(rounds + 1)]  #: batches where the rounds begin and end
         self.target = self.result.tasks.index(settings.target or "")
         rows = len(self.split.validation)
-        self.development = list(self.split.validation.batches(-(-rows // -(-rows // DEVELOPMENT_ROWS)), self.ranks))
+        self.development = list(self.split.validation.batches(-(-rows // -(-rows // DEVELOPMENT_ROWS)), self.world))
         # A search looks at them before it, at its start, and twice an epoch, to step and to judge.
         self.looks = (2 + 2 * settings.alpha_epochs) * len(self.development)
         self.ticks = len(self.tasks) * self.steps + rounds * self.looks
@@ -98,7 +98,7 @@ class AlphaVILTraining(Training):
         """A round's part of the epoch's order, which each task has its own of."""
         size, i = self.settings.batch_size, self.vil.rounds % (len(self.bounds) - 1)
         part = self.split.shuffled(self.epoch, 1 + t, slice(size * self.bounds[i], size * self.bounds[i + 1]))
-        for number, batch in enumerate(part.batches(size, self.ranks), self.epoch * self.steps + self.bounds[i]):
+        for number, batch in enumerate(part.batches(size, self.world), self.epoch * self.steps + self.bounds[i]):
             self._tell()
             assert self.optimizer is not None
             for group in self.optimizer.param_groups:
@@ -117,7 +117,7 @@ class AlphaVILTraining(Training):
     def run_epoch(self, watch: Watch) -> None:
         start = time.perf_counter()
         self.watch = watch
-        seed_epoch(self.job.seed, self.epoch, self.ranks)
+        seed_epoch(self.job.seed, self.epoch, self.world)
         self.sums.zero_()
         self.counts.zero_()
         shares = []
@@ -242,14 +242,14 @@ class DiscriminativeTraining(Trainer):
         optimizer = make_optimizer(trained, lr=self.lr)
         self.net.train()
         part = self.split.shuffled(self.epoch, 1 + t, slice(size * self.tried))
-        for i, batch in enumerate(part.batches(size, self.ranks)):
+        for i, batch in enumerate(part.batches(size, self.world)):
             watch(self.epoch, t * self.tried + i, unknown)
             for group in optimizer.param_groups:
                 group["lr"] = self.rate(self.epoch * self.steps + i)
             optimizer.zero_grad()
             output = head(self.net.features(*batch.inputs))
             task_loss(self.tasks[t], output, batch.targets[t], batch.divisor).backward()
-            average(trained, self.ranks)
+            self.world.average_gradients(trained)
             optimizer.step()
 
     def _development_loss(self) -> float:

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed.collectives import average_gradients, gather_numbers, sum_
-from ..distributed.groups import Ranks, ranks_of
+from ..world.ranks import World, world_of
 from .base import TrainError
 
-Told = TypeVar("Told")
+Made = TypeVar("Made")
 
 #: How long a process waits for the others. One that has ended is noticed at once; this is for one that hangs.
 TIMEOUT = timedelta(minutes=5)
@@ -76,23 +75,22 @@ def joined(here: Place | None, *, cuda: bool) -> Iterator[None]:
     except RuntimeError as error:
         if not lost(error):
             raise
-        raise TrainError(told_lost(error)) from error
+        raise TrainError(words_for_lost(error)) from error
     dist.destroy_process_group()
 
 
-def first() -> bool:
-    """Whether this process is the one that writes and prints."""
-    ranks = ranks_of(None)
-    return ranks is None or ranks.rank == 0
+def is_rank0() -> bool:
+    """Return whether this process is the one that writes and prints."""
+    return world_of(None).is_rank0
 
 
-def told(make: Callable[[], Told], elsewhere: Callable[[Told], Told]) -> Told:
-    """What rank 0 makes; on the others what `elsewhere` makes of it, once it has travelled there."""
-    ranks = ranks_of(None)
-    if ranks is None:
+def broadcast_from_rank0(make: Callable[[], Made], elsewhere: Callable[[Made], Made]) -> Made:
+    """Return what rank 0 makes; on the others what `elsewhere` makes of it, once it has travelled there."""
+    world = world_of(None)
+    if world.size == 1:
         return make()
     parcel: list[Any] = [None]
-    if ranks.rank == 0:
+    if world.is_rank0:
         try:
             made = make()
             parcel = [(elsewhere(made),)]
@@ -105,16 +103,14 @@ def told(make: Callable[[], Told], elsewhere: Callable[[Told], Told]) -> Told:
     return parcel[0][0]
 
 
-def any_of(flag: bool) -> bool:
-    """Whether it is set on some rank."""
-    ranks = ranks_of(None)
-    return flag if ranks is None else any(row[0] for row in gather_numbers([flag], ranks, _HOST))
+def any_rank(flag: bool) -> bool:
+    """Return whether it is set on some rank."""
+    return any(row[0] for row in world_of(None).gather_numbers([flag], _HOST))
 
 
-def of_first(number: int) -> int:
-    """Rank 0's."""
-    ranks = ranks_of(None)
-    return number if ranks is None else gather_numbers([number], ranks, _HOST)[0][0]
+def from_rank0(number: int) -> int:
+    """Return rank 0's."""
+    return world_of(None).gather_numbers([number], _HOST)[0][0]
 
 
 def lost(error: BaseException) -> bool:
@@ -122,7 +118,7 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, getattr(dist, "DistError", ())) or "gloo" in str(error).lower()
 
 
-def told_lost(error: BaseException) -> str:
+def words_for_lost(error: BaseException) -> str:
     return f"lost another process, or it did not answer within {TIMEOUT.seconds} s ({one_line(error)})"
 
 
@@ -133,13 +129,12 @@ def one_line(error: BaseException) -> str:
 # ---- of a step -------------------------------------------------------------------------------------------------------
 
 
-def slices(rows: int, size: int, ranks: Ranks | None) -> list[tuple[int, int]]:
+def slices(rows: int, size: int, world: World) -> list[tuple[int, int]]:
     """Of every batch of `size` of the rows, the last one shorter, this rank's part: from and to; perhaps none."""
-    rank, count = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     found = []
     for start in range(0, rows, size):
         own = min(size, rows - start)
-        found.append((start + own * rank // count, start + own * (rank + 1) // count))
+        found.append((start + own * world.rank // world.size, start + own * (world.rank + 1) // world.size))
     return found
 
 
@@ -155,24 +150,18 @@ class _Valued(torch.autograd.Function):
         return gradient, None
 
 
-def with_global_values(losses: Sequence[Tensor], ranks: Ranks | None) -> list[Tensor]:
+def with_global_values(losses: Sequence[Tensor], world: World) -> list[Tensor]:
     """Losses whose values are the means over the ranks, while their gradients stay this rank's.
 
     A formula over them, even one that is not linear, then has a gradient whose mean over the ranks is the right one.
     """
-    if ranks is None:
+    if world.size == 1:
         return list(losses)
-    values = sum_(torch.stack([loss.detach() for loss in losses]), ranks) / ranks.size
+    values = world.mean_(torch.stack([loss.detach() for loss in losses]))
     return [_Valued.apply(loss, value) for loss, value in zip(losses, values, strict=True)]
 
 
-def average(parameters: Sequence[Tensor], ranks: Ranks | None) -> None:
-    """Gradients become means over the ranks."""
-    if ranks is not None:
-        average_gradients(parameters, ranks)
-
-
-def seed_epoch(seed: int, epoch: int, ranks: Ranks | None) -> None:
+def seed_epoch(seed: int, epoch: int, world: World) -> None:
     """Each rank draws its own (dropout), the same again when the epoch is repeated. One process goes on as before."""
-    if ranks is not None:
-        torch.manual_seed((seed * 1_000_003 + epoch) * 4096 + 1 + ranks.rank)
+    if world.size > 1:
+        torch.manual_seed((seed * 1_000_003 + epoch) * 4096 + 1 + world.rank)

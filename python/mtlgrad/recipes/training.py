@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.groups import ranks_of
+from ..world.ranks import world_of
 from .base import Job, Result, Settings, TrainError, task_loss
 from .optimizers import RATES, updates
 from .parts import Batch, Part, Recipe
@@ -36,7 +36,7 @@ class Training(ABC):
         torch.manual_seed(job.seed)
         self.net = recipe.net(self.tasks)
         self.weighting = self.method()(self.tasks, self.net, settings).to(recipe.device)
-        self.ranks = ranks_of(None)
+        self.world = world_of(None)
         self.lr = RATES[job.optimizer] if settings.lr is None else settings.lr
         self.steps = math.ceil(len(self.split.rows.train) / settings.batch_size)  #: batches of an epoch, for each task
         self.ticks = self.steps  #: how often an epoch calls `watch`
@@ -141,7 +141,7 @@ class Trainer(Training):
 
     def run_epoch(self, watch: Watch) -> None:
         start = time.perf_counter()
-        seed_epoch(self.job.seed, self.epoch, self.ranks)
+        seed_epoch(self.job.seed, self.epoch, self.world)
         before = timed(lambda: self.begin_epoch(watch), self.recipe.device)
         self.net.train()
         part = self._own(self.split.shuffled(self.epoch))
@@ -149,7 +149,7 @@ class Trainer(Training):
         shares: list[Tensor] = []
         variances: list[Tensor] = []
         seen, looked = 0, len(self.result.condition)
-        for i, batch in enumerate(part.batches(self.settings.batch_size, self.ranks)):
+        for i, batch in enumerate(part.batches(self.settings.batch_size, self.world)):
             total += batch.rows * self._step(self.epoch * self.steps + i, batch, shares, variances)
             seen += batch.rows
             watch(self.epoch, self.ticks - self.steps + i, total / seen)

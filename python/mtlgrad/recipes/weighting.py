@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..aligned import AlignedMTL
-from ..distributed.collectives import sum_
 from ..jacobian import task_backward
 from .base import MultiTaskNet, Settings, Task
 from .parts import Batch
@@ -277,9 +276,9 @@ class BayesAggregation(Weighting):
     def _of_all_ranks(self, mean: Tensor) -> Tensor:
         """The mean over all ranks' rows, from that over this rank's."""
         mean, batch = mean.detach().float(), self.batch
-        if batch is not None and batch.ranks is not None:
+        if batch is not None and batch.world.size > 1:
             own = mean * batch.own if batch.own else torch.zeros_like(mean)  # NaN of none
-            mean = sum_(own, batch.ranks) / batch.rows
+            mean = batch.world.sum_(own) / batch.rows
         return mean.cpu()
 
     def own_work(self, step: Step) -> Callable[[], object] | None:
@@ -295,7 +294,7 @@ SUMS = tuple(name for name, method in METHODS.items() if method.sums)
 
 def batch_losses(net: MultiTaskNet, tasks: Sequence[Task], views: Sequence[Tensor], batch: Batch) -> list[Tensor]:
     """Per task the loss of the whole batch, whose gradients' mean over the ranks is the loss's gradient."""
-    return with_global_values(net.losses(tasks, views, batch.targets, batch.divisor), batch.ranks)
+    return with_global_values(net.losses(tasks, views, batch.targets, batch.divisor), batch.world)
 
 
 def at_features(tasks: Sequence[Task], step: Step) -> tuple[Tensor, ...]:

@@ -1,0 +1,39 @@
+"""Walks over autograd's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Edges = set[tuple[Any, int]]  # nodes and the number of their output
+
+
+def edges_of(tensors: Iterable[Tensor]) -> Edges:
+    """Return where the tensors come from."""
+    return {(tensor.grad_fn, tensor.output_nr) for tensor in tensors}
+
+
+def walk(nodes: Iterable[Any], stop: Edges) -> Iterator[tuple[Any, int]]:
+    """Yield the edges of the graph behind the nodes, but for those in `stop` and what is behind these alone."""
+    stack = list(nodes)
+    seen = set(stack)
+    while stack:
+        for edge in stack.pop().next_functions:
+            if edge[0] is None or edge in stop:
+                continue
+            yield edge
+            if edge[0] not in seen:
+                seen.add(edge[0])
+                stack.append(edge[0])
+
+
+def leaves_of(tensors: Sequence[Tensor], stop: Edges) -> list[Tensor]:
+    """Return the leaves that the tensors were computed from without passing the edges in `stop`."""
+    found = dict.fromkeys(tensor for tensor in tensors if tensor.grad_fn is None)
+    starts = [tensor.grad_fn for tensor in tensors if tensor.grad_fn and (tensor.grad_fn, tensor.output_nr) not in stop]
+    for node, _ in walk(starts, stop):
+        if node.name() == "torch::autograd::AccumulateGrad":
+            found[node.variable] = None
+    return list(found)

@@ -1,0 +1,1 @@
+"""Several ranks that train together: the one room that knows torch.distributed."""
