@@ -16,7 +16,7 @@ from optim_cases import PAIRS, backward, fill, fill_grad, make, near, new, one_l
 from torch import Tensor, nn
 
 import mtlgrad
-from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_
+from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_, unscale_jac_
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 
@@ -46,6 +46,7 @@ def test_scaler(name: str) -> None:
         backward(nets[1], x, False)
         beside[1](x).square().mean().backward()
         scaler.unscale_(ours[0])
+        unscale_jac_(scaler, ours[0])
         for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
             assert torch.equal(getattr(p, "jac", p.grad), getattr(q, "jac", q.grad))
         for optimizer in (ours[0], plain[0]):
@@ -77,6 +78,8 @@ def test_scaler_skips_a_step(name: str, bad: float, explicit: bool) -> None:
         scaler.unscale_(second)
         with pytest.raises(RuntimeError, match="already been called"):
             scaler.unscale_(optimizer)
+        unscale_jac_(scaler, optimizer)
+        unscale_jac_(scaler, second)
     for each in (optimizer, second, plain):
         assert scaler.step(each) is None
     assert same([p, head], before[:2])
@@ -114,6 +117,7 @@ def test_scaler_then_clipping_then_step() -> None:
         scaled(scaler, nets[0], inputs(seed=seed))
         backward(nets[1], inputs(seed=seed), False)
         scaler.unscale_(optimizers[0])
+        unscale_jac_(scaler, optimizers[0])
         norms = [clip_task_grad_norm_(net.shared, 1e-3) for net in nets]
         assert torch.equal(*norms)
         assert (norms[0] > 1e-3).any()
@@ -126,13 +130,18 @@ def test_scaler_then_clipping_then_step() -> None:
 
 
 SCALED_AFTER_LOADING = """
-import pickle, sys, torch
+import pickle, sys, torch, mtlgrad
 optimizer = pickle.load(open(sys.argv[1], "rb"))
 [p] = optimizer.param_groups[0]["params"]
 p.jac = torch.full((2, 5), 8.0)
 scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
 scaler.scale(torch.ones(()))
 scaler.unscale_(optimizer)
+mtlgrad.optim.unscale_jac_(scaler, optimizer)
+assert (p.jac == 1.0).all(), p.jac
+scaler.update()
+p.jac = torch.full((2, 5), 8.0)
+scaler.step(optimizer)
 assert (p.jac == 1.0).all(), p.jac
 """
 

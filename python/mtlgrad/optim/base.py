@@ -13,7 +13,7 @@ from ..distributed.groups import name_of
 from ..distributed.jacobians import check_averaged, still_averaged
 from ..distributed.shards import is_sharded, local
 from ..jacobian import parameter_list
-from .amp import reach_jacobians
+from . import amp
 from .checks import check_gradients, check_jacobian, present_tasks
 from .dominance import Layers, layer_shares
 from .options import TaskOptions, check_group, moments_name
@@ -34,6 +34,7 @@ class TaskOptimizer(torch.optim.Optimizer):
     ordinary: ClassVar[type[torch.optim.Optimizer]]
     takes_sparse: ClassVar[bool] = False  #: whether that reads sparse gradients
 
+    _step_supports_amp_scaling: Any = property(amp.show)  #: GradScaler asks, and then looks at gradients
     _group: str | None = None  #: the name of process_group; groups cannot be pickled
 
     def __init__(
@@ -46,7 +47,6 @@ class TaskOptimizer(torch.optim.Optimizer):
     ):
         self._task_options = task_options._asdict()
         self._group = name_of(type(self).__name__, process_group)
-        reach_jacobians()
         super().__init__(params, *arguments, **settings)
 
     # ---- for each rule to say ----------------------------------------------------------------------------------------
@@ -86,10 +86,6 @@ class TaskOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_group": self._group}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        reach_jacobians()  # in a process that has made no such optimizer
-
     # ---- torch.optim's interface -------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -104,6 +100,7 @@ class TaskOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears ``.grad`` and ``.jac``, which is then absent (with ``set_to_none=False``: zero)."""
+        amp.put_back(self)
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for p in group["params"]:
@@ -123,6 +120,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         Under data parallelism all ranks take the same step, and all must take it. ``RuntimeError`` if a ``.jac`` is
         this rank's own, and not yet the mean. Of parameters that ``fully_shard`` shards every rank updates its shards.
         """
+        amp.check_unscaled(self)
         result = None
         if closure is not None:
             with torch.enable_grad():
