@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import mtlgrad
 from mtlgrad.distributed import global_means
-from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_
+from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_, unscale_jac_
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -207,6 +207,24 @@ def test_the_scale_of_fp16_and_its_overflow() -> None:
         optimizer.zero_grad()
         assert not hasattr(p, "jac")
         assert optimizer.optimizer.dominance().shape == (1, 2)
+
+
+def test_an_overflow_after_unscaling() -> None:
+    """What accelerator.unscale_gradients does sees no .jac; its overflow skips the step all the same."""
+    with accelerated():
+        p, gradients = jacobian(1024.0)
+        gradients[1, 2] = torch.inf
+        before = p.detach().clone()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimizer = AcceleratedOptimizer(AdaTaskAdam([p], num_tasks=2), device_placement=True, scaler=scaler)
+        scaler.scale(torch.ones(()))
+        scaler.unscale_(optimizer.optimizer)
+        unscale_jac_(scaler, optimizer)
+        clip_task_grad_norm_([p], 0.1)
+        optimizer.step()
+        assert optimizer.step_was_skipped
+        assert torch.equal(p, before)
+        assert scaler.get_scale() == 512.0
 
 
 def test_clipping_is_of_grad_alone() -> None:

@@ -116,11 +116,15 @@ def written_into() -> None:
         mtlgrad.optim.clip_task_grad_norm_([p], 1.0)
     scaler.scale(torch.zeros(()))
     with refused:
-        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+    scaler.unscale_(optimizer)
+    with refused:
+        mtlgrad.optim.unscale_jac_(scaler, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     average_jacobians([p])
     scaler.scale(torch.zeros(()))
     scaler.unscale_(optimizer)
+    mtlgrad.optim.unscale_jac_(scaler, optimizer)
     mtlgrad.optim.clip_task_grad_norm_([p], 0.1)
     optimizer.step()
     p.jac += rank  # as TorchJD accumulates

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mtlgrad
 from mtlgrad.distributed import average_jacobians, global_means
-from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_
+from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_, unscale_jac_
 from mtlgrad.world.jacobians import is_averaged
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
@@ -207,7 +207,7 @@ def test_one_rank_alone_is_told_and_does_not_wait() -> None:
 # ---- GradScaler ------------------------------------------------------------------------------------------------------
 
 
-def scaled(bad: bool) -> tuple[float, bool]:
+def scaled(bad: bool, explicit: bool) -> tuple[float, bool]:
     p, head = new(1, 5), nn.Parameter(torch.ones(2))
     optimizer = AdaTaskAdam([p, head], num_tasks=3)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -217,12 +217,17 @@ def scaled(bad: bool) -> tuple[float, bool]:
         p.jac[2, 3] = math.inf  # type: ignore[attr-defined]
     average_jacobians([p])
     before = p.detach().clone()
+    if explicit:
+        scaler.unscale_(optimizer)
+        unscale_jac_(scaler, optimizer)
+        clip_task_grad_norm_([p], 1.0)
     scaler.step(optimizer)
     scaler.update()
     return scaler.get_scale(), torch.equal(p, before)
 
 
-def test_scaler(two_ranks: Pool) -> None:
+@pytest.mark.parametrize("explicit", [False, True])
+def test_scaler(explicit: bool, two_ranks: Pool) -> None:
     """An infinity on one rank is in the mean, and skips the step of all."""
-    assert two_ranks(scaled, True) == [(2.0, True)] * 2
-    assert two_ranks(scaled, False) == [(4.0, False)] * 2
+    assert two_ranks(scaled, True, explicit) == [(2.0, True)] * 2
+    assert two_ranks(scaled, False, explicit) == [(4.0, False)] * 2

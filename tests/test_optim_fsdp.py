@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import mtlgrad
 from mtlgrad.distributed import global_means
-from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_
+from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_, unscale_jac_
 from mtlgrad.world.jacobians import mark_averaged
 from mtlgrad.world.shards import like_sharded, local
 
@@ -283,33 +284,48 @@ def test_random_bits(two_ranks: Pool) -> None:
 # ---- GradScaler ------------------------------------------------------------------------------------------------------
 
 
-def scaled(kind: str, bad: bool) -> Any:
+def scaled(kind: str, bad: bool, explicit: bool) -> Any:
     shared, heads = (shards(ps) for ps in both())
-    plain = new(20, 6)  # not sharded, as what fully_shard ignores
-    optimizer = AdaTaskAdam([*shared, *heads, plain], num_tasks=3)
+    # Not sharded, as what fully_shard ignores; torch's own unscale_ cannot have both.
+    plain = [] if explicit else [new(20, 6)]
+    optimizer = AdaTaskAdam([*shared, *heads, *plain], num_tasks=3)
     made: Any = torch.amp.GradScaler if kind == "plain" else ShardedGradScaler
     scaler = made("cpu", init_scale=8.0)
     scaler.scale(torch.ones(()))
     give(shared, 1)
-    give_grad([*heads, plain], 1)
+    give_grad([*heads, *plain], 1)
     if bad and dist.get_rank() == 0:
         local(shared[1].jac)[2].view(-1)[1] = math.inf
-    wanted = [local(p.jac) / 8.0 for p in shared] + [local(p.grad) / 8.0 for p in (*heads, plain)]
-    before = [local(p).clone() for p in (*shared, *heads, plain)]
+    wanted = [local(p.jac) / 8.0 for p in shared] + [local(p.grad) / 8.0 for p in (*heads, *plain)]
+    before = [local(p).clone() for p in (*shared, *heads, *plain)]
+    if explicit:
+        with warnings.catch_warnings():  # torch's own, of ShardedGradScaler and DTensors
+            warnings.filterwarnings("ignore", "Found a non-scalar tensor with numel=1")
+            scaler.unscale_(optimizer)
+        with pytest.raises(RuntimeError, match="found it scaled"):
+            scaler.step(optimizer)
+        unscale_jac_(scaler, optimizer)
+        if not bad:
+            clip_task_grad_norm_(shared, math.inf)
+    else:  # what others see that ask as the scaler does
+        assert not optimizer._step_supports_amp_scaling
+        assert torch.nn.utils.clip_grad_norm_([p for p in shared if p.grad is not None], 1.0) == 0.0
     scaler.step(optimizer)
-    found = [local(p.jac) for p in shared] + [local(p.grad) for p in (*heads, plain)]
+    found = [local(p.jac) for p in shared] + [local(p.grad) for p in (*heads, *plain)]
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert same(before, [local(p) for p in (*shared, *heads, plain)]) == bad
+    assert same(before, [local(p) for p in (*shared, *heads, *plain)]) == bad
+    assert all(p.grad is None for p in shared)
     scaler.update()
     return scaler.get_scale(), [whole(p) for p in shared]
 
 
+@pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "sharded"])
-def test_scalers(kind: str, two_ranks: Pool, four_ranks: Pool) -> None:
+def test_scalers(kind: str, explicit: bool, two_ranks: Pool, four_ranks: Pool) -> None:
     """An infinity in a shard of one rank skips the step of all, which agree on the scale."""
     for pool in (two_ranks, four_ranks):
-        assert {scale for scale, _ in pool(scaled, kind, True)} == {4.0}
-        every = pool(scaled, kind, False)
+        assert {scale for scale, _ in pool(scaled, kind, True, explicit)} == {4.0}
+        every = pool(scaled, kind, False, explicit)
         assert {scale for scale, _ in every} == {8.0}
         shared = both()[0]
         optimizer = AdaTaskAdam(shared, num_tasks=3)

@@ -207,8 +207,10 @@ def _condition_blocks(
 def _condition_rows(
     prior: Posterior, covariance: Tensor, hidden: Tensor, curvature: Tensor | None, name: str
 ) -> tuple[Tensor, Tensor] | None:
-    """Return cross covariances [r, B, W] and variances [r, W], from covariance [r, W, W] and curvature [r, B] (None: one);
-    None where that wants float64."""
+    """Return cross covariances [r, B, W] and variances [r, W]; None where that wants float64.
+
+    covariance is [r, W, W], curvature [r, B] (None: one).
+    """
     k = torch.matmul(hidden, covariance)
     g = torch.matmul(k, hidden.T)
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)

@@ -59,7 +59,7 @@ class Operation:
     """An operation, from which the operators of torch, their traced versions and the derivative follow.
 
     Args:
-        schema: as torch.library's, where the name of one of ``structs``, NamedTuples with a ``SCHEMA``, stands for that.
+        schema: as torch.library's; the name of one of ``structs``, NamedTuples with a ``SCHEMA``, stands for that.
         check: of all arguments; raises before anything is computed, in the real and in the traced version.
         kernel: ``kernel(kernels, *arguments, out)`` calls compiled code and writes to ``out``, a list of tensors, or
             returns NotImplemented for what that cannot take.

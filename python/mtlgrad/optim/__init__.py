@@ -2,7 +2,8 @@
 
 from .adagrad import AdaTaskAdagrad
 from .adam import AdaTaskAdam, AdaTaskAdamW
+from .amp import unscale_jac_
 from .clip import clip_task_grad_norm_
 from .rmsprop import AdaTaskRMSprop
 
-__all__ = ["AdaTaskAdagrad", "AdaTaskAdam", "AdaTaskAdamW", "AdaTaskRMSprop", "clip_task_grad_norm_"]
+__all__ = ["AdaTaskAdagrad", "AdaTaskAdam", "AdaTaskAdamW", "AdaTaskRMSprop", "clip_task_grad_norm_", "unscale_jac_"]

@@ -16,7 +16,7 @@ from ..ops import Operation, Step, TaskStep, step_settings
 from ..world.jacobians import check_averaged, still_averaged
 from ..world.ranks import name_of
 from ..world.shards import Totals, is_sharded, key_of_shard, local, only_row
-from .amp import reach_jacobians
+from . import amp
 from .checks import all_fit, check_gradients, check_jacobian, present_tasks
 from .dominance import Layers, layer_shares
 from .options import TaskOptions, check_group, moments_name
@@ -40,6 +40,7 @@ class TaskOptimizer(torch.optim.Optimizer):
     fields: ClassVar[tuple[str, ...]]  #: of `moments`, by the names of torch.optim's state
     shared_fields: ClassVar[tuple[str, ...]] = ()  #: those that all tasks have together
 
+    _step_supports_amp_scaling: Any = property(amp.show)  #: GradScaler asks, and then looks at gradients
     _group: str | None = None  #: the name of process_group; groups cannot be pickled
     _kept: dict[Any, tuple[TaskStep, Any]]  #: by group and device, with the moments_dtype that state was made for
 
@@ -54,7 +55,6 @@ class TaskOptimizer(torch.optim.Optimizer):
         self._task_options = task_options._asdict()
         self._group = name_of(type(self).__name__, process_group)
         self._kept = {}
-        reach_jacobians()
         super().__init__(params, *arguments, **settings)
 
     # ---- for each rule to say ----------------------------------------------------------------------------------------
@@ -84,7 +84,6 @@ class TaskOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._kept = {}
-        reach_jacobians()  # in a process that has made no such optimizer
 
     # ---- torch.optim's interface -------------------------------------------------------------------------------------
 
@@ -100,6 +99,7 @@ class TaskOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears ``.grad`` and ``.jac``, which is then absent (with ``set_to_none=False``: zero)."""
+        amp.put_back(self)
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for p in group["params"]:
@@ -119,6 +119,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         Under data parallelism all ranks take the same step, and all must take it. ``RuntimeError`` if a ``.jac`` is
         this rank's own, and not yet the mean. Of parameters that ``fully_shard`` shards every rank updates its shards.
         """
+        amp.check_unscaled(self)
         result = None
         if closure is not None:
             with torch.enable_grad():

@@ -13,6 +13,7 @@ from ..arguments import parameter_list
 from ..world.jacobians import check_averaged, still_averaged
 from ..world.ranks import name_of
 from ..world.shards import by_groups, local, sum_over
+from .amp import clipping
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,7 +66,7 @@ def clip_task_grad_norm_(
             f"task {finite.index(False)}; leave error_if_nonfinite out to clip all the same"
         )
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    with still_averaged(jacobians):
+    with still_averaged(jacobians), clipping(jacobians):
         for row in rows:
             row.mul_(factors.to(row.dtype).view(-1, *[1] * (row.dim() - 1)))
     return norms

@@ -38,7 +38,7 @@ _BELOW = {
 }
 
 _REFUSED = {
-    "fused": "torch's fused step would not wait for .jac to be unscaled",
+    "fused": "torch's fused step unscales .grad itself, and GradScaler would leave .jac scaled",
     "differentiable": "the step cannot be differentiated",
 }
 
