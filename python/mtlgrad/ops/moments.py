@@ -324,13 +324,7 @@ _binary = _declare(
 
 
 def multiclass_moments(
-    features: Tensor,
-    targets: Tensor,
-    mean: Tensor,
-    covariance: Covariance,
-    *,
-    num_points: int = 256,
-    seed: int = 0,
+    features: Tensor, targets: Tensor, mean: Tensor, covariance: Covariance, *, num_points: int = 256, seed: int = 0
 ) -> Moments:
     """Return the moments of the gradient of softmax cross entropy for weights (W, b) jointly Gaussian over C classes.
 
