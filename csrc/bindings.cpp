@@ -233,6 +233,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind(m, "multiclass_workspace", multiclass_workspace);
   bind(m, "condition_on_batch", cpu::condition_on_batch);
+  bind(m, "count_steps", cpu::count_steps);
 
   py::module_ on_cpu = m.def_submodule("cpu");
   on_cpu.attr("adatask_max_tasks") = std::numeric_limits<int64_t>::max();

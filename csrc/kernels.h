@@ -213,6 +213,11 @@ void align(const double* gram, const double* preference, Scale, double rtol, int
 // b <- momentum b + sum_t w_t g_t / (...), parameter <- parameter - lr b. `workspace` holds adatask_workspace(...)
 // float64, and is needed for `squares` alone.
 int64_t adatask_workspace(int64_t tasks, int64_t tensors, int64_t columns);
+
+// steps[p][t] += 1, float32, for the tasks that are present (null: all), before a step. Host only: torch's addition to many
+// tensors takes 2 us each there, and no time on a device.
+void count_steps(void* const* steps, int64_t tensors, int64_t tasks, const bool* present);
+
 void adam(DType parameters, DType moments, const Rows& gradients, const StepTensors&, const AdamMoments&, const Adam&,
           const StepSettings&, double* workspace, Place);
 void rmsprop(DType parameters, DType moments, const Rows& gradients, const StepTensors&, const RMSpropMoments&,

@@ -251,6 +251,12 @@ void step(DType parameters, DType moments, Call call, int threads) {
 
 }  // namespace
 
+void count_steps(void* const* steps, int64_t tensors, int64_t tasks, const bool* present) {
+  for (int64_t p = 0; p < tensors; ++p)
+    for (int64_t t = 0; t < tasks; ++t)
+      if (!present || present[t]) static_cast<float*>(steps[p])[t] += 1.0f;
+}
+
 int64_t adatask_workspace(int64_t tasks, int64_t tensors, int64_t columns) {
   return (Shares(columns, 1).slots + tensors) * tasks;
 }

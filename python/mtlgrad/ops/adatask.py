@@ -36,20 +36,21 @@ Who takes many steps over the same tensors keeps a :class:`TaskStep`, which look
 from __future__ import annotations
 
 import itertools
+import weakref
 from array import array
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..reference.adatask import Lists, Rate
-from ._native import KERNELS, launch_place
-from ._operation import Operation, hide_from_dynamo, mark_written
+from ._native import _C, KERNELS, launch_place
+from ._operation import Operation, hide_from_dynamo, is_eager, mark_written
 from .checks import refuse, shape_of
 from .rows import DTYPE_CODES, pointers
 
@@ -448,8 +449,7 @@ class _Launch:
     """The parameters of one dtype, with moments of one dtype, as a kernel takes them; all but the tensors."""
 
     def __init__(self, op: str, step: Step, places: Sequence[int], moment_dtype: torch.dtype):
-        self.op, self.tasks, self.places = op, step.tasks, places
-        self.whole = len(places) == len(step.parameters)
+        self.op, self.tasks, self.places, self.whole = op, step.tasks, places, len(places) == len(step.parameters)
         own = self._own(step.parameters)
         self.codes = DTYPE_CODES[own[0].dtype], DTYPE_CODES[moment_dtype]
         self.sizes = array("q", map(Tensor.numel, own))
@@ -457,18 +457,8 @@ class _Launch:
         keys = step.settings.keys
         self.keys = None if keys is None else array("q", [keys[p] for p in places])
 
-    def _own(self, tensors: list[Tensor], each: int = 1) -> list[Tensor]:
-        return tensors if self.whole else [tensors[p * each + t] for p in self.places for t in range(each)]
-
-    def tables(self, step: Step) -> list[array[int] | None]:
-        """Read the addresses of all that is changed."""
-        found: list[array[int] | None] = []
-        for every in step.tensors:
-            tensors = self._own(every, len(every) // len(step.parameters))
-            found.append(pointers(tensors) if tensors else None)
-            if tensors and 0 in found[-1] and any(t.numel() and not t.data_ptr() for t in tensors):  # type: ignore[operator]
-                refuse(f"{self.op}: expected tensors with memory, found one whose storage was freed")
-        return found
+    def _own(self, of_all: list[Any], each: int = 1) -> list[Any]:
+        return of_all if self.whole else [of_all[p * each + t] for p in self.places for t in range(each)]
 
     def _rows(self, step: Step) -> tuple[Any, list[Tensor]]:
         """Return the gradients' table, and what its pointers need alive."""
@@ -478,9 +468,12 @@ class _Launch:
             apart = array("q", [j.stride(0) * j.element_size() for j in kept])
         return (pointers(kept), apart, self.sizes, self.tasks), kept
 
-    def run(self, kernels: ModuleType, tables: Sequence[array[int] | None], step: Step) -> None:
-        (parameters, *moments, steps, squares), by = tables, step.settings
-        rows, kept = self._rows(step)
+    def run(self, kernels: ModuleType, tables: Sequence[array[int]], step: Step) -> None:
+        parameters, *moments, steps, squares = (
+            table if self.whole else array("Q", self._own(table, len(table) // len(step.parameters))) or None  # type: ignore[arg-type]
+            for table in tables
+        )
+        (rows, kept), by = self._rows(step), step.settings
         device = kept[0].device
         size = kernels.adatask_workspace(self.tasks, len(self.places), sum(self.sizes)) if squares else 0
         workspace = torch.empty(size, dtype=torch.float64, device=device)
@@ -490,8 +483,8 @@ class _Launch:
         getattr(kernels, self.op.removeprefix("adatask_"))(
             *self.codes,
             rows,
-            (parameters, steps, squares, self.keys),
-            tuple(moments),
+            (parameters, steps, squares or None, self.keys),
+            tuple(table or None for table in moments),
             tuple(step.rule),
             (by.lr, lr, by.eps, by.weight_decay, by.maximize, stochastic, by.square_decay, weights, present),
             workspace.data_ptr(),
@@ -511,12 +504,23 @@ def _launches(op: str, step: Step) -> list[_Launch]:
     return [_Launch(op, step, places, moment) for (_, moment), places in groups.items()]
 
 
-def _run(kernels: ModuleType, launches: Sequence[_Launch], step: Step) -> None:
-    tables = [launch.tables(step) for launch in launches]  # all, before the first kernel changes anything
+def _tables(op: str, step: Step) -> list[array[int]]:
+    """Read the addresses of all that is changed."""
+    tables = list(map(pointers, step.tensors))
+    for table, tensors in zip(tables, step.tensors):
+        if 0 in table and any(t.numel() and not t.data_ptr() for t in tensors):
+            refuse(f"{op}: expected tensors with memory, found one whose storage was freed")
+    return tables
+
+
+def _run(kernels: ModuleType, launches: Sequence[_Launch], tables: Sequence[array[int]], step: Step) -> None:
     present = step.settings.present
-    torch._foreach_add_(step.steps, 1.0 if present is None else [present.to(torch.float32)] * len(step.steps))
-    for launch, table in zip(launches, tables):
-        launch.run(kernels, table, step)
+    if step.steps[0].device.type == "cpu":
+        _C.count_steps(tables[-2], len(step.steps), step.tasks, 0 if present is None else present.data_ptr())
+    else:
+        torch._foreach_add_(step.steps, 1.0 if present is None else [present.to(torch.float32)] * len(step.steps))
+    for launch in launches:
+        launch.run(kernels, tables, step)
 
 
 def _kernel(op: str, kernels: ModuleType, *arguments: Any) -> Any:
@@ -524,7 +528,7 @@ def _kernel(op: str, kernels: ModuleType, *arguments: Any) -> Any:
     if given.tasks > kernels.adatask_max_tasks:
         return NotImplemented
     step, copies = _in_order(op, given)
-    _run(kernels, _launches(op, step), step)
+    _run(kernels, _launches(op, step), _tables(op, step), step)
     for tensor, copy in copies:
         tensor.copy_(copy)
     mark_written(given.parameters)
@@ -569,60 +573,56 @@ ADAGRAD = _declare("adatask_adagrad", AdagradMoments, Adagrad)
 
 
 class TaskStep:
-    """Take steps over parameters and moments that are alike from step to step.
+    """Take steps over the same parameters and moments, again and again.
 
-    What follows from their dtypes, sizes and layouts is kept, and made anew when one of these has changed. No tensor
-    is: each step reads all addresses from the tensors that it is given.
+    What follows from them is looked at once, and again when one of them has died, is another, has moved, or lies
+    otherwise. It keeps none of them alive, and uses no address that it has not read from its tensor in the same step.
     """
-
-    _PLAIN: ClassVar = {Tensor, torch.nn.Parameter}
 
     def __init__(self, operation: Operation):
         self.operation = operation
-        self._known: Any = None  #: what the tensors were like, for which all that follows was made
+        self._known: list[Any] = []  #: of the tensors that all that follows was made for; empty: of none
+        self._watched: list[weakref.ref[Tensor]] = []  #: until one dies, an identity is that of one of these
         self._launches: list[_Launch] = []
-        self._shapes: list[tuple[int, ...]] = []  #: of the jacobians
+        self._expected: list[Any] = []  #: the jacobians' shapes, dtypes and devices
 
     def __call__(self, step: Step) -> None:
-        device = step.parameters[0].device
-        kernels = None if torch.compiler.is_compiling() else KERNELS.get(device.type)
-        if kernels is None or not self._fits(kernels, step):
+        kernels = KERNELS.get(step.parameters[0].device.type)
+        if kernels is None or not is_eager(step.jacobians) or not self._fits(kernels, step):
             self.operation(*step)
             return
-        _check_settings(self.operation.name, device, step.settings)
+        _check_settings(self.operation.name, step.parameters[0].device, step.settings)
         self._run(kernels, step)
 
     @hide_from_dynamo
     def _run(self, kernels: ModuleType, step: Step) -> None:
-        _run(kernels, self._launches, step)
+        _run(kernels, self._launches, self._known[-1], step)
         mark_written(step.parameters)
 
     def _fits(self, kernels: ModuleType, step: Step) -> bool:
         """Whether a kernel can work on the tensors themselves; the operation knows what to do with all others."""
-        every = list(itertools.chain(*step.tensors))
-        looks = [list(map(_DTYPE, every)), list(map(_DEVICE, every)), list(map(Tensor.is_contiguous, every))]
-        # A tensor that is contiguous is its elements in order, whatever its shape.
-        looks += (
-            [list(map(Tensor.numel, every))]
-            if all(looks[-1])
-            else [list(map(_SHAPE, every)), list(map(Tensor.stride, every))]
-        )
-        looks += [[len(tensors) for tensors in step.tensors], step.settings.keys, step.tasks]
-        if looks != self._known:
-            self._known = None
-            if step.tasks > kernels.adatask_max_tasks or not set(map(type, every)) <= self._PLAIN:
+        op, tensors = self.operation.name, step.tensors
+        lie = all(map(Tensor.is_contiguous, step.parameters)) or list(map(Tensor.stride, step.parameters))
+        known = [step.tasks, step.settings.keys, lie, [list(map(id, some)) for some in tensors], _tables(op, step)]
+        if known != self._known:
+            self._forget()
+            every = list(itertools.chain(*tensors))
+            if step.tasks > kernels.adatask_max_tasks or not is_eager(every):
                 return False
-            _check(self.operation.name, *step)
-            if _in_order(self.operation.name, step)[1]:
+            _check(op, *step)
+            if _in_order(op, step)[1]:
                 return False
-            self._launches = _launches(self.operation.name, step)
-            self._shapes = [(step.tasks, *shape) for shape in map(_SHAPE, step.parameters)]
-            self._known = looks
-        jacobians, first = step.jacobians, len(step.parameters)
+            self._launches = _launches(op, step)
+            shapes = [(step.tasks, *shape) for shape in map(_SHAPE, step.parameters)]
+            self._expected = [shapes, list(map(_DTYPE, step.parameters)), list(map(_DEVICE, step.parameters))]
+            self._watched, self._known = [weakref.ref(tensor, self._forget) for tensor in every], known
+        jacobians = step.jacobians
         return (
-            list(map(_SHAPE, jacobians)) == self._shapes
-            and list(map(_DTYPE, jacobians)) == looks[0][:first]
-            and list(map(_DEVICE, jacobians)) == looks[1][:first]
-            and set(map(type, every)) | set(map(type, jacobians)) <= self._PLAIN
+            list(map(_SHAPE, jacobians)) == self._expected[0]
+            and list(map(_DTYPE, jacobians)) == self._expected[1]
+            and list(map(_DEVICE, jacobians)) == self._expected[2]
             and set(map(_LAYOUT, jacobians)) == {torch.strided}
         )
+
+    def _forget(self, _: object = None) -> None:
+        self._known, self._watched = [], []

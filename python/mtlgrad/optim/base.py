@@ -140,10 +140,10 @@ class TaskOptimizer(torch.optim.Optimizer):
                 self._ordinary_step()
         totals = Totals()
         for number, (group, plan) in enumerate(pairs):
-            for device in plan.devices:
-                per_task, single = plan.tasks.on(device), plan.single.on(device)
-                self._update(number, group, per_task, group["num_tasks"], present.get(device), totals)
-                self._update(number, group, single, None, None, totals)
+            for own in plan.tasks.by_device():
+                self._update(number, group, own, group["num_tasks"], present.get(own.parameters[0].device), totals)
+            for own in plan.single.by_device():
+                self._update(number, group, own, None, None, totals)
         totals.add_up()
         return result
 
@@ -380,8 +380,6 @@ class TaskOptimizer(torch.optim.Optimizer):
         totals: Totals,
     ) -> None:
         """`number`: of the group; without `tasks` parameters have one, and state as torch.optim's."""
-        if not own.keys:
-            return
         parameters, jacobians, keys = own
         place = number, parameters[0].device, tasks is None
         kept, moments_dtype = self._kept.get(place, (None, None))
@@ -394,7 +392,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         except KeyError:  # a parameter's first step
             self._make_state(group, parameters, tasks)
             moments, steps, squares = self._state_of(group, parameters, tasks)
-        if any(map(is_sharded, parameters)):
+        if not set(map(type, parameters)) <= {Tensor, torch.nn.Parameter} and any(map(is_sharded, parameters)):
             moments = [list(map(local, tensors)) for tensors in moments]
             squares = [totals.part(p, square) for p, square in zip(parameters, squares)]
             keys = [key_of_shard(key, p) for key, p in zip(keys, parameters)]

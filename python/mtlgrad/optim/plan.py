@@ -19,9 +19,12 @@ class TaskParameters(NamedTuple):
     jacobians: list[Tensor]  #: their gradients [T, *shape]
     keys: list[int]  #: their numbers among all parameters, for random bits
 
-    def on(self, device: torch.device) -> TaskParameters:
-        places = [i for i, p in enumerate(self.parameters) if p.device == device]
-        return self if len(places) == len(self.keys) else TaskParameters(*([own[i] for i in places] for own in self))  # type: ignore[arg-type]
+    def by_device(self) -> list[TaskParameters]:
+        devices = [p.device for p in self.parameters]
+        if len(set(devices)) <= 1:
+            return [self] * bool(devices)
+        places = {device: [i for i, other in enumerate(devices) if other == device] for device in devices}
+        return [TaskParameters(*([own[i] for i in some] for own in self)) for some in places.values()]  # type: ignore[arg-type]
 
 
 class StepPlan(NamedTuple):
@@ -30,10 +33,6 @@ class StepPlan(NamedTuple):
     tasks: TaskParameters  #: with moments per task
     single: TaskParameters  #: T = 1: with one set of moments, of another dtype than the parameter's
     ordinary: list[tuple[Tensor, Tensor]]  #: left to torch.optim, with their gradients
-
-    @property
-    def devices(self) -> list[torch.device]:
-        return list(dict.fromkeys(p.device for p in (*self.tasks.parameters, *self.single.parameters)))
 
 
 def gradients_of(plans: Sequence[StepPlan]) -> Any:
