@@ -148,8 +148,9 @@ class AlignedMTL(nn.Module):
     def _prepare(self, device: torch.device) -> None:
         """Memory on the device, once: a copy at each use would wait for the host, and could not be captured."""
         self._result: AlignResult = empty_result(self.num_tasks, device)
-        preference = [1.0] * self.num_tasks if self.preference is None else self.preference
-        self._preference = torch.tensor(preference, dtype=torch.float64, device=device)
+        self._preference: Tensor | None = None
+        if self.preference is not None:
+            self._preference = torch.tensor(self.preference, dtype=torch.float64, device=device)
 
     def _use(self, device: torch.device) -> None:
         if self._result.weights.device != device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
@@ -55,11 +56,29 @@ def define_operator(schema: str, kernel: Callable[..., Any], fake: Callable[...,
     return getattr(torch.ops.mtlgrad, name).default
 
 
+Changed = list[Tensor]  #: which an operation writes to
+
+_TORCH_TYPES = {
+    "Changed": "Changed",
+    "list[Tensor]": "Tensor[]",
+    "Tensor | None": "Tensor?",
+    "list[float]": "float[]",
+    "list[int] | None": "int[]?",
+    **{name: name for name in ("float", "int", "bool")},
+}
+
+
+def _fields(struct: Any) -> str:
+    """Return a NamedTuple's fields, as a schema has them."""
+    kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in struct.__annotations__.items()}
+    return ", ".join(f"{_TORCH_TYPES[kind]} {name}" for name, kind in kinds.items())
+
+
 class Operation:
     """An operation, from which the operators of torch, their traced versions and the derivative follow.
 
     Args:
-        schema: as torch.library's; the name of one of ``structs``, NamedTuples with a ``SCHEMA``, stands for that.
+        schema: as torch.library's; a NamedTuple of ``structs`` stands for its fields, ``Changed`` for what is written.
         check: of all arguments; raises before anything is computed, in the real and in the traced version.
         kernel: ``kernel(kernels, *arguments, out)`` calls compiled code and writes to ``out``, a list of tensors, or
             returns NotImplemented for what that cannot take.
@@ -89,7 +108,8 @@ class Operation:
         kinds = {kind.__name__: kind for kind in structs}
         texts = listed.split(", ")
         self._kinds: list[Any] = [kinds.get(text.split()[0]) for text in texts]
-        expanded = ", ".join(kind.SCHEMA if kind else text for kind, text in zip(self._kinds, texts))
+        whole = ", ".join(_fields(kind) if kind else text for kind, text in zip(self._kinds, texts))
+        expanded = re.sub(r"Changed (\w+)", r"Tensor(\1!)[] \1", whole)
         self._operator = define_operator(f"{self.name}({expanded}) -> {self._returns}", self._run, self._fake)
         if check_out is not None:
             into = f"{self.name}_into({expanded}, Tensor(out!)[] out) -> ()"
@@ -167,9 +187,10 @@ class Operation:
     def _compute(self, arguments: Sequence[Any], out: list[Tensor]) -> None:
         kernels: ModuleType | None = KERNELS.get(_first(arguments).device.type)
         if kernels is None or self._kernel(kernels, *arguments, out) is NotImplemented:
-            found = self._reference(*arguments)
-            for target, value in zip(out, [found] if isinstance(found, Tensor) else found or (), strict=True):
-                target.copy_(value)
+            with torch.no_grad():
+                found = self._reference(*arguments)
+                for target, value in zip(out, [found] if isinstance(found, Tensor) else found or (), strict=True):
+                    target.copy_(value)
 
     def _returned(self, out: list[Tensor]) -> Any:
         if self._returns == "()":

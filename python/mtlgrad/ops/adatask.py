@@ -42,7 +42,7 @@ from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,12 +50,9 @@ from torch import Tensor
 from .. import reference
 from ..reference.adatask import Lists, Rate
 from ._native import _C, KERNELS, launch_place
-from ._operation import Operation, hide_from_dynamo, is_eager, mark_written
+from ._operation import Changed, Operation, hide_from_dynamo, is_eager, mark_written
 from .checks import refuse, shape_of
-from .rows import DTYPE_CODES, pointers
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .rows import DTYPE_CODES, in_order_of, pointers, same_order
 
 __all__ = ["TaskStep", "adatask_adagrad", "adatask_adam", "adatask_rmsprop"]
 
@@ -76,32 +73,23 @@ _SHAPE, _DTYPE, _DEVICE, _LAYOUT = map(attrgetter, ("shape", "dtype", "device", 
 class AdamMoments(NamedTuple):
     """Parameter after parameter, T tensors each."""
 
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    max_exp_avg_sqs: list[Tensor]  #: none: not amsgrad
-
-    SCHEMA = "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs"
-    SQUARES = "exp_avg_sqs"  #: whose dtype all have
+    exp_avgs: Changed
+    exp_avg_sqs: Changed
+    max_exp_avg_sqs: Changed  #: none: not amsgrad
 
 
 class RMSpropMoments(NamedTuple):
     """Parameter after parameter, T tensors each; one buffer each."""
 
-    square_avgs: list[Tensor]
-    grad_avgs: list[Tensor]  #: none: not centered
-    momentum_buffers: list[Tensor]  #: none: no momentum
-
-    SCHEMA = "Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, Tensor(d!)[] momentum_buffers"
-    SQUARES = "square_avgs"
+    square_avgs: Changed
+    grad_avgs: Changed  #: none: not centered
+    momentum_buffers: Changed  #: none: no momentum
 
 
 class AdagradMoments(NamedTuple):
     """Parameter after parameter, T tensors each."""
 
-    state_sums: list[Tensor]
-
-    SCHEMA = "Tensor(b!)[] state_sums"
-    SQUARES = "state_sums"
+    state_sums: Changed
 
 
 class Adam(NamedTuple):
@@ -109,20 +97,14 @@ class Adam(NamedTuple):
     beta2: float
     decoupled: bool
 
-    SCHEMA = "float beta1, float beta2, bool decoupled"
-
 
 class RMSprop(NamedTuple):
     alpha: float
     momentum: float
 
-    SCHEMA = "float alpha, float momentum"
-
 
 class Adagrad(NamedTuple):
     lr_decay: float
-
-    SCHEMA = "float lr_decay"
 
 
 class StepSettings(NamedTuple):
@@ -137,11 +119,6 @@ class StepSettings(NamedTuple):
     task_weights: list[float]
     present: Tensor | None
     keys: list[int] | None
-
-    SCHEMA = (
-        "float lr, Tensor? lr_tensor, float eps, float weight_decay, bool maximize, float square_decay, "
-        "float[] task_weights, Tensor? present, int[]? keys"
-    )
 
 
 class Step(NamedTuple):
@@ -165,23 +142,12 @@ class Step(NamedTuple):
         return (self.parameters, *self.moments, self.steps, self.squares)
 
     def moment_dtypes(self) -> list[torch.dtype]:
-        """One a parameter."""
-        return list(map(_DTYPE, getattr(self.moments, self.moments.SQUARES)[:: self.tasks]))
+        """One a parameter: that of a second moment, which all of its moments have."""
+        squares = self.moments.exp_avg_sqs if isinstance(self.moments, AdamMoments) else self.moments[0]
+        return list(map(_DTYPE, squares[:: self.tasks]))
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
-
-
-class Shared(TypedDict, total=False):
-    """Options of the three rules."""
-
-    weight_decay: float
-    maximize: bool
-    task_weights: Sequence[float] | None
-    present: Tensor | None
-    squares: Sequence[Tensor] | None
-    square_decay: float
-    keys: Sequence[int] | None
 
 
 def adatask_adam(
@@ -196,16 +162,14 @@ def adatask_adam(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     decoupled: bool = False,
-    **shared: Unpack[Shared],
+    **shared: Any,
 ) -> None:
     """Take a step of Adam (``decoupled``: AdamW; ``max_exp_avg_sqs``: amsgrad) with moments per task; see above.
 
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.Adam (DESIGN 4.5).
     """
-    tasks = _tasks("adatask_adam", parameters, jacobians)
     lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
-    moments = AdamMoments(*_flat("adatask_adam", tasks, lists))
-    _take_step(ADAM, tasks, parameters, jacobians, moments, steps, Adam(*betas, decoupled), lr, eps, **shared)
+    _take_step(ADAM, parameters, jacobians, AdamMoments, lists, (), steps, Adam(*betas, decoupled), lr, eps, **shared)
 
 
 def adatask_rmsprop(
@@ -220,7 +184,7 @@ def adatask_rmsprop(
     alpha: float = 0.99,
     eps: float = 1e-8,
     momentum: float = 0.0,
-    **shared: Unpack[Shared],
+    **shared: Any,
 ) -> None:
     """Take a step of RMSProp with a second moment per task; see above for the arguments.
 
@@ -229,10 +193,9 @@ def adatask_rmsprop(
 
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.RMSprop (DESIGN 4.5).
     """
-    tasks = _tasks("adatask_rmsprop", parameters, jacobians)
-    per_task = _flat("adatask_rmsprop", tasks, {"square_avgs": square_avgs, "grad_avgs": grad_avgs})
-    moments = RMSpropMoments(*per_task, list(momentum_buffers or ()))
-    _take_step(RMSPROP, tasks, parameters, jacobians, moments, steps, RMSprop(alpha, momentum), lr, eps, **shared)
+    lists, buffers = {"square_avgs": square_avgs, "grad_avgs": grad_avgs}, [list(momentum_buffers or ())]
+    rule = RMSprop(alpha, momentum)
+    _take_step(RMSPROP, parameters, jacobians, RMSpropMoments, lists, buffers, steps, rule, lr, eps, **shared)
 
 
 def adatask_adagrad(
@@ -244,34 +207,43 @@ def adatask_adagrad(
     lr: Rate = 1e-2,
     lr_decay: float = 0.0,
     eps: float = 1e-10,
-    **shared: Unpack[Shared],
+    **shared: Any,
 ) -> None:
     """Take a step of AdaGrad with a sum of squared gradients per task; see above for the arguments.
 
     Source: arXiv 2211.15055, section 4, with the state of torch.optim.Adagrad (DESIGN 4.5).
     """
-    tasks = _tasks("adatask_adagrad", parameters, jacobians)
-    moments = AdagradMoments(*_flat("adatask_adagrad", tasks, {"state_sums": state_sums}))
-    _take_step(ADAGRAD, tasks, parameters, jacobians, moments, steps, Adagrad(lr_decay), lr, eps, **shared)
+    lists, rule = {"state_sums": state_sums}, Adagrad(lr_decay)
+    _take_step(ADAGRAD, parameters, jacobians, AdagradMoments, lists, (), steps, rule, lr, eps, **shared)
 
 
 def _take_step(
     operation: Operation,
-    tasks: int,
     parameters: Sequence[Tensor],
     jacobians: Sequence[Tensor],
     moments: Any,
+    per_task: dict[str, Any],
+    buffers: Sequence[list[Tensor]],
     steps: Sequence[Tensor],
     rule: Any,
     lr: Rate,
     eps: float,
-    *,
     squares: Sequence[Tensor] | None = None,
     **shared: Any,
 ) -> None:
-    settings = step_settings(operation.name, tasks, lr, eps, **shared)
+    op, first = operation.name, jacobians[0] if jacobians else None
+    if first is not None and (first.dim() == 0 or first.shape[0] == 0):
+        refuse(f"{op}: jacobians: expected [T, *shape] with at least one task, found {shape_of(first)}")
+    tasks = 1 if first is None else first.shape[0]
+    for name, lists in per_task.items():
+        for p, row in enumerate(lists or ()):
+            if len(row) != tasks:
+                refuse(f"{op}: {name}: expected {tasks} tensors, one a task, for parameter {p}, found {len(row)}")
+    flat = [list(itertools.chain.from_iterable(lists or ())) for lists in per_task.values()]
+    settings = step_settings(op, tasks, lr, eps, **shared)
     if parameters:
-        operation(list(parameters), list(jacobians), moments, list(steps), list(squares or ()), rule, settings)
+        gradients, counts, averages = list(jacobians), list(steps), list(squares or ())
+        operation(list(parameters), gradients, moments(*flat, *buffers), counts, averages, rule, settings)
 
 
 def step_settings(
@@ -302,67 +274,40 @@ def step_settings(
     return StepSettings(number, on_device, eps, weight_decay, maximize, square_decay, weights, present, listed)
 
 
-def _tasks(op: str, parameters: Sequence[Tensor], jacobians: Sequence[Tensor]) -> int:
-    """Return T, and refuse what the operator would not be asked about."""
-    _check_dense(op, "parameters", parameters)
-    _check_dense(op, "jacobians", jacobians)
-    if not jacobians:
-        return 1
-    if jacobians[0].dim() == 0 or jacobians[0].shape[0] == 0:
-        refuse(f"{op}: jacobians: expected [T, *shape] with at least one task, found {shape_of(jacobians[0])}")
-    return jacobians[0].shape[0]
-
-
-def _check_dense(op: str, name: str, tensors: Sequence[Tensor], each: int = 1) -> None:
-    for i, tensor in enumerate(tensors):
-        if tensor.layout != torch.strided:
-            refuse(f"{op}: {name}: expected a dense tensor for parameter {i // each}, found {tensor.layout}")
-
-
-def _flat(op: str, tasks: int, named: dict[str, Any]) -> list[list[Tensor]]:
-    found = []
-    for name, lists in named.items():
-        for p, row in enumerate(lists or ()):
-            if len(row) != tasks:
-                refuse(f"{op}: {name}: expected {tasks} tensors, one a task, for parameter {p}, found {len(row)}")
-        found.append(list(itertools.chain.from_iterable(lists or ())))
-        _check_dense(op, name, found[-1], tasks)
-    return found
-
-
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 
 def _check(op: str, *arguments: Any) -> None:
     """Refuse what does not fit, before anything is changed."""
     step = Step(*arguments)
-    parameters, tasks, settings = step.parameters, step.tasks, step.settings
+    parameters, tasks, keys, named = step.parameters, step.tasks, step.settings.keys, step.moments._asdict()
     count, device = len(parameters), parameters[0].device
-    lists = {"jacobians": step.jacobians, **step.moments._asdict(), "steps": step.steps, "squares": step.squares}
-    if settings.keys is not None and len(settings.keys) != count:
-        refuse(f"{op}: keys: expected {count}, one a parameter, found {len(settings.keys)}")
-    for name, tensors in lists.items():
-        per_task = name in step.moments._fields and name != "momentum_buffers"
-        expected = count * (tasks if per_task else 1)
+    if keys is not None and len(keys) != count:
+        refuse(f"{op}: keys: expected {count}, one a parameter, found {len(keys)}")
+    for name, tensors in {"jacobians": step.jacobians, **named, "steps": step.steps, "squares": step.squares}.items():
+        per_task = name in named and name != "momentum_buffers"
+        expected = count * tasks if per_task else count
         optional = name in ("max_exp_avg_sqs", "grad_avgs", "momentum_buffers", "squares")
         if len(tensors) != expected and (tensors or not optional):
             each = f" for {count} parameters and {tasks} tasks" if per_task else ", one a parameter"
             refuse(f"{op}: {name}: expected {expected} tensors{each}, found {len(tensors)}")
-    if isinstance(step.rule, RMSprop) and step.rule.momentum and not lists["momentum_buffers"]:
+    if isinstance(step.rule, RMSprop) and step.rule.momentum and not named["momentum_buffers"]:
         refuse(f"{op}: momentum_buffers: expected one a parameter for momentum={step.rule.momentum}, found none")
-    _check_settings(op, device, settings)
-    shapes, dtypes, moment_dtypes = list(map(_SHAPE, parameters)), list(map(_DTYPE, parameters)), step.moment_dtypes()
-    _check_like(op, "jacobians", step.jacobians, [(tasks, *shape) for shape in shapes], dtypes, dtypes, device)
-    for name, tensors in step.moments._asdict().items():
+    _check_settings(op, device, step.settings)
+    shapes, own = list(map(_SHAPE, parameters)), list(map(_DTYPE, parameters))
+    for p, dtype in enumerate(own):
+        if dtype not in MOMENT_DTYPES:
+            found = f"found {dtype} in parameter {p}; keep float32 parameters and use autocast"
+            refuse(f"{op}: parameters: expected float32, bfloat16 or float64, {found}")
+    _check_like(op, "parameters", parameters, shapes, own, own, device)
+    _check_like(op, "jacobians", step.jacobians, [(tasks, *shape) for shape in shapes], own, own, device)
+    for name, tensors in named.items():
         each = range(len(tensors) // count)
-        wanted = [shape for shape in shapes for _ in each], [dtype for dtype in moment_dtypes for _ in each]
-        _check_like(op, name, tensors, *wanted, dtypes, device)
+        dtypes = [d if d in MOMENT_DTYPES[p] else None for d, p in zip(step.moment_dtypes(), own) for _ in each]
+        _check_like(op, name, tensors, [shape for shape in shapes for _ in each], dtypes, own, device)
     for name, tensors, dtype in (("steps", step.steps, torch.float32), ("squares", step.squares, torch.float64)):
         for p, tensor in enumerate(tensors):
             _check_small(op, f"{name}[{p}]", tensor, tasks, dtype, device)
-    for p, elsewhere in enumerate(map(_DEVICE, parameters)):
-        if elsewhere != device:
-            refuse(f"{op}: parameters: expected all on {device}, found {elsewhere} for parameter {p}")
 
 
 def _check_settings(op: str, device: torch.device, settings: StepSettings) -> None:
@@ -377,25 +322,16 @@ def _check_like(
 ) -> None:
     """`own`: the parameters' dtypes."""
     fits = list(map(_SHAPE, tensors)) == shapes and list(map(_DTYPE, tensors)) == dtypes
-    each = len(tensors) // len(own)
-    if name != "jacobians":
-        fits = fits and all(d in MOMENT_DTYPES.get(p, ()) for d, p in set(zip(dtypes[::each], own) if each else ()))
     if fits and set(map(_DEVICE, tensors)) <= {device} and set(map(_LAYOUT, tensors)) <= {torch.strided}:
         return
     for i, tensor in enumerate(tensors):
-        p, found = i // each, tensor.dtype
+        p, found = i * len(own) // len(tensors), tensor.dtype
         if list(tensor.shape) != list(shapes[i]):
             refuse(f"{op}: {name}: expected shape {list(shapes[i])} for parameter {p}, found {shape_of(tensor)}")
-        if own[p] not in MOMENT_DTYPES:
-            refuse(
-                f"{op}: parameters: expected float32, bfloat16 or float64, found {own[p]} in parameter {p}; keep "
-                "float32 parameters and use autocast"
-            )
-        if name == "jacobians" and found != own[p]:
-            refuse(f"{op}: {name}: expected {own[p]} like parameter {p}, found {found}")
-        if name != "jacobians" and (found != dtypes[i] or found not in MOMENT_DTYPES[own[p]]):
-            allowed = " or ".join(map(str, MOMENT_DTYPES[own[p]]))
-            refuse(f"{op}: {name}: expected {allowed}, alike for parameter {p}, found {found}")
+        if found != dtypes[i]:
+            allowed = " or ".join(map(str, MOMENT_DTYPES[own[p]])) + f", alike for parameter {p}"
+            allowed = f"{own[p]} like parameter {p}" if name == "jacobians" else allowed
+            refuse(f"{op}: {name}: expected {allowed}, found {found}")
         if tensor.device != device:
             refuse(f"{op}: {name}: expected all on {device}, found {tensor.device} for parameter {p}")
         if tensor.layout != torch.strided:
@@ -413,32 +349,25 @@ def _check_small(op: str, name: str, tensor: Tensor, tasks: int, dtype: torch.dt
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
-def _same_order(tensor: Tensor, order: Tensor) -> bool:
-    return tensor.stride() == order.stride() or (tensor.is_contiguous() and order.is_contiguous())
-
-
 def _in_order(op: str, step: Step) -> tuple[Step, list[tuple[Tensor, Tensor]]]:
     """Return the step over tensors that are dense and in one element order for each parameter, as kernels take them;
     and pairs of a tensor that is not and its copy, which is to be copied back."""
     if all(map(Tensor.is_contiguous, itertools.chain(step.parameters, *step.moments))):
         return step, []
     # empty_like keeps the strides of what is dense, in whatever order, and of nothing else.
-    orders = [p if p.is_contiguous() or _same_order(o := torch.empty_like(p), p) else o for p in step.parameters]
+    orders = [p if p.is_contiguous() or same_order(o := torch.empty_like(p), p) else o for p in step.parameters]
     copies: list[tuple[Tensor, Tensor]] = []
 
     def ordered(tensors: list[Tensor]) -> list[Tensor]:
-        each, found = len(tensors) // len(orders), []
-        for i, tensor in enumerate(tensors):
-            order = orders[i // each]
-            if not _same_order(tensor, order):
-                if any(apart == 0 and size > 1 for apart, size in zip(tensor.stride(), tensor.shape)):
-                    refuse(
-                        f"{op}: expected parameters and moments with memory for every element, found an expanded "
-                        "tensor; use .clone()"
-                    )
-                copies.append((tensor, torch.empty_like(order, dtype=tensor.dtype).copy_(tensor)))
-                tensor = copies[-1][1]
-            found.append(tensor)
+        found = [in_order_of(tensor, orders[i * len(orders) // len(tensors)]) for i, tensor in enumerate(tensors)]
+        pairs = [(tensor, copy) for tensor, copy in zip(tensors, found) if copy is not tensor]
+        for tensor, _ in pairs:
+            if any(apart == 0 and size > 1 for apart, size in zip(tensor.stride(), tensor.shape)):
+                refuse(
+                    f"{op}: expected parameters and moments with memory for every element, found an expanded tensor; "
+                    "use .clone()"
+                )
+        copies.extend(pairs)
         return found
 
     moments = type(step.moments)(*map(ordered, step.moments))
@@ -457,39 +386,30 @@ class _Launch:
         keys = step.settings.keys
         self.keys = None if keys is None else array("q", [keys[p] for p in places])
 
-    def _own(self, of_all: list[Any], each: int = 1) -> list[Any]:
+    def _own(self, of_all: Any, each: int = 1) -> Any:
         return of_all if self.whole else [of_all[p * each + t] for p in self.places for t in range(each)]
 
     def _rows(self, step: Step) -> tuple[Any, list[Tensor]]:
         """Return the gradients' table, and what its pointers need alive."""
         kept, orders, apart = self._own(step.jacobians), self._own(step.parameters), self.apart
         if not all(map(Tensor.is_contiguous, kept)) or not all(map(Tensor.is_contiguous, orders)):
-            kept = [j if _same_order(j[0], order) else _stacked_like(j, order) for j, order in zip(kept, orders)]
+            kept = [j if same_order(j[0], order) else _stacked_like(j, order) for j, order in zip(kept, orders)]
             apart = array("q", [j.stride(0) * j.element_size() for j in kept])
         return (pointers(kept), apart, self.sizes, self.tasks), kept
 
     def run(self, kernels: ModuleType, tables: Sequence[array[int]], step: Step) -> None:
-        parameters, *moments, steps, squares = (
-            table if self.whole else array("Q", self._own(table, len(table) // len(step.parameters))) or None  # type: ignore[arg-type]
-            for table in tables
-        )
-        (rows, kept), by = self._rows(step), step.settings
+        own = [array("Q", self._own(table, len(table) // len(step.parameters))) or None for table in tables]
+        (parameters, *moments, steps, squares), (rows, kept), by = own, self._rows(step), step.settings
         device = kept[0].device
         size = kernels.adatask_workspace(self.tasks, len(self.places), sum(self.sizes)) if squares else 0
         workspace = torch.empty(size, dtype=torch.float64, device=device)
         lr = 0 if by.lr_tensor is None else by.lr_tensor.data_ptr()
         weights, present = array("d", by.task_weights), 0 if by.present is None else by.present.data_ptr()
         stochastic = self.keys is not None
-        getattr(kernels, self.op.removeprefix("adatask_"))(
-            *self.codes,
-            rows,
-            (parameters, steps, squares or None, self.keys),
-            tuple(table or None for table in moments),
-            tuple(step.rule),
-            (by.lr, lr, by.eps, by.weight_decay, by.maximize, stochastic, by.square_decay, weights, present),
-            workspace.data_ptr(),
-            launch_place(device),
-        )
+        settings = (by.lr, lr, by.eps, by.weight_decay, by.maximize, stochastic, by.square_decay, weights, present)
+        moved = (rows, (parameters, steps, squares, self.keys), tuple(moments), tuple(step.rule), settings)
+        kernel = getattr(kernels, self.op.removeprefix("adatask_"))
+        kernel(*self.codes, *moved, workspace.data_ptr(), launch_place(device))
 
 
 def _stacked_like(jacobian: Tensor, order: Tensor) -> Tensor:
@@ -517,6 +437,7 @@ def _run(kernels: ModuleType, launches: Sequence[_Launch], tables: Sequence[arra
     present = step.settings.present
     if step.steps[0].device.type == "cpu":
         _C.count_steps(tables[-2], len(step.steps), step.tasks, 0 if present is None else present.data_ptr())
+        mark_written(step.steps)
     else:
         torch._foreach_add_(step.steps, 1.0 if present is None else [present.to(torch.float32)] * len(step.steps))
     for launch in launches:
@@ -555,8 +476,8 @@ def _refer(function: Any, *arguments: Any) -> None:
 
 def _declare(op: str, moments: type, rule: type) -> Operation:
     return Operation(
-        f"{op}(Tensor(a!)[] parameters, Tensor[] jacobians, {moments.__name__} moments, Tensor(e!)[] steps, "
-        f"Tensor(f!)[] squares, {rule.__name__} rule, StepSettings settings) -> ()",
+        f"{op}(Changed parameters, Tensor[] jacobians, {moments.__name__} moments, Changed steps, Changed squares, "
+        f"{rule.__name__} rule, StepSettings settings) -> ()",
         structs=[moments, rule, StepSettings],
         check=partial(_check, op),
         kernel=partial(_kernel, op),
@@ -601,9 +522,10 @@ class TaskStep:
 
     def _fits(self, kernels: ModuleType, step: Step) -> bool:
         """Whether a kernel can work on the tensors themselves; the operation knows what to do with all others."""
-        op, tensors = self.operation.name, step.tensors
-        lie = all(map(Tensor.is_contiguous, step.parameters)) or list(map(Tensor.stride, step.parameters))
-        known = [step.tasks, step.settings.keys, lie, [list(map(id, some)) for some in tensors], _tables(op, step)]
+        op, parameters, tensors = self.operation.name, step.parameters, step.tensors
+        lie = all(map(Tensor.is_contiguous, parameters)) or list(map(Tensor.stride, parameters))
+        known = [step.tasks, step.settings.keys, lie, list(map(Tensor.numel, parameters))]
+        known += [[list(map(id, some)) for some in tensors], _tables(op, step)]
         if known != self._known:
             self._forget()
             every = list(itertools.chain(*tensors))
@@ -613,16 +535,11 @@ class TaskStep:
             if _in_order(op, step)[1]:
                 return False
             self._launches = _launches(op, step)
-            shapes = [(step.tasks, *shape) for shape in map(_SHAPE, step.parameters)]
-            self._expected = [shapes, list(map(_DTYPE, step.parameters)), list(map(_DEVICE, step.parameters))]
+            shapes = [(step.tasks, *shape) for shape in map(_SHAPE, parameters)]
+            self._expected = [shapes, list(map(_DTYPE, parameters)), list(map(_DEVICE, parameters))]
             self._watched, self._known = [weakref.ref(tensor, self._forget) for tensor in every], known
-        jacobians = step.jacobians
-        return (
-            list(map(_SHAPE, jacobians)) == self._expected[0]
-            and list(map(_DTYPE, jacobians)) == self._expected[1]
-            and list(map(_DEVICE, jacobians)) == self._expected[2]
-            and set(map(_LAYOUT, jacobians)) == {torch.strided}
-        )
+        found = [list(map(what, step.jacobians)) for what in (_SHAPE, _DTYPE, _DEVICE)]
+        return found == self._expected and set(map(_LAYOUT, step.jacobians)) == {torch.strided}
 
     def _forget(self, _: object = None) -> None:
         self._known, self._watched = [], []

@@ -56,8 +56,7 @@ def gram(rows: AnyRows | Stacked, *, check_finite: bool = False) -> Tensor:
 
 def add_gram(kernels: ModuleType, groups: Sequence[Group], total: Tensor, where: tuple[int, int, int]) -> None:
     """Add the rows' products to ``total``, [T, T] float64."""
-    size = max(kernels.gram_workspace(total.shape[0], group.columns) for group in groups)
-    workspace = total.new_empty(size)
+    workspace = total.new_empty(max([kernels.gram_workspace(total.shape[0], group.columns) for group in groups]))
     for group in groups:
         kernels.gram(group.code, group.table, total.data_ptr(), workspace.data_ptr(), where)
 

@@ -18,7 +18,7 @@ from ..reference.combine import Row
 from ..reference.combine import Rows as AnyRows
 from .checks import check_floating, refuse, shape_of
 
-__all__ = ["AnyRows", "Group", "Row", "Rows", "Stacked", "dense", "empty_like_row", "in_order_of", "pointers"]
+__all__ = ["AnyRows", "Group", "Row", "Rows", "Stacked"]
 
 # A thousand parameters of eight tasks are 8,000 tensors: what is asked of each is asked without Python in between.
 _SHAPE, _DTYPE, _DEVICE, _FIRST = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), itemgetter(0)
@@ -41,11 +41,13 @@ def dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
+def same_order(tensor: Tensor, like: Tensor) -> bool:
+    return tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous())
+
+
 def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
     """Return `tensor` with the element order of `like`, which is dense; a copy only where it has another."""
-    if tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous()):
-        return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    return tensor if same_order(tensor, like) else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def empty_like_row(part: Tensor, device: torch.device | None = None) -> Tensor:
@@ -89,7 +91,8 @@ class Group(NamedTuple):
         kernel(pointers(parts))
         for target, part in zip(targets, parts) if parts is not targets else ():
             if target is not part:
-                target.copy_(part)
+                with torch.no_grad():
+                    target.copy_(part)
 
 
 class Rows(NamedTuple):
@@ -98,8 +101,6 @@ class Rows(NamedTuple):
     tensors: list[Tensor]
     tasks: int
     stacked: bool
-
-    SCHEMA = "Tensor[] rows, int tasks, bool stacked"
 
     @staticmethod
     def of(op: str, rows: AnyRows | Stacked) -> tuple[Rows, bool]:
@@ -161,7 +162,7 @@ class Rows(NamedTuple):
         """Allocate a result like a row."""
         if not self.stacked or not all(map(Tensor.is_contiguous, self.tensors)):
             return list(map(empty_like_row, self.like()))
-        if not all(type(tensor) is Tensor for tensor in self.tensors):  # traced sizes have no hash
+        if len(self.tensors) < 2 or type(self.tensors[0]) is not Tensor:  # traced sizes have no hash
             return [tensor.new_empty(tuple(tensor.shape)[1:]) for tensor in self.tensors]
         # To make one like another takes half the time of reading its shape.
         alike = {(tensor.shape, tensor.dtype): tensor for tensor in self.tensors}
@@ -223,18 +224,19 @@ class Rows(NamedTuple):
         count, make = self.parameters, self._stacked_group if self.stacked else self._listed_group
         dtypes = list(map(_DTYPE, self.tensors[:count]))
         pairs = list(zip(dtypes, map(_DTYPE, others) if others else dtypes))
+        if len(set(pairs)) == 1:
+            return [make(range(count), pairs[0][1])]
         places: dict[Any, list[int]] = {}
-        if len(set(pairs)) > 1:
-            for p, pair in enumerate(pairs):
-                places.setdefault(pair, []).append(p)
-            return [make(chosen, other) for (_, other), chosen in places.items()]
-        return [make(range(count), pairs[0][1])]
+        for p, pair in enumerate(pairs):
+            places.setdefault(pair, []).append(p)
+        return [make(chosen, other) for (_, other), chosen in places.items()]
 
     def _stacked_group(self, places: Sequence[int], other: torch.dtype) -> Group:
         kept = [self.tensors[p] for p in places]
-        orders = None
+        code, size, orders = DTYPE_CODES[kept[0].dtype], kept[0].element_size(), None
         if all(map(Tensor.is_contiguous, kept)):
             sizes = array("q", [size // self.tasks for size in map(Tensor.numel, kept)])
+            apart = [size * n for n in sizes]
         else:
             orders = [tensor[0] for tensor in kept]
             for i, order in enumerate(orders):
@@ -242,10 +244,9 @@ class Rows(NamedTuple):
                     kept[i] = kept[i].contiguous()
                     orders[i] = kept[i][0]
             sizes = array("q", map(Tensor.numel, orders))
-        size = kept[0].element_size()
-        apart = sizes if orders is None else [tensor.stride(0) for tensor in kept]
-        table = (pointers(kept), array("q", [size * n for n in apart]), sizes, self.tasks)
-        return Group(DTYPE_CODES[kept[0].dtype], DTYPE_CODES[other], table, places, orders, kept)
+            apart = [size * tensor.stride(0) for tensor in kept]
+        table = (pointers(kept), array("q", apart), sizes, self.tasks)
+        return Group(code, DTYPE_CODES[other], table, places, orders, kept)
 
     def _listed_group(self, places: Sequence[int], other: torch.dtype) -> Group:
         first = [self.tensors[p] for p in places]
