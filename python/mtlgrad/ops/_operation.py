@@ -181,8 +181,7 @@ class Operation:
         *given, out = flat
         arguments = self._arguments(given)
         self._check(*arguments)
-        assert self._check_out is not None
-        self._check_out(out, *arguments)
+        self._check_out(out, *arguments)  # type: ignore[misc]
 
     def _compute(self, arguments: Sequence[Any], out: list[Tensor]) -> None:
         kernels: ModuleType | None = KERNELS.get(_first(arguments).device.type)
@@ -209,33 +208,23 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def is_eager(tensors: Iterable[Tensor]) -> bool:
-    """Whether nobody follows what is done with the tensors: no tracer, no mode, no subclass."""
+    """Whether nobody follows what is done with the tensors: no tracer, no mode, no transform, no subclass."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
         and set(map(type, tensors)) <= _PLAIN
     )
-
-
-def _increments_lists() -> bool:
-    try:
-        torch.autograd.graph.increment_version([])
-    except (TypeError, AttributeError):  # an older torch
-        return False
-    return True
-
-
-_INCREMENTS_LISTS = _increments_lists()
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that a kernel has written them: what it may have saved for a backward is gone."""
     ordinary = [tensor for tensor in tensors if not tensor.is_inference()]
-    if _INCREMENTS_LISTS:
+    try:
         torch.autograd.graph.increment_version(ordinary)
-        return
-    for tensor in ordinary:
-        torch.autograd.graph.increment_version(tensor)
+    except (AttributeError, TypeError):  # an older torch takes them one by one
+        for tensor in ordinary:
+            torch.autograd.graph.increment_version(tensor)
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------

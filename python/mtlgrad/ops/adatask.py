@@ -302,9 +302,9 @@ def _check(op: str, *arguments: Any) -> None:
     _check_like(op, "parameters", parameters, shapes, own, own, device)
     _check_like(op, "jacobians", step.jacobians, [(tasks, *shape) for shape in shapes], own, own, device)
     for name, tensors in named.items():
-        each = range(len(tensors) // count)
-        dtypes = [d if d in MOMENT_DTYPES[p] else None for d, p in zip(step.moment_dtypes(), own) for _ in each]
-        _check_like(op, name, tensors, [shape for shape in shapes for _ in each], dtypes, own, device)
+        repeat = range(len(tensors) // count)
+        dtypes = [d if d in MOMENT_DTYPES[p] else None for d, p in zip(step.moment_dtypes(), own) for _ in repeat]
+        _check_like(op, name, tensors, [shape for shape in shapes for _ in repeat], dtypes, own, device)
     for name, tensors, dtype in (("steps", step.steps, torch.float32), ("squares", step.squares, torch.float64)):
         for p, tensor in enumerate(tensors):
             _check_small(op, f"{name}[{p}]", tensor, tasks, dtype, device)
@@ -524,7 +524,7 @@ class TaskStep:
         """Whether a kernel can work on the tensors themselves; the operation knows what to do with all others."""
         op, parameters, tensors = self.operation.name, step.parameters, step.tensors
         lie = all(map(Tensor.is_contiguous, parameters)) or list(map(Tensor.stride, parameters))
-        known = [step.tasks, step.settings.keys, lie, list(map(Tensor.numel, parameters))]
+        known: list[Any] = [step.tasks, step.settings.keys, lie, list(map(Tensor.numel, parameters))]
         known += [[list(map(id, some)) for some in tensors], _tables(op, step)]
         if known != self._known:
             self._forget()

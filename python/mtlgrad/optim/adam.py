@@ -26,7 +26,8 @@ class _Adam(TaskOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> adatask.Adam:
         decoupled = self.decoupled or group.get("decoupled_weight_decay", False)
-        return adatask.Adam(*map(float, group["betas"]), decoupled)  # type: ignore[arg-type]
+        beta1, beta2 = map(float, group["betas"])
+        return adatask.Adam(beta1, beta2, decoupled)
 
 
 class AdaTaskAdam(_Adam, torch.optim.Adam):

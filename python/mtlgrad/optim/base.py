@@ -283,13 +283,13 @@ class TaskOptimizer(torch.optim.Optimizer):
     def _plan(self, number: int, group: dict[str, Any], key: int) -> StepPlan:
         plan = StepPlan(TaskParameters([], [], []), TaskParameters([], [], []), [])
         parameters, tasks, first_moment = group["params"], group["num_tasks"], self._names(group)[0]
-        jacobians = [getattr(p, "jac", None) for p in parameters]
+        jacobians: list[Any] = [getattr(p, "jac", None) for p in parameters]
         per_task = self._per_task(group)
         places = [i for i, jacobian in enumerate(jacobians) if jacobian is not None]
-        with_jac = [parameters[i] for i in places], [jacobians[i] for i in places]
-        if not all_fit(*with_jac, tasks):
+        chosen, found = [parameters[i] for i in places], [jacobians[i] for i in places]
+        if not all_fit(chosen, found, tasks):
             for i in places:
-                check_jacobian(self._where(number, i), parameters[i], jacobians[i], tasks)  # type: ignore[arg-type]
+                check_jacobian(self._where(number, i), parameters[i], jacobians[i], tasks)
         for i, p in enumerate(parameters):
             jacobian = jacobians[i]
             if jacobian is not None and per_task:
@@ -309,10 +309,11 @@ class TaskOptimizer(torch.optim.Optimizer):
             if own_dtype:
                 plan.ordinary.append((p, gradient))
                 continue
-            for own, value in zip(plan.single, (p, gradient if is_sharded(p) else gradient.unsqueeze(0), key + i)):
-                own.append(value)  # type: ignore[arg-type]
+            plan.single.parameters.append(p)
+            plan.single.jacobians.append(gradient if is_sharded(p) else gradient.unsqueeze(0))
+            plan.single.keys.append(key + i)
         if per_task:
-            plan = plan._replace(tasks=TaskParameters(*with_jac, [key + i for i in places]))
+            plan = plan._replace(tasks=TaskParameters(chosen, found, [key + i for i in places]))
         return plan
 
     def _where(self, number: int, i: int) -> str:
