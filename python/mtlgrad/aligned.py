@@ -18,6 +18,7 @@ from .distributed.shards import by_groups, is_sharded, like_sharded, local, sum_
 from .jacobian import Losses, named_losses, parameter_list
 from .ops.align import SCALES, AlignResult, Scale, empty_result
 from .ops.checks import check_ordinary_autograd
+from .traced import copies, stand_ins
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,7 +112,7 @@ class AlignedMTL(nn.Module):
 
     def _latest(self, name: str) -> Tensor | None:
         # A copy: the next step writes to the same memory.
-        return getattr(self._result, name).clone() if self._used else None
+        return copies([getattr(self._result, name)])[0] if self._used else None
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """T views of the features, one per head: view t goes to head t, and to nothing else.
@@ -308,9 +309,8 @@ class AlignedMTL(nn.Module):
             ranks = None
         self._use(wanted[0].device)
         self._align(ops.gram(rows, check_finite=self.check_finite and ranks is None), ranks)
-        weights = self._result.weights
         dtypes = [loss.dtype for loss in values if loss is not None]
-        return weights.to(dtypes[0] if dtypes else torch.get_default_dtype(), copy=True)
+        return copies([self._result.weights])[0].to(dtypes[0] if dtypes else torch.get_default_dtype())
 
 
 def _checked_preference(preference: Tensor | Sequence[float] | None, tasks: int) -> tuple[float, ...] | None:
@@ -330,7 +330,7 @@ class _Views(torch.autograd.Function):
         ctx.module, ctx.ranks = module, ranks
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtype, ctx.device = features.shape, features.dtype, features.device
-        return tuple(features.view_as(features) for _ in range(module.num_tasks))
+        return tuple(stand_ins(features, module.num_tasks))
 
     @staticmethod
     @once_differentiable

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops._library import register, unseen
+from ..traced import copies, stand_ins
 from .aggregation import Batch
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class ReplaceGradient(torch.autograd.Function):
         ctx.save_for_backward(features, token)  # autograd then refuses features that were changed in place since
         if not torch.compiler.is_compiling():
             ctx.entered = _pass_of(token)  # hooks on saved tensors may give back a copy
-        return features.view_as(features)
+        return stand_ins(features, 1)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -124,9 +125,10 @@ class ReplaceGradient(torch.autograd.Function):
 
 class RecordScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, total: Tensor, token: Tensor) -> Tensor:
+    def forward(ctx: Any, total: Tensor, latest: Tensor) -> Tensor:
+        total, token = copies([total, latest])  # together: what the forward does not need is made in the backward
         ctx.save_for_backward(token)
-        return total.view_as(total)
+        return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
