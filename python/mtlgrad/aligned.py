@@ -14,6 +14,7 @@ from . import ops
 from .arguments import Losses, named_losses, parameter_list
 from .ops.align import SCALES, AlignResult, Scale, empty_result
 from .ops.checks import check_ordinary_autograd
+from .traced import copies, stand_ins
 from .world.jacobians import check_averaged
 from .world.ranks import ALONE, World, name_of, world_of
 from .world.shards import by_groups, is_sharded, like_sharded, local, sum_over
@@ -110,7 +111,7 @@ class AlignedMTL(nn.Module):
 
     def _latest(self, name: str) -> Tensor | None:
         # A copy: the next step writes to the same memory.
-        return getattr(self._result, name).clone() if self._used else None
+        return copies([getattr(self._result, name)])[0] if self._used else None
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """T views of the features, one per head: view t goes to head t, and to nothing else.
@@ -305,9 +306,8 @@ class AlignedMTL(nn.Module):
             world = ALONE
         self._use(wanted[0].device)
         self._align(ops.gram(rows, check_finite=self.check_finite and world.size == 1), world)
-        weights = self._result.weights
         dtypes = [loss.dtype for loss in values if loss is not None]
-        return weights.to(dtypes[0] if dtypes else torch.get_default_dtype(), copy=True)
+        return copies([self._result.weights])[0].to(dtypes[0] if dtypes else torch.get_default_dtype())
 
 
 def _checked_preference(preference: Tensor | Sequence[float] | None, tasks: int) -> tuple[float, ...] | None:
@@ -327,7 +327,7 @@ class _Views(torch.autograd.Function):
         ctx.module, ctx.world = module, world
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtype, ctx.device = features.shape, features.dtype, features.device
-        return tuple(features.view_as(features) for _ in range(module.num_tasks))
+        return tuple(stand_ins(features, module.num_tasks))
 
     @staticmethod
     @once_differentiable

@@ -205,7 +205,7 @@ class BayesAgg(nn.Module):
                     f"BayesAgg.total: losses: expected scalars (batch means), found shape {list(loss.shape)} at {i}"
                 )
         total = torch.stack([loss.reshape(()) for loss in values]).sum()
-        return RecordScale.apply(total, self._latest.clone()) if total.requires_grad else total
+        return RecordScale.apply(total, self._latest) if total.requires_grad else total
 
     def _replacement(self, recorded: Pass, gradient: Tensor) -> Tensor:
         if recorded.batch is None:

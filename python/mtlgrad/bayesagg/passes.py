@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops import define_operator, hide_from_dynamo
+from ..traced import copies, stand_ins
 from .aggregation import Batch
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class ReplaceGradient(torch.autograd.Function):
         ctx.save_for_backward(features, token)  # autograd then refuses features that were changed in place since
         if not torch.compiler.is_compiling():
             ctx.recorded = _pass_of(token)  # hooks on saved tensors may give back a copy
-        return features.view_as(features)
+        return stand_ins(features, 1)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -126,9 +127,10 @@ class ReplaceGradient(torch.autograd.Function):
 
 class RecordScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, total: Tensor, token: Tensor) -> Tensor:
+    def forward(ctx: Any, total: Tensor, latest: Tensor) -> Tensor:
+        total, token = copies([total, latest])  # together: what the forward does not need is made in the backward
         ctx.save_for_backward(token)
-        return total.view_as(total)
+        return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
