@@ -181,13 +181,15 @@ def test_scaler_with_several_dtypes_and_grad_beside_jac(explicit: bool) -> None:
     scaler.scale(torch.ones(()))
     fill(parameters, 1)
     fill_grad([*parameters, *heads], 1)
-    gradients = [p.grad for p in (*parameters, *heads)]
-    wanted = [p.jac / 4.0 for p in parameters] + [g / 4.0 for g in gradients]  # type: ignore[attr-defined, operator]
+    for p in parameters[1:3]:
+        p.grad = p.grad.to_sparse()  # type: ignore[union-attr]
+    gradients: list[Any] = [p.grad for p in (*parameters, *heads)]
+    wanted = [p.jac / 4.0 for p in parameters] + [g.to_dense() / 4.0 for g in gradients]  # type: ignore[attr-defined]
     if explicit:
         scaler.unscale_(optimizer)
         unscale_jac_(scaler, optimizer)
     scaler.step(optimizer)
-    assert same([*(p.jac for p in parameters), *gradients], wanted)  # type: ignore[attr-defined, misc]
+    assert same([*(p.jac for p in parameters), *(g.to_dense() for g in gradients)], wanted)  # type: ignore[attr-defined]
     assert all(p.grad is g for p, g in zip((*parameters, *heads), gradients, strict=True))
 
 
@@ -261,6 +263,11 @@ def test_others_may_ask_as_the_scaler_does(ask: Any, own: bool) -> None:
         (p.square().sum() + head.sum()).backward()
         optimizer.zero_grad()
         assert p.grad is None
+        fill([p], 4)
+        optimizer._step_supports_amp_scaling  # noqa: B018
+        p.grad = gradient = torch.ones(3)
+        optimizer.step()
+        assert p.grad is gradient
         found.append([p, head])
     assert same(*found)
 
@@ -328,6 +335,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "twice, with more": (["unscale", "unscale jac", "more", "unscale jac"], ["found a second call"]),
     "after the step": (["step", "unscale jac"], ["found one to scaler.step"]),
     "after both": (["unscale", "unscale jac", "step", "unscale jac"], ["found a second call"]),
+    "another after unscaling": (["unscale", "unscale jac", "another", "step"], ["AdaTaskAdam.step", "found it scaled"]),
     "more after unscaling": (["unscale", "unscale jac", "more", "step"], ["AdaTaskAdam.step", "found it scaled"]),
 }
 
@@ -336,8 +344,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize("heads", [False, True])
 def test_wrong_orders(case: str, heads: bool) -> None:
     """An error in one line, with nothing changed; and the right order goes on."""
-    p, head = new(1, 5), new(2, 5)
-    optimizer, scaler = AdaTaskAdam([p, head], num_tasks=3), torch.amp.GradScaler("cpu", init_scale=4.0)
+    p, other, head = new(1, 5), new(1, 5), new(2, 5)
+    optimizer, scaler = AdaTaskAdam([p, other, head], num_tasks=3), torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.ones(()))
 
     def more() -> None:
@@ -351,6 +359,7 @@ def test_wrong_orders(case: str, heads: bool) -> None:
         "update": lambda: scaler.update(),
         "fresh": lambda: fresh(p, scaler, optimizer),
         "more": more,
+        "another": lambda: fill([other], 4),
     }
     calls["fresh"]()
     head.grad = torch.ones(5)
@@ -367,14 +376,14 @@ def test_wrong_orders(case: str, heads: bool) -> None:
     assert p.grad is None
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.ones(()))
-    other = new(1, 5)
     fill([other], 3)
     clip_task_grad_norm_([other], 0.1)
+    want = other.jac  # type: ignore[attr-defined]
     calls["fresh"]()
     head.grad = torch.ones(5) if heads else None
     for call in ("unscale", "unscale jac", "clip", "step", "update"):
         calls[call]()
-    assert torch.equal(p.jac, other.jac)  # type: ignore[attr-defined]
+    assert torch.equal(p.jac, want)  # type: ignore[attr-defined]
     assert not torch.equal(p, before[0])
     assert scaler.get_scale() == 4.0
 
