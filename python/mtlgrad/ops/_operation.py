@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -207,12 +207,14 @@ def _first(arguments: Sequence[Any]) -> Tensor:
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def is_eager(tensors: Iterable[Tensor]) -> bool:
+def is_eager(tensors: Sequence[Tensor]) -> bool:
     """Whether nobody follows what is done with the tensors: no tracer, no mode, no transform, no subclass."""
+    functorch = torch._C._functorch
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and functorch.peek_interpreter_stack() is None
+        and not any(map(functorch.is_legacy_batchedtensor, tensors[:1]))  # of is_grads_batched
         and set(map(type, tensors)) <= _PLAIN
     )
 
