@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .arguments import Losses, named_losses, parameter_list
+from .graph import check_ordinary_autograd
 from .ops.align import SCALES, AlignResult, Scale, empty_result
-from .ops.checks import check_ordinary_autograd
 from .world.jacobians import check_averaged
 from .world.ranks import ALONE, World, name_of, world_of
 from .world.shards import by_groups, is_sharded, like_sharded, local, sum_over

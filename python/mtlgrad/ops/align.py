@@ -50,8 +50,7 @@ def align(
         scale: what the aligned gradients' common length s is: the smallest singular value kept (``"min"``), the median
             one (the lower of two) or their root mean square (``"rmse"``).
         rtol: relative to the largest *eigenvalue*; T x 1.2e-7 if not given, the published rule in float32.
-        check_finite: reads the diagonal on the host and raises ``ValueError`` with the task's number if it is NaN or
-            infinite.
+        check_finite: reads the matrix on the host: ``ValueError`` with the task's number if its norm is not finite.
         out: written in place if given, e.g. the result of an earlier call for as many tasks.
 
     Returns:
@@ -64,8 +63,8 @@ def align(
 
     Source: arXiv 2305.19000, section 4, algorithm 1; DESIGN 4.4.
     """
-    gram = gram.detach()
-    options = Options.of("align", preference, scale, rtol, gram.shape[0] if gram.dim() else 0, gram.device)
+    gram, tasks = gram.detach(), gram.shape[0] if gram.dim() else 0
+    options = Options.of("align", preference, scale, rtol, tasks, gram)
     if check_finite:
         check_gram("align", gram)
     if out is None:
@@ -97,7 +96,7 @@ def merge(
     Source: arXiv 2305.19000, algorithm 1; DESIGN 4.4.
     """
     own, listed = Rows.of("merge", rows)
-    options = Options.of("merge", preference, scale, rtol, own.tasks, own.tensors[0].device)
+    options = Options.of("merge", preference, scale, rtol, own.tasks, own.tensors[0])
     with torch.no_grad():
         if out is None and result is None:
             found = _merge(own, options, check_finite)
@@ -119,9 +118,7 @@ class Options(NamedTuple):
     SCHEMA = "Tensor? preference, str scale, float rtol"
 
     @staticmethod
-    def of(
-        op: str, preference: Preference, scale: Scale, rtol: float | None, tasks: int, device: torch.device
-    ) -> Options:
+    def of(op: str, preference: Preference, scale: Scale, rtol: float | None, tasks: int, like: Tensor) -> Options:
         if scale not in SCALES:
             raise ValueError(f"{op}: scale: expected one of {', '.join(SCALES)}, found {scale!r}")
         if rtol is None:
@@ -131,7 +128,7 @@ class Options(NamedTuple):
         if isinstance(preference, Tensor):
             preference = preference.detach()
         elif preference is not None:
-            preference = torch.tensor(preference, dtype=torch.float64, device=device)
+            preference = torch.tensor(preference, dtype=torch.float64, device=like.device)
         return Options(preference, scale, rtol)
 
     def check(self, op: str, tasks: int, like: Tensor) -> None:
