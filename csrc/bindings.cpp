@@ -142,6 +142,7 @@ class Struct : public Tuple<Fields...> {
 
 MTLGRAD_STRUCT(Features, const void*, int64_t, int64_t, int64_t)
 MTLGRAD_STRUCT(Place, int, void*, int)
+MTLGRAD_STRUCT(OutputsPosterior, const void*, const void*, const void*, int64_t, int64_t, int64_t)
 MTLGRAD_STRUCT(MulticlassPosterior, Structure, const void*, const void*, const void*, const void*, int64_t)
 MTLGRAD_STRUCT(Alignment, double*, double*, int64_t*, double*, double*)
 MTLGRAD_STRUCT(Adam, double, double, bool)

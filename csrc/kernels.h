@@ -29,6 +29,15 @@ struct Features {
   int64_t stride, batch, width;
 };
 
+// The posterior of O outputs, apart from one another, of W weights each, at the B examples. One covariance may serve all
+// outputs: then the strides over these are 0.
+struct OutputsPosterior {
+  const void* mean;              // [O, W]
+  const void* cross_covariance;  // [O or 1, B, W] = S h
+  const void* variances;         // [O or 1, W] = diag S
+  int64_t covariance_stride, variance_stride, outputs;
+};
+
 // How the weights of different classes covary; decides what `cross_covariance` and `variances` hold.
 enum class Structure : int { full = 0, block = 1, kron = 2 };
 
@@ -135,17 +144,13 @@ int64_t multiclass_workspace(Structure, int64_t classes, int64_t points);
 
 namespace cpu {
 
-// targets [B, O] (NaN: no label), mean [O, D], cross_covariance [O or 1, B, D] = S h, variances [O or 1, D] = diag S; the
-// strides over outputs are 0 where all outputs share one covariance.
-void regression_moments(DType, Features, const void* targets, const void* mean, const void* cross_covariance,
-                        int64_t covariance_stride, const void* variances, int64_t variance_stride, int64_t outputs,
-                        Output, Place);
+// targets [B, O] (NaN: no label), a posterior of D weights.
+void regression_moments(DType, Features, const void* targets, OutputsPosterior, Output, Place);
 
-// targets [B, O] (NaN: no label), mean [O, P], cross_covariance [O, B, P] = S h~, variances [O, P] = diag S, nodes and
-// weights [nodes] of a rule for u ~ N(0, 1) that is exact for 1, u and u^2.
-void binary_moments(DType, Features, const void* targets, const void* mean, const void* cross_covariance,
-                    const void* variances, const void* nodes, const void* weights, int64_t num_nodes, int64_t outputs,
-                    Output, Place);
+// targets [B, O] (NaN: no label), a posterior of P weights, whose h~ has the appended one; nodes and weights [nodes] of a
+// rule for u ~ N(0, 1) that is exact for 1, u and u^2.
+void binary_moments(DType, Features, const void* targets, OutputsPosterior, const void* nodes, const void* weights,
+                    int64_t num_nodes, Output, Place);
 
 // targets [B] (-100: no label), points [S, C] float64 for u ~ N(0, I); workspace of `slots` times
 // multiclass_workspace(...) float64: a slot serves one example at a time.
@@ -230,9 +235,10 @@ void adagrad(DType parameters, DType moments, const Rows& gradients, const StepT
 // The kernels that there are on both kinds of device.
 #define MTLGRAD_KERNELS(K)                                                                                          \
   K(regression_moments)                                                                                             \
-  K(binary_moments) K(multiclass_moments) K(sample_residuals) K(sampled_moments) K(precision_mean) K(weighted_mean) \
-      K(gram_workspace) K(gram) K(dots_workspace) K(dots) K(combine) K(add_weighted) K(align_workspace) K(align)    \
-          K(adatask_workspace) K(adam) K(rmsprop) K(adagrad)
+  K(binary_moments)                                                                                                 \
+  K(multiclass_moments) K(sample_residuals) K(sampled_moments) K(precision_mean) K(weighted_mean) K(gram_workspace) \
+      K(gram) K(dots_workspace) K(dots) K(combine) K(add_weighted) K(align_workspace) K(align) K(adatask_workspace) \
+          K(adam) K(rmsprop) K(adagrad)
 
 // The same signatures, on device memory.
 namespace cuda {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtlgrad import ops, reference
 from mtlgrad.ops import _native, displacement
-from mtlgrad.ops.rows import dense
+from mtlgrad.ops.rows import Rows, dense
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
 
@@ -79,8 +79,8 @@ def test_alpha_descends_through_a_model(device: str) -> None:
 def test_parameters_without_a_gradient_are_not_touched(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No zeros are made for them, and no kernel reads their rows."""
     seen: list[int] = []
-    dots = displacement.dots
-    monkeypatch.setattr(displacement, "dots", lambda rows, vector: seen.append(len(vector)) or dots(rows, vector))
+    dots = displacement.dots_of
+    monkeypatch.setattr(displacement, "dots_of", lambda rows, vector: seen.append(len(vector)) or dots(rows, vector))
     base = [leaf(p, 5) for p in range(3)]
     jac = [normal(p, 2, 5).requires_grad_() for p in range(3)]
     weights = leaf(9, 2)
@@ -127,17 +127,18 @@ class Staging:
         patch.setattr(displacement, "_streams", lambda parts, tensors: True)
         patch.setattr(displacement, "_staged", self)
 
-    def __call__(self, *arguments: Any) -> list[Tensor]:
+    def __call__(self, *arguments: Any) -> Rows:
         assert all(one() is None for one in self.alive)
-        tensors = self.staged(*arguments)
-        count = len(tensors) // arguments[0].tasks
+        rows = self.staged(*arguments)
+        tensors, count = rows.tensors, rows.parameters
+        assert len(tensors) == count * arguments[0].tasks
         assert all(
             dense(t) and t.stride() == tensors[i % count].stride() for i, t in enumerate(tensors)
         )  # none copied again
         self.alive = [weakref.ref(tensor) for tensor in tensors]
         self.most = max(self.most, sum(tensor.nbytes for tensor in tensors))
         self.calls += 1
-        return tensors
+        return rows
 
 
 @pytest.mark.parametrize("stacked", [False, True])

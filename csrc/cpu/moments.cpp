@@ -79,36 +79,35 @@ MTLGRAD_ROWS(double)
 
 }  // namespace
 
-void regression_moments(DType dtype, Features features, const void* targets, const void* mean,
-                        const void* cross_covariance, int64_t covariance_stride, const void* variances,
-                        int64_t variance_stride, int64_t outputs, Output output, Place place) {
+void regression_moments(DType dtype, Features features, const void* targets, OutputsPosterior posterior, Output output,
+                        Place place) {
   for_dtype("regression_moments", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t width = features.width;
     parallel_for(features.batch, place.threads, [&](int64_t b) {
       const T* h = static_cast<const T*>(features.data) + b * features.stride;
-      for (int64_t o = 0; o < outputs; ++o)
-        regression_row_of(h, static_cast<const T*>(targets)[b * outputs + o], static_cast<const T*>(mean) + o * width,
-                          static_cast<const T*>(cross_covariance) + o * covariance_stride + b * width,
-                          static_cast<const T*>(variances) + o * variance_stride, width,
-                          output_row<T>(output, b, o, outputs, width));
+      for (int64_t o = 0; o < posterior.outputs; ++o) {
+        const auto at = math::posterior_row<T>(posterior, o, b, width);
+        regression_row_of(h, static_cast<const T*>(targets)[b * posterior.outputs + o], at.mean, at.cross_covariance,
+                          at.variances, width, output_row<T>(output, b, o, posterior.outputs, width));
+      }
     });
   });
 }
 
-void binary_moments(DType dtype, Features features, const void* targets, const void* mean, const void* cross_covariance,
-                    const void* variances, const void* nodes, const void* weights, int64_t num_nodes, int64_t outputs,
-                    Output output, Place place) {
+void binary_moments(DType dtype, Features features, const void* targets, OutputsPosterior posterior, const void* nodes,
+                    const void* weights, int64_t num_nodes, Output output, Place place) {
   for_dtype("binary_moments", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t width = features.width, augmented = width + 1;
+    const int64_t width = features.width;
     parallel_for(features.batch, place.threads, [&](int64_t b) {
       const T* h = static_cast<const T*>(features.data) + b * features.stride;
-      for (int64_t o = 0; o < outputs; ++o)
-        binary_row_of(h, static_cast<const T*>(targets)[b * outputs + o], static_cast<const T*>(mean) + o * augmented,
-                      static_cast<const T*>(cross_covariance) + (o * features.batch + b) * augmented,
-                      static_cast<const T*>(variances) + o * augmented, static_cast<const T*>(nodes),
-                      static_cast<const T*>(weights), num_nodes, width, output_row<T>(output, b, o, outputs, width));
+      for (int64_t o = 0; o < posterior.outputs; ++o) {
+        const auto at = math::posterior_row<T>(posterior, o, b, width + 1);
+        binary_row_of(h, static_cast<const T*>(targets)[b * posterior.outputs + o], at.mean, at.cross_covariance,
+                      at.variances, static_cast<const T*>(nodes), static_cast<const T*>(weights), num_nodes, width,
+                      output_row<T>(output, b, o, posterior.outputs, width));
+      }
     });
   });
 }

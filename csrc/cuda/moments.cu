@@ -9,34 +9,29 @@ namespace {
 constexpr int kThreads = 128;
 }
 
-void regression_moments(DType dtype, Features features, const void* targets, const void* mean,
-                        const void* cross_covariance, int64_t covariance_stride, const void* variances,
-                        int64_t variance_stride, int64_t outputs, Output output, Place place) {
-  if (features.batch == 0 || outputs == 0 || features.width == 0) return;
+void regression_moments(DType dtype, Features features, const void* targets, OutputsPosterior posterior, Output output,
+                        Place place) {
+  if (features.batch == 0 || posterior.outputs == 0 || features.width == 0) return;
   DeviceGuard guard(place.device);
-  const dim3 grid(static_cast<unsigned>(features.batch), task_blocks(output, outputs));
+  const dim3 grid(static_cast<unsigned>(features.batch), task_blocks(output, posterior.outputs));
   for_dtype("regression_moments", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     KERNEL_LAUNCH((regression_kernel<T, kThreads>), grid, kThreads, 0, static_cast<cudaStream_t>(place.stream),
-                  features, static_cast<const T*>(targets), static_cast<const T*>(mean),
-                  static_cast<const T*>(cross_covariance), covariance_stride, static_cast<const T*>(variances),
-                  variance_stride, outputs, output);
+                  features, static_cast<const T*>(targets), posterior, output);
   });
   MTLGRAD_CUDA_CHECK(cudaGetLastError());
 }
 
-void binary_moments(DType dtype, Features features, const void* targets, const void* mean, const void* cross_covariance,
-                    const void* variances, const void* nodes, const void* weights, int64_t num_nodes, int64_t outputs,
-                    Output output, Place place) {
-  if (features.batch == 0 || outputs == 0 || features.width == 0) return;
+void binary_moments(DType dtype, Features features, const void* targets, OutputsPosterior posterior, const void* nodes,
+                    const void* weights, int64_t num_nodes, Output output, Place place) {
+  if (features.batch == 0 || posterior.outputs == 0 || features.width == 0) return;
   DeviceGuard guard(place.device);
-  const dim3 grid(static_cast<unsigned>(features.batch), task_blocks(output, outputs));
+  const dim3 grid(static_cast<unsigned>(features.batch), task_blocks(output, posterior.outputs));
   for_dtype("binary_moments", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     KERNEL_LAUNCH((binary_kernel<T, kThreads>), grid, kThreads, 0, static_cast<cudaStream_t>(place.stream), features,
-                  static_cast<const T*>(targets), static_cast<const T*>(mean), static_cast<const T*>(cross_covariance),
-                  static_cast<const T*>(variances), static_cast<const T*>(nodes), static_cast<const T*>(weights),
-                  num_nodes, outputs, output);
+                  static_cast<const T*>(targets), posterior, static_cast<const T*>(nodes),
+                  static_cast<const T*>(weights), num_nodes, output);
   });
   MTLGRAD_CUDA_CHECK(cudaGetLastError());
 }

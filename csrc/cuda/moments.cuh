@@ -12,14 +12,13 @@ namespace mtlgrad::cuda {
 // outputs of its example, since every (example, feature) has one owner.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
-    regression_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
-                      const T* __restrict__ cross, int64_t cross_stride, const T* __restrict__ spread,
-                      int64_t spread_stride, int64_t outputs, Output output) {
-  const int64_t b = blockIdx.x, width = features.width;
+    regression_kernel(Features features, const T* __restrict__ targets, OutputsPosterior posterior, Output output) {
+  const int64_t b = blockIdx.x, width = features.width, outputs = posterior.outputs;
   const T* h = static_cast<const T*>(features.data) + b * features.stride;
   for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
     const T target = targets[b * outputs + o];
-    const T *m = mean + o * width, *c = cross + o * cross_stride + b * width, *s = spread + o * spread_stride;
+    const auto row = math::posterior_row<T>(posterior, o, b, width);
+    const T* __restrict__ m = row.mean, * __restrict__ c = row.cross_covariance, * __restrict__ s = row.variances;
     const math::Power<T> power = power_of<T>(output, o);
     T prediction = 0, v = 0, scale = 0;
     for (int64_t d = threadIdx.x; d < width; d += kThreads) {
@@ -40,14 +39,14 @@ __global__ void __launch_bounds__(kThreads)
 // As above; the quadrature in between is done by every warp for itself, a node a lane, so that its sums need no barrier.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
-    binary_kernel(Features features, const T* __restrict__ targets, const T* __restrict__ mean,
-                  const T* __restrict__ cross, const T* __restrict__ spread, const T* __restrict__ nodes,
-                  const T* __restrict__ weights, int64_t num_nodes, int64_t outputs, Output output) {
-  const int64_t b = blockIdx.x, width = features.width, augmented = width + 1;
+    binary_kernel(Features features, const T* __restrict__ targets, OutputsPosterior posterior,
+                  const T* __restrict__ nodes, const T* __restrict__ weights, int64_t num_nodes, Output output) {
+  const int64_t b = blockIdx.x, width = features.width, outputs = posterior.outputs;
   const T* h = static_cast<const T*>(features.data) + b * features.stride;
   for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
     const T target = targets[b * outputs + o];
-    const T *m = mean + o * augmented, *k = cross + (o * features.batch + b) * augmented, *s = spread + o * augmented;
+    const auto row = math::posterior_row<T>(posterior, o, b, width + 1);
+    const T* __restrict__ m = row.mean, * __restrict__ k = row.cross_covariance, * __restrict__ s = row.variances;
     const math::Power<T> power = power_of<T>(output, o);
     T logit = 0, v = 0, scale = 0;
     for (int64_t d = threadIdx.x; d < width; d += kThreads) {

@@ -1,5 +1,6 @@
 // Formulas of the `moments` stem (BayesAgg-MTL, arXiv 2402.04005), shared by the host and device kernels.
 #pragma once
+#include "kernels.h"
 #include "math/scalar.h"
 
 namespace mtlgrad::math {
@@ -10,6 +11,20 @@ template <typename T>
 struct Moments {
   T mean, variance;
 };
+
+// A posterior's rows of `weights` numbers for one output at one example.
+template <typename T>
+struct PosteriorRow {
+  const T *mean, *cross_covariance, *variances;
+};
+
+template <typename T>
+MTLGRAD_INLINE PosteriorRow<T> posterior_row(const OutputsPosterior& at, int64_t output, int64_t example,
+                                             int64_t weights) {
+  return {static_cast<const T*>(at.mean) + output * weights,
+          static_cast<const T*>(at.cross_covariance) + output * at.covariance_stride + example * weights,
+          static_cast<const T*>(at.variances) + output * at.variance_stride};
+}
 
 // A missing label has no gradient: mean zero, variance infinite, weight zero.
 template <typename T>

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .arguments import Losses, named_losses, parameter_list
+from .graph import check_ordinary_autograd
 from .ops.align import SCALES, AlignResult, Scale, empty_result
-from .ops.checks import check_ordinary_autograd
 from .traced import copies, stand_ins
 from .world.jacobians import check_averaged
 from .world.ranks import ALONE, World, name_of, world_of

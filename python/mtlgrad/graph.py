@@ -1,10 +1,11 @@
-"""Walks over autograd's graph."""
+"""Autograd: walks over its graph, and whether it is the ordinary one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Edges = set[tuple[Any, int]]  # nodes and the number of their output
@@ -37,3 +38,12 @@ def leaves_of(tensors: Sequence[Tensor], stop: Edges) -> list[Tensor]:
         if node.name() == "torch::autograd::AccumulateGrad":
             found[node.variable] = None
     return list(found)
+
+
+def check_ordinary_autograd(op: str) -> None:
+    """Refuse torch.func's transforms: a backward's side effects (``.grad``, the tasks' weights) have no place there."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{op}: expected ordinary autograd, found a torch.func transform (grad, vjp, jacrev, vmap); use "
+            "loss.backward() or torch.autograd.grad, with torch.func.functional_call where parameters are to be given"
+        )

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Losses, named_losses, parameter_list
-from .graph import edges_of, leaves_of, walk
-from .ops.checks import check_ordinary_autograd
+from .graph import check_ordinary_autograd, edges_of, leaves_of, walk
 from .ops.rows import dense
 from .world.jacobians import check_averaged, check_reached, mark_averaged
 from .world.ranks import Averaging, World, name_of, world_of

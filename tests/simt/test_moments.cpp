@@ -111,11 +111,11 @@ void rows(int64_t batch, int64_t outputs, int64_t width, int64_t padding, bool b
       }
   }
   const Features h{features.get(), stride, batch, width};
+  const OutputsPosterior posterior{mean.get(), cross.get(), spread.get(), batch * size, size, outputs};
   if (!bias) {
     both<T>("regression", batch, outputs, width, [&](bool device, Output output) {
-      (device ? cuda::regression_moments : cpu::regression_moments)(dtype_of<T>, h, targets.get(), mean.get(),
-                                                                    cross.get(), batch * width, spread.get(), width,
-                                                                    outputs, output, {});
+      (device ? cuda::regression_moments : cpu::regression_moments)(dtype_of<T>, h, targets.get(), posterior, output,
+                                                                    {});
     });
     return;
   }
@@ -124,9 +124,8 @@ void rows(int64_t batch, int64_t outputs, int64_t width, int64_t padding, bool b
     Array<T> nodes(count), weights(count, static_cast<T>(1.0 / count));
     for (int64_t i = 0; i < count; ++i) nodes[i] = static_cast<T>(4.0 * i / (count - 1) - 2.0);
     both<T>("binary", batch, outputs, width, [&](bool device, Output output) {
-      (device ? cuda::binary_moments : cpu::binary_moments)(dtype_of<T>, h, targets.get(), mean.get(), cross.get(),
-                                                            spread.get(), nodes.get(), weights.get(), count, outputs,
-                                                            output, {});
+      (device ? cuda::binary_moments : cpu::binary_moments)(dtype_of<T>, h, targets.get(), posterior, nodes.get(),
+                                                            weights.get(), count, output, {});
     });
   }
 }

@@ -121,7 +121,7 @@ def _run(batch: Batch, index: int, part: Part, out: Output) -> None:
     if likelihood != "multiclass":
         targets = targets.to(features.dtype)[:, part.first : part.last]
     if isinstance(part, Sampled):
-        run_sampled(features, targets, part.samples, likelihood, out)
+        run_sampled(features, targets, part.samples, out, likelihood)
     else:
         run = {"regression": run_regression, "binary": run_binary, "multiclass": run_multiclass}[likelihood]
         run(features, targets, part.at, out)
@@ -203,7 +203,7 @@ def _written_variances(batch: Batch, index: int, head: Head) -> Iterator[tuple[T
         return
     for part in _parts(batch, index):
         tasks = _tasks_of(head, part)
-        out = Output.like(batch.features, tasks.stop - tasks.start)
+        out = Output.new(batch.features, tasks.stop - tasks.start)
         _run(batch, index, part, out)
         yield out.second, batch.powers[index][tasks]
 

@@ -53,7 +53,7 @@ class Conditioned(NamedTuple):
     at: BatchPosterior
 
     def to(self, like: Tensor) -> Conditioned:
-        return self._replace(at=self.at.to(like))
+        return self._replace(at=self.at.each(lambda tensor: tensor.to(like)))
 
 
 def _wants_float64(trace: Tensor, summands: Tensor, prior: Posterior, m: Tensor) -> bool:
@@ -139,7 +139,8 @@ def _moments_of(posterior: Posterior, features: Tensor) -> Iterator[Conditioned]
     mean = posterior.mean
     covariance = posterior.contrasts
     if posterior.likelihood == "multiclass":
-        yield Conditioned(0, len(mean), multiclass_posterior(features, mean, covariance))
+        classes, covariance = covariance if isinstance(covariance, tuple) else (None, covariance)
+        yield Conditioned(0, len(mean), multiclass_posterior(features, mean, covariance, classes))
     elif posterior.likelihood == "binary":
         for o in range(len(mean)):
             yield Conditioned(o, o + 1, binary_posterior(features, mean[o : o + 1], covariance[o : o + 1]))

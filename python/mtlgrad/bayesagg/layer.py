@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import check_ordinary_autograd, check_shape
+from ..graph import check_ordinary_autograd
+from ..ops.checks import check_shape
 from ..posterior.posteriors import STRUCTURES, Posterior, posterior_from_state
 from ..world.ranks import World, name_of, world_of
 from .aggregation import Batch, aggregate, diagnose

@@ -1,10 +1,13 @@
-"""The T x T part of Aligned-MTL (arXiv 2305.19000): the alignment of the gradients from their Gram matrix."""
+"""The T x T part of Aligned-MTL (arXiv 2305.19000): the alignment of the gradients from their Gram matrix.
+
+Errors: ``RuntimeError`` for shapes, dtypes and devices, ``ValueError`` for options.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,13 +16,13 @@ from .. import reference
 from ..reference.align import EPS, AlignResult, Scale
 from ._native import launch_place
 from ._operation import Operation
-from .checks import check_floating, check_gram, check_shape, refuse, shape_of
+from .checks import check_floating, check_gram, check_same_device, check_shape, refuse, shape_of
 from .combine import add_gram, write_combination
 from .rows import AnyRows, Row, Rows, Stacked
 
 __all__ = ["SCALES", "AlignResult", "Scale", "align", "empty_result", "merge"]
 
-SCALES: tuple[str, ...] = get_args(Scale)
+SCALES: tuple[Scale, ...] = get_args(Scale)
 MAX_TASKS = 64  #: of the kernel (csrc/kernels.h); torch.linalg.eigh beyond
 FIELDS = len(AlignResult._fields)
 
@@ -47,8 +50,7 @@ def align(
         scale: what the aligned gradients' common length s is: the smallest singular value kept (``"min"``), the median
             one (the lower of two) or their root mean square (``"rmse"``).
         rtol: relative to the largest *eigenvalue*; T x 1.2e-7 if not given, the published rule in float32.
-        check_finite: reads the diagonal on the host and raises ``ValueError`` with the task's number if it is NaN or
-            infinite.
+        check_finite: reads the matrix on the host: ``ValueError`` with the task's number if its norm is not finite.
         out: written in place if given, e.g. the result of an earlier call for as many tasks.
 
     Returns:
@@ -59,24 +61,16 @@ def align(
     With ``scale="min"`` the update jumps when the smallest eigenvalue crosses the tolerance (by up to 1 / sqrt(rtol)):
     watch the rank.
 
-    Errors: ``RuntimeError`` for shapes, dtypes and devices, ``ValueError`` for options.
-
     Source: arXiv 2305.19000, section 4, algorithm 1; DESIGN 4.4.
     """
-    tasks = gram.shape[0] if gram.dim() else 0
-    gram, options = gram.detach(), _options("align", preference, scale, rtol, tasks, gram)
+    gram, tasks = gram.detach(), gram.shape[0] if gram.dim() else 0
+    options = Options.of("align", preference, scale, rtol, tasks, gram)
     if check_finite:
         check_gram("align", gram)
     if out is None:
-        return AlignResult(*_align(gram, *options))
-    _align.into(list(out), gram, *options)
+        return AlignResult(*_align(gram, options))
+    _align.into(list(out), gram, options)
     return out
-
-
-def empty_result(tasks: int, device: torch.device) -> AlignResult:
-    """Make a result for ``out=`` of :func:`align` to write to: NaN, and rank -1."""
-    filled = (torch.full_like(t, torch.nan if t.is_floating_point() else -1) for t in _new_result(tasks, device))
-    return AlignResult(*filled)
 
 
 def merge(
@@ -102,32 +96,46 @@ def merge(
     Source: arXiv 2305.19000, algorithm 1; DESIGN 4.4.
     """
     own, listed = Rows.of("merge", rows)
-    options = _options("merge", preference, scale, rtol, own.tasks, own.tensors[0])
+    options = Options.of("merge", preference, scale, rtol, own.tasks, own.tensors[0])
     with torch.no_grad():
         if out is None and result is None:
-            found = _merge(own, *options, check_finite)
+            found = _merge(own, options, check_finite)
             merged, result = found[:-FIELDS], AlignResult(*found[-FIELDS:])
         else:
             merged = own.empty_row() if out is None else [out] if isinstance(out, Tensor) else list(out)
             result = AlignResult(*_new_result(own.tasks, own.tensors[0].device)) if result is None else result
-            _merge.into([*merged, *result], own, *options, check_finite)
+            _merge.into([*merged, *result], own, options, check_finite)
     return (merged if listed else merged[0]), result
 
 
-def _options(
-    op: str, preference: Preference, scale: str, rtol: float | None, tasks: int, like: Tensor
-) -> tuple[Tensor | None, str, float]:
-    if scale not in SCALES:
-        raise ValueError(f"{op}: scale: expected one of {', '.join(SCALES)}, found {scale!r}")
-    if rtol is None:
-        rtol = tasks * EPS
-    elif not 0.0 <= rtol < 1.0:
-        raise ValueError(f"{op}: rtol: expected a number from 0 to below 1, found {rtol}")
-    if preference is None:
-        return None, scale, rtol
-    if not isinstance(preference, Tensor):
-        return torch.tensor(preference, dtype=torch.float64, device=like.device), scale, rtol
-    return preference.detach(), scale, rtol
+class Options(NamedTuple):
+    """What both operations take beside the gradients."""
+
+    preference: Tensor | None
+    scale: Scale
+    rtol: float
+
+    SCHEMA = "Tensor? preference, str scale, float rtol"
+
+    @staticmethod
+    def of(op: str, preference: Preference, scale: Scale, rtol: float | None, tasks: int, like: Tensor) -> Options:
+        if scale not in SCALES:
+            raise ValueError(f"{op}: scale: expected one of {', '.join(SCALES)}, found {scale!r}")
+        if rtol is None:
+            rtol = tasks * EPS
+        elif not 0.0 <= rtol < 1.0:
+            raise ValueError(f"{op}: rtol: expected a number from 0 to below 1, found {rtol}")
+        if isinstance(preference, Tensor):
+            preference = preference.detach()
+        elif preference is not None:
+            preference = torch.tensor(preference, dtype=torch.float64, device=like.device)
+        return Options(preference, scale, rtol)
+
+    def check(self, op: str, tasks: int, like: Tensor) -> None:
+        if self.preference is not None:
+            check_floating(op, preference=self.preference)
+            check_shape(op, "preference", self.preference, (tasks,))
+            check_same_device(op, "gram", gram=like, preference=self.preference)
 
 
 # ---- align -----------------------------------------------------------------------------------------------------------
@@ -139,80 +147,64 @@ def _new_result(tasks: int, device: torch.device) -> list[Tensor]:
     return [weights, weights.new_empty(tasks), rank, weights.new_empty(()), weights.new_empty(tasks, tasks)]
 
 
-def _check(gram: Tensor, preference: Tensor | None, scale: str, rtol: float) -> None:
+def empty_result(tasks: int, device: torch.device) -> AlignResult:
+    """Make a result for ``out=`` of :func:`align` to write to: NaN, and rank -1."""
+    filled = (torch.full_like(t, torch.nan if t.is_floating_point() else -1) for t in _new_result(tasks, device))
+    return AlignResult(*filled)
+
+
+def _check(gram: Tensor, options: Options) -> None:
     check_floating("align", gram=gram)
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
         refuse(f"align: gram: expected shape [T, T] with T > 0, found {shape_of(gram)}")
-    if preference is not None:
-        _check_preference("align", preference, len(gram), gram.device)
-
-
-def _check_preference(op: str, preference: Tensor, tasks: int, device: torch.device) -> None:
-    check_floating(op, preference=preference)
-    check_shape(op, "preference", preference, (tasks,))
-    if preference.device != device:
-        refuse(f"{op}: preference: expected device {device} like gram, found {preference.device}")
-
-
-_RESULT_DTYPES = [torch.int64 if name == "rank" else torch.float64 for name in AlignResult._fields]
+    options.check("align", len(gram), gram)
 
 
 def _check_result(op: str, out: Sequence[Tensor], tasks: int, device: torch.device) -> None:
-    shapes = [(tasks,), (tasks,), (), (), (tasks, tasks)]
-    if (
-        [tensor.shape for tensor in out] == shapes
-        and [tensor.dtype for tensor in out] == _RESULT_DTYPES
-        and {tensor.device for tensor in out} == {device}
-        and all(map(Tensor.is_contiguous, out))
-    ):
-        return
-    for name, tensor, shape, dtype in zip(AlignResult._fields, out, shapes, _RESULT_DTYPES, strict=True):
-        check_shape(op, f"out.{name}", tensor, shape)
+    for name, dims, tensor in zip(AlignResult._fields, (1, 1, 0, 0, 2), out, strict=True):
+        shape, dtype = (tasks,) * dims, torch.int64 if name == "rank" else torch.float64
+        if tensor.shape != shape:
+            check_shape(op, f"out.{name}", tensor, shape)
         if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
             found = f"found {tensor.dtype} on {tensor.device}"
             refuse(f"{op}: out.{name}: expected contiguous {dtype} on {device}, {found}")
 
 
-def _run(
-    kernels: ModuleType,
-    gram: Tensor,
-    preference: Tensor | None,
-    scale: str,
-    rtol: float,
-    out: Sequence[Tensor],
-    where: tuple[int, int, int],
-) -> Any:
+def _write_alignment(
+    kernels: ModuleType, gram: Tensor, options: Options, out: Sequence[Tensor], where: tuple[int, int, int]
+) -> None:
     """``gram`` is float64 and contiguous."""
-    tasks = gram.shape[0]
+    tasks, preference = gram.shape[0], options.preference
     if tasks > MAX_TASKS:
-        return NotImplemented
+        for target, value in zip(out, reference.align(gram, *options), strict=True):
+            target.copy_(value)
+        return
     if preference is not None:
         preference = preference.to(torch.float64).contiguous()
     workspace = gram.new_empty(kernels.align_workspace(tasks))
-    given = gram.data_ptr(), 0 if preference is None else preference.data_ptr(), SCALES.index(scale), rtol, tasks
-    kernels.align(*given, tuple(map(Tensor.data_ptr, out)), workspace.data_ptr(), where)
-    return None
+    given = gram.data_ptr(), 0 if preference is None else preference.data_ptr(), SCALES.index(options.scale)
+    kernels.align(*given, options.rtol, tasks, tuple(map(Tensor.data_ptr, out)), workspace.data_ptr(), where)
 
 
 _align = Operation(
-    "align(Tensor gram, Tensor? preference, str scale, float rtol) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "align(Tensor gram, Options options) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    structs=[Options],
     check=_check,
-    outputs=lambda gram, *_: _new_result(len(gram), gram.device),
-    check_out=lambda out, gram, *_: _check_result("align", out, len(gram), gram.device),
-    kernel=lambda kernels, gram, *options_and_out: _run(
-        kernels, gram.to(torch.float64).contiguous(), *options_and_out, launch_place(gram.device)
+    outputs=lambda gram, options: _new_result(len(gram), gram.device),
+    check_out=lambda out, gram, options: _check_result("align", out, len(gram), gram.device),
+    kernel=lambda kernels, gram, options, out: _write_alignment(
+        kernels, gram.to(torch.float64).contiguous(), options, out, launch_place(gram.device)
     ),
-    reference=reference.align,
+    reference=lambda gram, options: reference.align(gram, *options),
 )
 
 
 # ---- merge: gram, align and combine on one table of pointers ---------------------------------------------------------
 
 
-def _check_merge(rows: Rows, preference: Tensor | None, scale: str, rtol: float, check_finite: bool) -> None:
+def _check_merge(rows: Rows, options: Options, check_finite: bool) -> None:
     rows.check("merge")
-    if preference is not None:
-        _check_preference("merge", preference, rows.tasks, rows.tensors[0].device)
+    options.check("merge", rows.tasks, rows.tensors[0])
 
 
 def _check_merged(out: list[Tensor], rows: Rows, *_: object) -> None:
@@ -220,41 +212,28 @@ def _check_merged(out: list[Tensor], rows: Rows, *_: object) -> None:
     _check_result("merge", out[-FIELDS:], rows.tasks, rows.tensors[0].device)
 
 
-def _merge_kernel(
-    kernels: ModuleType,
-    rows: Rows,
-    preference: Tensor | None,
-    scale: str,
-    rtol: float,
-    check_finite: bool,
-    out: list[Tensor],
-) -> Any:
+def _merge_kernel(kernels: ModuleType, rows: Rows, options: Options, check_finite: bool, out: list[Tensor]) -> None:
     groups, device, result = rows.groups(), rows.tensors[0].device, out[-FIELDS:]
     gram, where = torch.zeros(rows.tasks, rows.tasks, dtype=torch.float64, device=device), launch_place(device)
     add_gram(kernels, groups, gram, where)
     if check_finite:
         check_gram("merge", gram, rows.row)
-    if _run(kernels, gram, preference, scale, rtol, result, where) is NotImplemented:
-        for target, value in zip(result, reference.align(gram, preference, scale, rtol), strict=True):  # type: ignore[arg-type]
-            target.copy_(value)
+    _write_alignment(kernels, gram, options, result, where)
     write_combination(kernels, groups, result[0], out, where)
-    return None
 
 
-def _merge_reference(
-    rows: Rows, preference: Tensor | None, scale: Scale, rtol: float, check_finite: bool
-) -> list[Tensor]:
+def _merge_reference(rows: Rows, options: Options, check_finite: bool) -> list[Tensor]:
     listed = rows.listed()
     gram = reference.gram(listed)
     if check_finite:
         check_gram("merge", gram, rows.row)
-    result = reference.align(gram, preference, scale, rtol)
+    result = reference.align(gram, *options)
     return [*reference.combine(listed, result.weights), *result]
 
 
 _merge = Operation(
-    "merge(Rows rows, Tensor? preference, str scale, float rtol, bool check_finite) -> Tensor[]",
-    structs=[Rows],
+    "merge(Rows rows, Options options, bool check_finite) -> Tensor[]",
+    structs=[Rows, Options],
     check=_check_merge,
     outputs=lambda rows, *_: [*rows.empty_row(), *_new_result(rows.tasks, rows.tensors[0].device)],
     check_out=_check_merged,

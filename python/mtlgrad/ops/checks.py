@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SIZES = {"B": "example", "C": "class", "D": "dimension", "O": "output", "S": "sample", "T": "task"}
 SMALLEST_NORM = 1.1754944e-38  #: of float32: below, every entry of a row is subnormal and has lost digits
 SMALLEST_DOUBLE = 1.5e-154  #: the same of the squares of float64
 
 
 def refuse(message: str) -> None:
-    """Raises RuntimeError, in a traced function too. Called where a check failed: torch._check costs 4 us each time."""
+    """Raise RuntimeError, in a traced function too. Called where a check failed: torch._check costs 4 us each time."""
     torch._check(False, lambda: message)
 
 
@@ -21,62 +25,69 @@ def shape_of(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
 
-def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """``expected`` holds sizes, or names of sizes that may be anything."""
     found = tensor.shape
-    fits = len(found) == len(expected) and all(isinstance(e, str) or e == f for e, f in zip(expected, found))
-    if not fits:
+    if len(found) != len(expected) or not all(isinstance(e, str) or e == f for e, f in zip(expected, found)):
         refuse(f"{op}: {name}: expected shape [{', '.join(map(str, expected))}], found {shape_of(tensor)}")
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        if tensor.dtype not in FLOATING:
             refuse(f"{op}: {name}: expected float32, float64, float16 or bfloat16, found {tensor.dtype}")
 
 
-def check_class_targets(op: str, targets: Tensor) -> None:
-    if targets.dtype != torch.int64:
-        refuse(f"{op}: targets: expected int64 class indices, found {targets.dtype}; use targets.long()")
-
-
 def check_same_device(op: str, first: str, **tensors: Tensor) -> None:
-    """All on the device of the one called ``first``."""
+    """Refuse a tensor that is not on the device of the one called ``first``."""
     device = tensors[first].device
     for name, tensor in tensors.items():
         if tensor.device != device:
             refuse(f"{op}: {name}: expected device {device} like {first}, found {tensor.device}")
 
 
-def check_not_empty(op: str, name: str, what: str, size: int) -> None:
-    torch._check(size > 0, lambda: f"{op}: {name}: expected at least one {what}, found none")
+def check_tensors(op: str, sizes: dict[str, int], **tensors: tuple[Tensor, str]) -> None:
+    """Check shapes, dtypes and devices at once: ``check_tensors(op, {}, features=(features, "B! D"), ...)``.
+
+    A letter stands for its size in ``sizes``, which learns it where the letter comes first; P is D + 1; ``!`` refuses
+    zero. ``"int64 B"`` are class targets, all else is floating. All are on the device of the first.
+    """
+    first = next(iter(tensors))
+    for name, (tensor, text) in tensors.items():
+        dims = text.removeprefix("int64 ").split()
+        check_shape(op, name, tensor, [sizes.get(dim[0], dim[0]) for dim in dims])
+        for dim, size in zip(dims, tensor.shape):
+            sizes[dim[0]] = size
+            if dim.endswith("!"):
+                torch._check(size > 0, lambda: f"{op}: {name}: expected at least one {SIZES[dim[0]]}, found none")  # noqa: B023
+            if dim[0] == "D":
+                sizes["P"] = size + 1
+        if not text.startswith("int64 "):
+            check_floating(op, **{name: tensor})
+        elif tensor.dtype != torch.int64:
+            refuse(f"{op}: {name}: expected int64 class indices, found {tensor.dtype}; use {name}.long()")
+        check_same_device(op, first, **{first: tensors[first][0], name: tensor})
 
 
 def check_finite(op: str, **tensors: Tensor) -> None:
-    """Reads values: host tensors only."""
+    """Read values: host tensors only."""
     for name, tensor in tensors.items():
-        if tensor.numel() and not bool(torch.isfinite(tensor.sum())):  # the sum is quick, and finite if all are
-            finite = torch.isfinite(tensor)
-            if bool(finite.all()):
-                continue
-            at = torch.nonzero(~finite)[0].tolist()
-            value = tensor[tuple(at)].item()
-            raise ValueError(f"{op}: {name}: expected finite values, found {value} at {at}")
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():  # the sum is quick, and finite if all are
+            at = torch.nonzero(~tensor.isfinite())[0].tolist()
+            raise ValueError(f"{op}: {name}: expected finite values, found {tensor[tuple(at)].item()} at {at}")
 
 
 def check_class_range(op: str, targets: Tensor, classes: int, ignore: int) -> None:
-    """Reads values: host tensors only."""
+    """Read values: host tensors only."""
     outside = (targets != ignore) & ((targets < 0) | (targets >= classes))
-    if bool(outside.any()):
+    if outside.any():
         at = int(torch.nonzero(outside)[0])
-        raise ValueError(
-            f"{op}: targets: expected class indices from 0 to {classes - 1}, or {ignore} for no label, "
-            f"found {targets[at].item()} at example {at}"
-        )
+        expected = f"class indices from 0 to {classes - 1}, or {ignore} for no label"
+        raise ValueError(f"{op}: targets: expected {expected}, found {targets[at].item()} at example {at}")
 
 
 def check_gram(op: str, gram: Tensor, row: Callable[[int], Sequence[Tensor]] | None = None) -> None:
-    """Reads values: ValueError that names the task whose gradient has NaN or infinity, or not one entry with all its
+    """Read values: ValueError that names the task whose gradient has NaN or infinity, or not one entry with all its
     digits. `row` gives a task's gradient, where it is at hand: a norm alone cannot tell many small entries from few.
     """
     entries = gram.tolist()
@@ -88,36 +99,21 @@ def check_gram(op: str, gram: Tensor, row: Callable[[int], Sequence[Tensor]] | N
                 "the step (torch.amp.GradScaler does)"
             )
         # No row is longer than 2^40: a large norm needs no second look.
-        if square < SMALLEST_NORM**2 * 2.0**40 and (
-            0.0 < square < SMALLEST_NORM**2 if row is None else _lost(square, row(t))
-        ):
+        small = square < SMALLEST_NORM**2 * (1.0 if row is None else 2.0**40)
+        if small and (square > 0.0 if row is None else _lost(square, row(t))):
             raise ValueError(
                 f"{op}: rows: expected gradients that float32 holds with all digits, found norm {square**0.5:.1e} in "
                 f"task {t}; scale the losses up"
             )
-    for i, line in enumerate(entries):
-        for j in range(i + 1, len(line)):
-            if not abs(line[j]) < math.inf:
-                raise ValueError(f"{op}: gram: expected finite products, found {line[j]} of tasks {i} and {j}")
+    for i, j in itertools.combinations(range(len(entries)), 2):
+        if not abs(entries[i][j]) < math.inf:
+            raise ValueError(f"{op}: gram: expected finite products, found {entries[i][j]} of tasks {i} and {j}")
 
 
 def _lost(square: float, parts: Sequence[Tensor]) -> bool:
     """Whether a gradient that is not zero has no entry of normal size (for float64: whose square is one)."""
-    doubles = any(part.dtype == torch.float64 for part in parts)
-    if square >= SMALLEST_NORM**2 * sum(part.numel() for part in parts) or (square == 0.0 and not doubles):
+    limits = [SMALLEST_DOUBLE if part.dtype == torch.float64 else SMALLEST_NORM for part in parts]
+    if square == 0.0 and SMALLEST_DOUBLE not in limits:  # no square of a float32 is lost
         return False
-    largest = [
-        (float(part.detach().abs().max()), SMALLEST_DOUBLE if part.dtype == torch.float64 else SMALLEST_NORM)
-        for part in parts
-        if part.numel()
-    ]
-    return any(size > 0.0 for size, _ in largest) and all(size < limit for size, limit in largest)
-
-
-def check_ordinary_autograd(op: str) -> None:
-    """Inside a transform of torch.func a backward's side effects (``.grad``, the tasks' weights) have no place."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            f"{op}: expected ordinary autograd, found a torch.func transform (grad, vjp, jacrev, vmap); use "
-            "loss.backward() or torch.autograd.grad, with torch.func.functional_call where parameters are to be given"
-        )
+    largest = [float(part.detach().abs().max()) if part.numel() else 0.0 for part in parts]
+    return any(largest) and all(map(operator.lt, largest, limits))

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ._native import launch_place
 from ._operation import Operation
-from .checks import check_floating, check_shape, refuse
+from .checks import check_floating, check_same_device, check_shape, refuse
 from .combine import dots_of
 from .rows import AnyRows, Row, Rows, Stacked, check_like, empty_like_row, pointers
 
@@ -33,7 +33,7 @@ def displace(base: Row, rows: AnyRows | Stacked, weights: Tensor, out: Row | Non
     Args:
         base: shaped like a row: a tensor, or a sequence of tensors, one per parameter, all on one device.
         rows: T rows, as in :func:`mtlgrad.ops.combine`, of base's dtypes, or bfloat16 where base is float32. They may
-            all lie on another device (pinned host memory for one): see below.
+            all lie on another device, such as pinned host memory.
         weights: [T], any floating dtype, on base's device. A weight of zero does not hide NaN in its row.
         out: written in place if given: a tensor or tensors like base, dense, each apart from the rows, and either
             apart from base or exactly base's tensor in its place. Not differentiable then.
@@ -46,10 +46,9 @@ def displace(base: Row, rows: AnyRows | Stacked, weights: Tensor, out: Row | Non
     Derivatives: in the weights (:func:`mtlgrad.ops.dots` of rows and gradient, whose parameters without a gradient are
     not read), in base and in the rows; twice differentiable.
 
-    Rows on another device than base are copied there, and freed again, in chunks of whole parameters: those that
-    follow one another while their T rows are at most ``STAGED_BYTES`` (64 MiB) together, one parameter at least. No
-    more of the rows than one chunk is on base's device at any time, in the derivative neither; it is at most 64 MiB,
-    or the T rows of the largest parameter. Such rows must not require a gradient, and have no second derivative.
+    Rows on another device than base are copied there, forwards and backwards, in chunks of whole parameters, one chunk
+    at a time: at most ``STAGED_BYTES`` (64 MiB), or the T rows of one parameter that has more. Such rows must not
+    require a gradient, and have no second derivative.
 
     Errors: ``ValueError`` for rows that do not fit together, ``RuntimeError`` for shapes, dtypes and devices.
 
@@ -57,17 +56,14 @@ def displace(base: Row, rows: AnyRows | Stacked, weights: Tensor, out: Row | Non
     """
     own, _ = Rows.of("displace", rows)
     parts = [base] if isinstance(base, Tensor) else list(base)
-    if out is not None:
-        targets = [out] if isinstance(out, Tensor) else list(out)
-        with torch.no_grad():
-            _write(parts, own, weights, targets)
-        return out if isinstance(out, Tensor) else targets
     wanted = [t.requires_grad for t in (weights, *parts, *own.tensors)]
-    if torch.is_grad_enabled() and any(wanted):
-        results = _Displace.apply(own._replace(tensors=[]), len(parts), weights, *parts, *own.tensors)
+    if out is None and torch.is_grad_enabled() and any(wanted):
+        results = list(_Displace.apply(own._replace(tensors=[]), len(parts), weights, *parts, *own.tensors))
     else:
-        results = _new(parts, own, weights)
-    return results[0] if isinstance(base, Tensor) else list(results)
+        targets = [out] if isinstance(out, Tensor) else out if out is None else list(out)
+        with torch.no_grad():
+            results = _displaced(own, parts, weights, targets)
+    return results[0] if isinstance(base if out is None else out, Tensor) else results
 
 
 class _Displace(torch.autograd.Function):
@@ -77,55 +73,42 @@ class _Displace(torch.autograd.Function):
         ctx.form, ctx.count, ctx.streamed = form, count, _streams(parts, rows.tensors)
         rows_wanted = any(ctx.needs_input_grad[3 + count :])
         if ctx.streamed and rows_wanted:
-            message = (
+            refuse(
                 f"displace: rows: expected none that requires a gradient on another device than base "
                 f"({parts[0].device}), found them on {rows.tensors[0].device}"
             )
-            refuse(message)
         # The rows only where they are needed: they may be written over before a backward that is not about the weights.
         ctx.save_for_backward(weights, *(rows.tensors if ctx.needs_input_grad[2] or rows_wanted else ()))
         ctx.set_materialize_grads(False)
-        return tuple(_new(parts, rows, weights))
+        return tuple(_displaced(rows, parts, weights))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         weights, *tensors = ctx.saved_tensors
-        rows, places = ctx.form._replace(tensors=tensors), [p for p, g in enumerate(gradients) if g is not None]
+        rows = ctx.form._replace(tensors=tensors)
         # Embeddings may give sparse ones.
         gradients = tuple(g.to_dense() if g is not None and g.is_sparse else g for g in gradients)
-        given = [g for g in gradients if g is not None]
+        given = {p: gradient for p, gradient in enumerate(gradients) if gradient is not None}
         for_weights = None
-        if ctx.needs_input_grad[2] and places:
-            for_weights = _dots(rows, places, given, ctx.streamed).to(weights.dtype)
-        wanted = ctx.needs_input_grad[3 + ctx.count :]
-        for_rows: list[Tensor | None] = [None] * len(wanted)
-        for i, needed in enumerate(wanted):
-            gradient = gradients[i % ctx.count]
-            if needed and gradient is not None:
-                for_rows[i] = _for_row(weights, gradient, tensors[i], None if rows.stacked else i // ctx.count)
+        if ctx.needs_input_grad[2] and given:
+            for_weights = _dots(rows, given, ctx.streamed).to(weights.dtype)
+        for_rows: list[Tensor | None] = [None] * len(ctx.needs_input_grad[3 + ctx.count :])
+        for i, row in enumerate(tensors):
+            task, p = divmod(i, ctx.count)
+            if ctx.needs_input_grad[3 + ctx.count + i] and p in given:
+                weight = weights.view(-1, *[1] * given[p].dim()) if rows.stacked else weights[task]
+                dtype = torch.promote_types(given[p].dtype, torch.float32)
+                for_rows[i] = (weight.to(dtype) * given[p].to(dtype)).to(row.dtype)
         return None, None, for_weights, *gradients, *for_rows
 
 
-def _for_row(weights: Tensor, gradient: Tensor, row: Tensor, task: int | None) -> Tensor:
-    """Return the gradient of a row's tensor; of all rows' where they are stacked."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    weight = weights.view(-1, *[1] * gradient.dim()) if task is None else weights[task]
-    return (weight.to(dtype) * gradient.to(dtype)).to(row.dtype)
-
-
-def _check(
-    rows: Rows, base: list[Tensor], weights: Tensor, out: list[Tensor] | None = None, device: torch.device | None = None
-) -> None:
+def _check(rows: Rows, base: list[Tensor], weights: Tensor, device: torch.device | None = None) -> None:
     """`device`: where base and weights have to be; the rows' if not given."""
-    device = rows.tensors[0].device if device is None else device
     rows.check("displace")
     check_like("displace", "base", base, rows.like(), "a row", wider=True, device=device)
     check_floating("displace", weights=weights)
     check_shape("displace", "weights", weights, (rows.tasks,))
-    if weights.device != device:
-        refuse(f"displace: weights: expected device {device} like base, found {weights.device}")
-    if out is not None:
-        check_like("displace", "out", out, base, "base")
+    check_same_device("displace", "base", base=base[0], weights=weights)
 
 
 def _kernel(kernels: ModuleType, rows: Rows, base: list[Tensor], weights: Tensor, out: list[Tensor]) -> None:
@@ -156,75 +139,64 @@ def _streams(parts: list[Tensor], tensors: list[Tensor]) -> bool:
 
 def chunks(sizes: Sequence[int], most: int) -> list[range]:
     """Return consecutive numbers whose sizes are at most `most` together, or one number alone."""
-    found, start, total = [], 0, 0
+    starts, total = [0], 0
     for i, size in enumerate(sizes):
-        if i > start and total + size > most:
-            found.append(range(start, i))
-            start, total = i, 0
+        if i > starts[-1] and total + size > most:
+            starts.append(i)
+            total = 0
         total += size
-    return [*found, range(start, len(sizes))]
+    return [range(*ends) for ends in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
-def _chunks(rows: Rows, places: Sequence[int]) -> list[list[int]]:
+def _chunks(rows: Rows, places: Sequence[int]) -> list[Sequence[int]]:
     like = rows.like()
     sizes = [rows.tasks * like[p].numel() * like[p].element_size() for p in places]
-    return [[places[i] for i in chunk] for chunk in chunks(sizes, STAGED_BYTES)]
+    return [places[chunk.start : chunk.stop] for chunk in chunks(sizes, STAGED_BYTES)]
 
 
-def _staged(rows: Rows, places: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Copy some parameters' rows, row after row, in the element order in which the operations copy them no more.
+def _staged(rows: Rows, places: Sequence[int], device: torch.device) -> Rows:
+    """Copy some parameters' rows, in the element order in which the operations copy them no more.
 
     The copies are under way when this returns: what is next on the device's stream comes after them. The host, which
     has no stream, waits.
     """
-    listed = rows.listed()
-    return [
-        empty_like_row(listed[0][p], device).copy_(row[p], non_blocking=device.type != "cpu")
-        for row in listed
-        for p in places
-    ]
+    listed = rows.of_parameters(places).listed()
+    pairs = [(part, like) for row in listed for part, like in zip(row, listed[0], strict=True)]
+    wait = device.type == "cpu"
+    copies = [empty_like_row(like, device).copy_(part, non_blocking=not wait) for part, like in pairs]
+    return Rows(copies, rows.tasks, stacked=False)
 
 
 # A chunk is freed before the next is made: no name holds it, the call that uses it does.
 
 
-def _new(parts: list[Tensor], rows: Rows, weights: Tensor) -> list[Tensor]:
+def _displaced(rows: Rows, parts: list[Tensor], weights: Tensor, out: list[Tensor] | None = None) -> list[Tensor]:
+    """Return `out`, written, or new tensors."""
     if not _streams(parts, rows.tensors):
-        return list(displace_op(rows, parts, weights))
-    device = parts[0].device
-    _check(rows, parts, weights, device=device)
-    results = []
-    for places in _chunks(rows, range(len(parts))):
-        chosen = [parts[p] for p in places]
-        results += displace_op(Rows(_staged(rows, places, device), rows.tasks, False), chosen, weights)
-    return results
-
-
-def _write(parts: list[Tensor], rows: Rows, weights: Tensor, out: list[Tensor]) -> None:
-    if not _streams(parts, rows.tensors):
+        if out is None:
+            return list(displace_op(rows, parts, weights))
         displace_op.into(out, rows, parts, weights)
-        return
-    device = parts[0].device
-    _check(rows, parts, weights, out, device)  # all, before the first is written
+        return out
+    device, targets = parts[0].device, list(map(empty_like_row, parts)) if out is None else out
+    _check(rows, parts, weights, device)  # all, before the first is written
+    check_like("displace", "out", targets, parts, "base")
     for places in _chunks(rows, range(len(parts))):
-        chosen, targets = [parts[p] for p in places], [out[p] for p in places]
-        displace_op.into(targets, Rows(_staged(rows, places, device), rows.tasks, False), chosen, weights)
+        to, base = ([tensors[p] for p in places] for tensors in (targets, parts))
+        displace_op.into(to, _staged(rows, places, device), base, weights)
+    return targets
 
 
-def _dots(rows: Rows, places: list[int], gradients: list[Tensor], streamed: bool) -> Tensor:
-    """Return <row t, gradients> over some parameters, [T] float64."""
+def _dots(rows: Rows, vector: dict[int, Tensor], streamed: bool) -> Tensor:
+    """Return <row t, vector> over the parameters that the vector has, [T] float64."""
     if not streamed:
-        total: Tensor = dots_of(rows.of_parameters(places), gradients)
-        return total
-    device = gradients[0].device
+        return dots_of(rows.of_parameters(list(vector)), list(vector.values()))
+    device = next(iter(vector.values())).device
     if torch.is_grad_enabled():
-        message = (
+        refuse(
             f"displace: rows: expected rows on base's device ({device}) for a derivative that is differentiated again, "
             f"found them on {rows.tensors[0].device}"
         )
-        refuse(message)
     total = torch.zeros(rows.tasks, dtype=torch.float64, device=device)
-    given = dict(zip(places, gradients, strict=True))
-    for chunk in _chunks(rows, places):
-        total += dots_of(Rows(_staged(rows, chunk, device), rows.tasks, False), [given[p] for p in chunk])
+    for places in _chunks(rows, list(vector)):
+        total += dots_of(_staged(rows, places, device), [vector[p] for p in places])
     return total

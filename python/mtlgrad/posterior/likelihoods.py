@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..ops.checks import (
-    check_class_range,
-    check_class_targets,
-    check_finite,
-    check_floating,
-    check_not_empty,
-    check_same_device,
-    check_shape,
-)
+from ..ops.checks import check_class_range, check_finite, check_tensors
 
 Likelihood = Literal["regression", "binary", "multiclass"]
 IGNORE = -100
@@ -72,44 +64,26 @@ def check_batch(
     for name, tensor in needed.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{op}: {name}: expected a tensor, found {type(tensor).__name__}")
-    rows: int | str = "C" if likelihood == "multiclass" else "O"
-    width: int | str = "D"
+    outputs, targets_like = ("C", "int64 B") if likelihood == "multiclass" else ("O", "B O!")
+    sizes = {}
     if weight_shape is not None:
-        rows, width = weight_shape[0], weight_shape[1] - (likelihood != "regression")
-    check_shape(op, "features", features, ("B", width))
-    batch, width = features.shape
-    check_not_empty(op, "features", "example", batch)
-    check_not_empty(op, "features", "dimension", width)
-    check_floating(op, features=features)
-    check_same_device(op, "features", features=features, targets=targets)
-    if weight is not None:
-        check_shape(op, "weight", weight, (rows, width + 1))
-        rows = weight.shape[0]
-        check_not_empty(op, "weight", "class" if likelihood == "multiclass" else "output", rows)
-        check_floating(op, weight=weight)
-        check_same_device(op, "features", features=features, weight=weight)
-    if likelihood == "multiclass":
-        check_shape(op, "targets", targets, (batch,))
-        check_class_targets(op, targets)
-    else:
-        if targets.dim() == 1:
-            targets = targets[:, None]
-        check_shape(op, "targets", targets, (batch, rows))
-        check_not_empty(op, "targets", "output", targets.shape[1])
-        check_floating(op, targets=targets)
+        sizes = {outputs: weight_shape[0], "D": weight_shape[1] - (likelihood != "regression")}
+    if likelihood != "multiclass" and targets.dim() == 1:
+        targets = targets[:, None]
+    weights = {} if weight is None else {"weight": (weight, f"{outputs}! P")}
+    check_tensors(op, sizes, features=(features, "B! D!"), **weights, targets=(targets, targets_like))
     if features.device.type == "cpu":
         check_finite(op, features=features)
         if weight is not None:
             check_finite(op, weight=weight)
-        _check_target_values(op, likelihood, targets, rows)
+        _check_target_values(op, likelihood, targets, sizes[outputs])
     return targets
 
 
-def _check_target_values(op: str, likelihood: Likelihood, targets: Tensor, rows: int | str) -> None:
+def _check_target_values(op: str, likelihood: Likelihood, targets: Tensor, outputs: int) -> None:
     """Reads values: host tensors only."""
     if likelihood == "multiclass":
-        assert isinstance(rows, int)
-        check_class_range(op, targets, rows, IGNORE)
+        check_class_range(op, targets, outputs, IGNORE)
         return
     outside = targets.isinf() if likelihood == "regression" else (targets < 0) | (targets > 1)
     if bool(outside.any()):
