@@ -23,5 +23,5 @@ def stand_ins(tensor: Tensor, count: int) -> list[Tensor]:
     the memory of an intermediate, AOT autograd makes them again outside of the region, without the function's backward.
     """
     if torch.compiler.is_compiling():
-        return copies([tensor] * count)  # type: ignore[no-any-return]
+        return copies([tensor] * count)
     return [tensor.view_as(tensor) for _ in range(count)]

@@ -6,7 +6,7 @@ The moments of a task are accumulated in two [B, D] sums as soon as they are kno
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ def _run(batch: Batch, index: int, part: Part, out: Output) -> None:
     if isinstance(part, Sampled):
         run_sampled(features, targets, part.samples, out, likelihood)
     else:
-        run = {"regression": run_regression, "binary": run_binary, "multiclass": run_multiclass}[likelihood]
+        run: Any = {"regression": run_regression, "binary": run_binary, "multiclass": run_multiclass}[likelihood]
         run(features, targets, part.at, out)
 
 

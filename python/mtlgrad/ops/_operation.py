@@ -63,6 +63,7 @@ _TORCH_TYPES = {
     "list[Tensor]": "Tensor[]",
     "Tensor | None": "Tensor?",
     "list[float]": "float[]",
+    "Scale": "str",
     "list[int] | None": "int[]?",
     **{name: name for name in ("float", "int", "bool")},
 }

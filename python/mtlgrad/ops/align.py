@@ -6,6 +6,7 @@ Errors: ``RuntimeError`` for shapes, dtypes and devices, ``ValueError`` for opti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import NamedTuple, get_args
 
@@ -97,7 +98,7 @@ def merge(
     """
     own, listed = Rows.of("merge", rows)
     options = Options.of("merge", preference, scale, rtol, own.tasks, own.tensors[0])
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if out is None and result is None:
             found = _merge(own, options, check_finite)
             merged, result = found[:-FIELDS], AlignResult(*found[-FIELDS:])
@@ -114,8 +115,6 @@ class Options(NamedTuple):
     preference: Tensor | None
     scale: Scale
     rtol: float
-
-    SCHEMA = "Tensor? preference, str scale, float rtol"
 
     @staticmethod
     def of(op: str, preference: Preference, scale: Scale, rtol: float | None, tasks: int, like: Tensor) -> Options:

@@ -328,7 +328,8 @@ def _check_multiclass(
     if classes is not None:
         more = {"covariance[0]": (classes, "C C"), "covariance[1]": (covariance, "P P")}
     else:
-        more = {"covariance": (covariance, form) for form, shape in shapes.items() if shape == list(covariance.shape)}
+        forms = [form for form, shape in shapes.items() if shape == list(covariance.shape)]
+        more = {"covariance": (covariance, forms[0])} if forms else {}
     if not more:
         full, block, diagonal = shapes.values()
         refuse(
@@ -443,7 +444,7 @@ _precision_mean = Operation(
         means.new_empty((means.shape[0], means.shape[2]), dtype=_compute_dtype(means, variances))
     ],
     kernel=_precision_mean_kernel,
-    reference=lambda means, variances, power: reference.precision_mean(*_widened(means, variances), power=power),
+    reference=lambda means, variances, power: reference.precision_mean(*_widened(means, variances), power),  # type: ignore[call-arg]
     differentiable=True,
 )
 
