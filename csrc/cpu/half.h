@@ -17,13 +17,15 @@ MTLGRAD_INLINE double widen(double x) { return x; }
 
 MTLGRAD_INLINE float widen(bfloat16 x) { return math::float_from_bits(static_cast<int32_t>(uint32_t{x.bits} << 16)); }
 
-// Exponent and mantissa in place, then times 2^112: that is exact, and turns subnormals into normal floats.
+// Exponent and mantissa in place, under the largest exponents: infinity and NaN are that already, a normal number is 2^112
+// times itself, a subnormal one 2^111 times itself and 2^97 more. The smaller of the two answers is right, and no float on
+// the way is subnormal: torch.set_flush_denormal would make zero of it.
 MTLGRAD_INLINE float widen(float16 x) {
   const uint32_t magnitude = uint32_t{x.bits} & 0x7FFF, sign = (uint32_t{x.bits} & 0x8000) << 16;
-  const float scaled = math::float_from_bits(static_cast<int32_t>(magnitude << 13)) * 0x1p112f;
-  const uint32_t finite = static_cast<uint32_t>(math::bits_from_float(scaled));
-  const uint32_t bits = magnitude >= 0x7C00 ? (magnitude << 13) | 0x7F800000 : finite;
-  return math::float_from_bits(static_cast<int32_t>(bits | sign));
+  const float scaled = math::float_from_bits(static_cast<int32_t>((magnitude << 13) + 0x70000000));
+  const float normal = scaled * 0x1p-112f, subnormal = scaled * 0x1p-111f - 0x1p-14f;
+  const int32_t bits = math::bits_from_float(normal < subnormal ? normal : subnormal);
+  return math::float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(bits) | sign));
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
