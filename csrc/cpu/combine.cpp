@@ -20,9 +20,6 @@ namespace mtlgrad::cpu {
 
 namespace {
 
-using Vec = double __attribute__((vector_size(64)));
-constexpr int64_t kLanes = 8;
-
 int64_t columns_of(const Rows& rows) { return cpu::columns_of(rows.sizes, rows.tensors); }
 
 template <typename Visit>
@@ -56,56 +53,102 @@ void for_storages(const char* kernel, DType rows, DType other, const Body& body)
 
 // ---- gram -----------------------------------------------------------------------------------------------------------
 
-using Floats = float __attribute__((vector_size(32), aligned(4)));  // eight, from anywhere
+constexpr int64_t kLanes = 8;                // a sum is kept as eight, of every eighth column
+constexpr int64_t kPitch = kPanel + kLanes;  // not a power of two: rows of a panel would share cache sets
+constexpr int64_t kSums = 16 * kLanes;       // doubles of a tile: 4 x 4 sums
+
+template <int kBytes>
+using Doubles [[gnu::vector_size(kBytes)]] = double;
 
 // A load that happens once: GCC would rather read an operand again for each use than keep it in a register.
-MTLGRAD_INLINE Vec load(const double* at) { return *reinterpret_cast<const volatile Vec*>(at); }
+template <int kBytes>
+MTLGRAD_INLINE Doubles<kBytes> load(const double* at) {
+  return *reinterpret_cast<const volatile Doubles<kBytes>*>(at);
+}
 
-constexpr int64_t kDirect = 4;               // up to so many rows, all sums stay in registers
-constexpr int64_t kAhead = 1024;             // floats: the processor's own prefetching stops at each page of memory
-constexpr int64_t kPitch = kPanel + kLanes;  // not a power of two: rows of a panel would share cache sets
-constexpr int64_t kSums = 16 * kLanes;       // doubles of a tile: 4 x 4 vectors
+template <int kBytes>
+MTLGRAD_INLINE Doubles<kBytes>& vector_at(double* at) {
+  return *reinterpret_cast<Doubles<kBytes>*>(at);
+}
 
-// The sums of up to four rows of float32, all pairs i <= j, from the rows themselves. sums[(4 i + j)] are vectors.
-template <int kRows>
-MTLGRAD_INLINE void add_direct(const float* const* x, int64_t n, double* sums) {
-  Vec* s = reinterpret_cast<Vec*>(sums);
-  Vec s00 = s[0], s01 = s[1], s02 = s[2], s03 = s[3], s11 = s[5], s12 = s[6], s13 = s[7], s22 = s[10], s23 = s[11],
-      s33 = s[15];
-  const float *x0 = x[0], *x1 = x[kRows > 1 ? 1 : 0], *x2 = x[kRows > 2 ? 2 : 0], *x3 = x[kRows > 3 ? 3 : 0];
-  const auto add = [&](Vec r0, Vec r1, Vec r2, Vec r3) __attribute__((always_inline)) {
-    s00 += r0 * r0;
-    if constexpr (kRows > 1) s01 += r0 * r1, s11 += r1 * r1;
-    if constexpr (kRows > 2) s02 += r0 * r2, s12 += r1 * r2, s22 += r2 * r2;
-    if constexpr (kRows > 3) s03 += r0 * r3, s13 += r1 * r3, s23 += r2 * r3, s33 += r3 * r3;
-  };
-  const auto widened = [](const float* at) __attribute__((always_inline)) {
-    return __builtin_convertvector(*reinterpret_cast<const Floats*>(at), Vec);
-  };
-  const auto add_eight = [&](int64_t i) __attribute__((always_inline)) {
-    const Vec r0 = widened(x0 + i), r1 = kRows > 1 ? widened(x1 + i) : r0, r2 = kRows > 2 ? widened(x2 + i) : r0;
-    add(r0, r1, r2, kRows > 3 ? widened(x3 + i) : r0);
-  };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    __builtin_prefetch(x0 + i + kAhead);
-    if constexpr (kRows > 1) __builtin_prefetch(x1 + i + kAhead);
-    if constexpr (kRows > 2) __builtin_prefetch(x2 + i + kAhead);
-    if constexpr (kRows > 3) __builtin_prefetch(x3 + i + kAhead);
-    add_eight(i), add_eight(i + kLanes);
+// Four rows of a panel against four others, two of them and a vector of lanes at a time: eight sums, which together with
+// their operands fit sixteen registers.
+template <int kBytes>
+MTLGRAD_INLINE void add_tile(const double* a, const double* b, double* sums) {
+  using V = Doubles<kBytes>;
+  for (int64_t j = 0; j < 4; j += 2)
+    for (int64_t lane = 0; lane < kLanes; lane += kBytes / 8) {
+      double* s = sums + j * kLanes + lane;
+      V &s00 = vector_at<kBytes>(s), &s01 = vector_at<kBytes>(s + kLanes);
+      V &s10 = vector_at<kBytes>(s + 4 * kLanes), &s11 = vector_at<kBytes>(s + 5 * kLanes);
+      V &s20 = vector_at<kBytes>(s + 8 * kLanes), &s21 = vector_at<kBytes>(s + 9 * kLanes);
+      V &s30 = vector_at<kBytes>(s + 12 * kLanes), &s31 = vector_at<kBytes>(s + 13 * kLanes);
+      V r00 = s00, r01 = s01, r10 = s10, r11 = s11, r20 = s20, r21 = s21, r30 = s30, r31 = s31;
+      const double *x = a + lane, *y = b + j * kPitch + lane;
+      for (int64_t n = 0; n < kPanel; n += kLanes, x += kLanes, y += kLanes) {
+        const V y0 = load<kBytes>(y), y1 = load<kBytes>(y + kPitch);
+        const V x0 = load<kBytes>(x);
+        r00 += x0 * y0, r01 += x0 * y1;
+        const V x1 = load<kBytes>(x + kPitch);
+        r10 += x1 * y0, r11 += x1 * y1;
+        const V x2 = load<kBytes>(x + 2 * kPitch);
+        r20 += x2 * y0, r21 += x2 * y1;
+        const V x3 = load<kBytes>(x + 3 * kPitch);
+        r30 += x3 * y0, r31 += x3 * y1;
+      }
+      s00 = r00, s01 = r01, s10 = r10, s11 = r11, s20 = r20, s21 = r21, s30 = r30, s31 = r31;
+    }
+}
+
+// Up to four rows of a panel among themselves: of the sixteen sums those with i <= j.
+template <int kBytes, int kRows>
+MTLGRAD_INLINE void add_square(const double* a, double* sums) {
+  using V = Doubles<kBytes>;
+  for (int64_t lane = 0; lane < kLanes; lane += kBytes / 8) {
+    const auto sum = [=](int64_t i, int64_t j) -> V& { return vector_at<kBytes>(sums + (4 * i + j) * kLanes + lane); };
+    V s00 = sum(0, 0), s01 = sum(0, 1), s02 = sum(0, 2), s03 = sum(0, 3), s11 = sum(1, 1);
+    V s12 = sum(1, 2), s13 = sum(1, 3), s22 = sum(2, 2), s23 = sum(2, 3), s33 = sum(3, 3);
+    const double* x = a + lane;
+    for (int64_t n = 0; n < kPanel; n += kLanes, x += kLanes) {
+      const V x0 = load<kBytes>(x);
+      s00 += x0 * x0;
+      if constexpr (kRows > 1) {
+        const V x1 = load<kBytes>(x + kPitch);
+        s01 += x0 * x1, s11 += x1 * x1;
+        if constexpr (kRows > 2) {
+          const V x2 = load<kBytes>(x + 2 * kPitch);
+          s02 += x0 * x2, s12 += x1 * x2, s22 += x2 * x2;
+          if constexpr (kRows > 3) {
+            const V x3 = load<kBytes>(x + 3 * kPitch);
+            s03 += x0 * x3, s13 += x1 * x3, s23 += x2 * x3, s33 += x3 * x3;
+          }
+        }
+      }
+    }
+    sum(0, 0) = s00, sum(0, 1) = s01, sum(0, 2) = s02, sum(0, 3) = s03, sum(1, 1) = s11;
+    sum(1, 2) = s12, sum(1, 3) = s13, sum(2, 2) = s22, sum(2, 3) = s23, sum(3, 3) = s33;
   }
-  for (; i + kLanes <= n; i += kLanes) add_eight(i);
-  for (; i < n; ++i) add(Vec{x0[i]}, Vec{x1[i]}, Vec{x2[i]}, Vec{x3[i]});
-  s[0] = s00, s[1] = s01, s[2] = s02, s[3] = s03, s[5] = s11, s[6] = s12, s[7] = s13, s[10] = s22, s[11] = s23;
-  s[15] = s33;
 }
 
-MTLGRAD_CLONES void add_rows_direct(const float* const* x, int64_t rows, int64_t n, double* sums) {
-  if (rows == 1) return add_direct<1>(x, n, sums);
-  if (rows == 2) return add_direct<2>(x, n, sums);
-  if (rows == 3) return add_direct<3>(x, n, sums);
-  add_direct<4>(x, n, sums);
+// All pairs of a panel's rows, tile by tile.
+template <int kBytes>
+MTLGRAD_INLINE void add_panel(const double* panel, int64_t rows, double* sums) {
+  for (int64_t j = 0; j < rows; j += 4) {
+    for (int64_t i = 0; i < j; i += 4, sums += kSums) add_tile<kBytes>(panel + i * kPitch, panel + j * kPitch, sums);
+    const double* last = panel + j * kPitch;
+    switch (rows - j) {
+      case 1: add_square<kBytes, 1>(last, sums); break;
+      case 2: add_square<kBytes, 2>(last, sums); break;
+      case 3: add_square<kBytes, 3>(last, sums); break;
+      default: add_square<kBytes, 4>(last, sums);
+    }
+    sums += kSums;
+  }
 }
+
+#define MTLGRAD_ADD_PANEL(attribute, bytes) \
+  attribute void add_panel_of(const double* panel, int64_t rows, double* sums) { add_panel<bytes>(panel, rows, sums); }
+MTLGRAD_BY_WIDTH(MTLGRAD_ADD_PANEL)
 
 // Fetches what the next panel but one will read, so that memory works on while this panel is multiplied: the processor
 // itself looks ahead only while it reads. An address past the row's end does no harm.
@@ -115,40 +158,6 @@ MTLGRAD_CLONES void widen_to(double* __restrict__ out, const S* __restrict__ in,
   for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) __builtin_prefetch(ahead + i);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(widen(in[i]));
-}
-
-// Four rows of a panel against four others: sixteen sums, eight operands.
-MTLGRAD_CLONES void add_tile(const double* a, const double* b, double* sums) {
-  Vec* s = reinterpret_cast<Vec*>(sums);
-  Vec s00 = s[0], s01 = s[1], s02 = s[2], s03 = s[3], s10 = s[4], s11 = s[5], s12 = s[6], s13 = s[7];
-  Vec s20 = s[8], s21 = s[9], s22 = s[10], s23 = s[11], s30 = s[12], s31 = s[13], s32 = s[14], s33 = s[15];
-  for (int64_t n = 0; n < kPanel; n += kLanes) {
-    Vec b0 = load(b + n), b1 = load(b + kPitch + n), b2 = load(b + 2 * kPitch + n), b3 = load(b + 3 * kPitch + n);
-    Vec a0 = load(a + n);
-    s00 += a0 * b0, s01 += a0 * b1, s02 += a0 * b2, s03 += a0 * b3;
-    Vec a1 = load(a + kPitch + n);
-    s10 += a1 * b0, s11 += a1 * b1, s12 += a1 * b2, s13 += a1 * b3;
-    Vec a2 = load(a + 2 * kPitch + n);
-    s20 += a2 * b0, s21 += a2 * b1, s22 += a2 * b2, s23 += a2 * b3;
-    Vec a3 = load(a + 3 * kPitch + n);
-    s30 += a3 * b0, s31 += a3 * b1, s32 += a3 * b2, s33 += a3 * b3;
-  }
-  s[0] = s00, s[1] = s01, s[2] = s02, s[3] = s03, s[4] = s10, s[5] = s11, s[6] = s12, s[7] = s13;
-  s[8] = s20, s[9] = s21, s[10] = s22, s[11] = s23, s[12] = s30, s[13] = s31, s[14] = s32, s[15] = s33;
-}
-
-// Four rows of a panel among themselves: of the sixteen sums the ten with i <= j.
-MTLGRAD_CLONES void add_diagonal_tile(const double* a, double* sums) {
-  Vec* s = reinterpret_cast<Vec*>(sums);
-  Vec s00 = s[0], s01 = s[1], s02 = s[2], s03 = s[3], s11 = s[5], s12 = s[6], s13 = s[7], s22 = s[10], s23 = s[11],
-      s33 = s[15];
-  for (int64_t n = 0; n < kPanel; n += kLanes) {
-    Vec a0 = load(a + n), a1 = load(a + kPitch + n), a2 = load(a + 2 * kPitch + n), a3 = load(a + 3 * kPitch + n);
-    s00 += a0 * a0, s01 += a0 * a1, s02 += a0 * a2, s03 += a0 * a3, s11 += a1 * a1;
-    s12 += a1 * a2, s13 += a1 * a3, s22 += a2 * a2, s23 += a2 * a3, s33 += a3 * a3;
-  }
-  s[0] = s00, s[1] = s01, s[2] = s02, s[3] = s03, s[5] = s11, s[6] = s12, s[7] = s13, s[10] = s22, s[11] = s23;
-  s[15] = s33;
 }
 
 // Tiles (i, j), i <= j, of four rows against four, column by column of the upper triangle.
@@ -161,40 +170,22 @@ struct alignas(64) Line {
   double values[kLanes];
 };
 
-// The sums of a share, 16 a tile. Few rows of float32 are multiplied as they are read; otherwise 256 columns at a time
-// are widened into a panel, since a row meets T others, and float64 operands come from the cache at no cost.
+// The sums of a share, 16 a tile. 256 columns at a time are widened into a panel, since a row meets T others, and float64
+// operands come from the cache at no cost.
 template <typename S>
 void gram_share(const Rows& rows, int64_t begin, int64_t end, double* partial) {
   const int64_t tasks = rows.tasks, fours = (tasks + 3) / 4, tiles = tiles_of(tasks);
-  const bool direct = std::is_same_v<S, float> && tasks <= kDirect;
-  std::vector<Line> memory(tiles * 16 + (direct ? 0 : 4 * fours * kPitch / kLanes), Line{});
+  std::vector<Line> memory(tiles * 16 + 4 * fours * kPitch / kLanes, Line{});
   double* sums = memory[0].values;
   double* panel = sums + tiles * kSums;  // [4 fours, kPitch]; rows past `tasks` stay zero
-  if constexpr (std::is_same_v<S, float>) {
-    if (direct)
-      for_pieces(rows, begin, end, end - begin, [&](int64_t p, int64_t first, int64_t count, int64_t) {
-        const float* x[kDirect] = {};
-        for (int64_t t = 0; t < tasks; ++t) x[t] = row_of<float>(rows, p, t) + first;
-        add_rows_direct(x, tasks, count, sums);
-      });
-  }
-  if (!direct) {
-    const auto flush = [&] {
-      for (int64_t j = 0, tile = 0; j < fours; ++j) {
-        for (int64_t i = 0; i < j; ++i, ++tile)
-          add_tile(panel + 4 * i * kPitch, panel + 4 * j * kPitch, sums + tile * kSums);
-        add_diagonal_tile(panel + 4 * j * kPitch, sums + tile++ * kSums);
-      }
-    };
-    for_pieces(rows, begin, end, kPanel, [&](int64_t p, int64_t first, int64_t count, int64_t column) {
-      const int64_t at = (column - begin) % kPanel;
-      for (int64_t t = 0; t < tasks; ++t) widen_to(panel + t * kPitch + at, row_of<S>(rows, p, t) + first, count);
-      if (at + count == kPanel) flush();
-    });
-    if (const int64_t filled = (end - begin) % kPanel) {
-      for (int64_t t = 0; t < tasks; ++t) std::fill(panel + t * kPitch + filled, panel + t * kPitch + kPanel, 0.0);
-      flush();
-    }
+  for_pieces(rows, begin, end, kPanel, [&](int64_t p, int64_t first, int64_t count, int64_t column) {
+    const int64_t at = (column - begin) % kPanel;
+    for (int64_t t = 0; t < tasks; ++t) widen_to(panel + t * kPitch + at, row_of<S>(rows, p, t) + first, count);
+    if (at + count == kPanel) add_panel_of(panel, tasks, sums);
+  });
+  if (const int64_t filled = (end - begin) % kPanel) {
+    for (int64_t t = 0; t < tasks; ++t) std::fill(panel + t * kPitch + filled, panel + t * kPitch + kPanel, 0.0);
+    add_panel_of(panel, tasks, sums);
   }
   for (int64_t k = 0; k < tiles * 16; ++k) {
     double sum = 0.0;
@@ -239,11 +230,16 @@ MTLGRAD_INLINE void add_rows(const S* const* x, const Sum* w, [[maybe_unused]] F
 }
 
 template <typename Sum, typename S, typename From, typename Out>
-MTLGRAD_CLONES void add_group(const S* const* x, const Sum* w, int64_t rows, From from, Out* out, int64_t n) {
+MTLGRAD_CLONES void add_up_to_four(const S* const* x, const Sum* w, int64_t rows, From from, Out* out, int64_t n) {
   if (rows == 1) return add_rows<1>(x, w, from, out, n);
   if (rows == 2) return add_rows<2>(x, w, from, out, n);
   if (rows == 3) return add_rows<3>(x, w, from, out, n);
   return add_rows<4>(x, w, from, out, n);
+}
+
+template <typename Sum, typename S, typename Out>
+MTLGRAD_CLONES void add_four(const S* const* x, const Sum* w, const Sum* from, Out* out, int64_t n) {
+  add_rows<4>(x, w, from, out, n);
 }
 
 // Outputs larger than this are written past the caches: fetching a line that is overwritten anyway costs a read.
@@ -266,30 +262,32 @@ void store(S* out, const S* values, int64_t n, bool stream) {
 
 constexpr int64_t kBlock = 1024;  // columns whose sums stay in the first-level cache between groups of four rows
 
-// The sums of a share in Sum, on top of `base` where there is one, in the type B.
+// The sums of a share in Sum, on top of `base` where there is one, in the type B. Rows go by four, the first ones may be
+// fewer: that way round it takes the fewest functions.
 template <typename S, typename B, bool kBase, typename Sum>
 void weighted_share(const Rows& rows, [[maybe_unused]] const void* const* base, const Sum* weights, void* const* out,
                     int64_t begin, int64_t end, bool stream) {
   std::vector<const S*> x(rows.tasks);
   alignas(64) Sum sums[kBlock];
   alignas(64) B results[kBlock];
+  const int64_t few = rows.tasks - (rows.tasks - 1) / 4 * 4;
   for_pieces(rows, begin, end, kBlock, [&](int64_t p, int64_t first, int64_t count, int64_t) {
     for (int64_t t = 0; t < rows.tasks; ++t) x[t] = row_of<S>(rows, p, t) + first;
-    for (int64_t t = 0; t < rows.tasks; t += 4) {
-      const int64_t group = std::min<int64_t>(4, rows.tasks - t);
-      const auto add = [&](auto from) {
-        if (t + group < rows.tasks)
-          add_group(x.data() + t, weights + t, group, from, sums, count);
-        else
-          add_group(x.data() + t, weights + t, group, from, results, count);
-      };
-      if (t > 0)
-        add(static_cast<const Sum*>(sums));
-      else if constexpr (kBase)
-        add(static_cast<const B*>(base[p]) + first);
+    const auto begin_with = [&](auto from) {
+      if (few == rows.tasks)
+        add_up_to_four(x.data(), weights, few, from, results, count);
       else
-        add(nullptr);
-    }
+        add_up_to_four(x.data(), weights, few, from, sums, count);
+    };
+    if constexpr (kBase)
+      begin_with(static_cast<const B*>(base[p]) + first);
+    else
+      begin_with(nullptr);
+    for (int64_t t = few; t < rows.tasks; t += 4)
+      if (t + 4 < rows.tasks)
+        add_four(x.data() + t, weights + t, sums, sums, count);
+      else
+        add_four(x.data() + t, weights + t, sums, results, count);
     store(static_cast<B*>(out[p]) + first, results, count, stream);
   });
 #ifdef __SSE2__

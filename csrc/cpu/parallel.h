@@ -12,11 +12,18 @@
 // AVX-512 where there is one. By level, not by processor: a clone for "arch=haswell" serves Haswells alone, and leaves
 // every later machine the plain code. The attribute covers what is inlined into the function, not what OpenMP outlines
 // from it, so it stands on functions without parallel regions. Sanitizers run before the choice is possible.
+//
+// MTLGRAD_BY_WIDTH(define) does the same for a body that is written in vectors: define(attribute, bytes) defines one of
+// the functions, in vectors of so many bytes, the machine's own. The compiler takes wider ones apart, and badly.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define MTLGRAD_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define MTLGRAD_BY_WIDTH(define)                                                                       \
+  define(__attribute__((target("default"))), 16) define(__attribute__((target("arch=x86-64-v3"))), 32) \
+      define(__attribute__((target("arch=x86-64-v4"))), 64)
 #else
 #define MTLGRAD_CLONES
+#define MTLGRAD_BY_WIDTH(define) define(, 16)
 #endif
 
 namespace mtlgrad::cpu {

@@ -103,31 +103,39 @@ MTLGRAD_INLINE TaskStep task_step(const Corrections& by, double lr, double weigh
 MTLGRAD_INLINE float square_root(float x) { return sqrtf(x); }
 MTLGRAD_INLINE double square_root(double x) { return sqrt(x); }
 
+template <typename V>
+MTLGRAD_INLINE V square_root(V x) {  // a vector
+  for (int k = 0; k < static_cast<int>(sizeof(V) / sizeof(x[0])); ++k) x[k] = square_root(x[k]);
+  return x;
+}
+
 // Updates the moments and returns x / (root_scale sqrt(s) + eps). `first` is untouched without a first moment, `largest`
-// but for amsgrad.
-template <MomentKind kKind, typename F>
-MTLGRAD_INLINE F task_direction(F g, F& first, F& second, F& largest, const TaskCoefficients<F>& c) {
+// but for amsgrad. V: F, or (on the host) a vector of it.
+template <MomentKind kKind, typename V, typename F>
+MTLGRAD_INLINE V task_direction(V g, V& first, V& second, V& largest, const TaskCoefficients<F>& c) {
   if constexpr (has_first<kKind>) first = first + c.first_weight * (g - first);
   second = c.keep * second + (c.add * g) * g;
-  F square = second;
+  V square = second;
   if constexpr (kKind == MomentKind::amsgrad) {
-    largest = second > largest || second != second ? second : largest;  // NaN stays, as in torch.maximum
+    largest = (second > largest) | (second != second) ? second : largest;  // NaN stays, as in torch.maximum
     square = largest;
   }
   if constexpr (kKind == MomentKind::centered) {
     square = second - first * first;
-    square = square < F(0) ? F(0) : square;  // by rounding alone; NaN stays
+    square = square < V{} ? V{} : square;  // by rounding alone; NaN stays
   }
-  const F x = kKind == MomentKind::adam || kKind == MomentKind::amsgrad ? first : g;
+  const V x = kKind == MomentKind::adam || kKind == MomentKind::amsgrad ? first : g;
   return x / (c.root_scale * square_root(square) + c.eps);
 }
 
 // ---- stochastic rounding to bfloat16 --------------------------------------------------------------------------------
 
-// 32 random bits for element `index` (its lower 32 bits) of a stream: a hash of two multiplications. The lower half is
-// for the first moment (and for RMSProp's buffer), the upper half for the second (and amsgrad's largest).
-MTLGRAD_INLINE uint32_t random_bits(uint32_t stream, uint32_t index) {
-  uint32_t x = index * 0x9E3779B9u + stream;
+// 32 random bits for element `index` (its lower 32 bits, or a vector of such) of a stream: a hash of two multiplications.
+// The lower half is for the first moment (and for RMSprop's buffer), the upper half for the second (and amsgrad's
+// largest).
+template <typename U>
+MTLGRAD_INLINE U random_bits(uint32_t stream, U index) {
+  U x = index * 0x9E3779B9u + stream;
   x ^= x >> 16;
   x *= 0x7FEB352Du;
   x ^= x >> 15;
@@ -135,7 +143,7 @@ MTLGRAD_INLINE uint32_t random_bits(uint32_t stream, uint32_t index) {
   return x ^ (x >> 16);
 }
 
-// The stream of a parameter (any number that tells it from the others), a task and its step. RMSProp's buffer takes the
+// The stream of a parameter (any number that tells it from the others), a task and its step. RMSprop's buffer takes the
 // stream of task T at the sum of the tasks' steps.
 MTLGRAD_INLINE uint32_t random_stream(int64_t key, int64_t task, double count) {
   const uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(static_cast<uint64_t>(key) >> 32);

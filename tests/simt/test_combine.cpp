@@ -197,7 +197,7 @@ void displaced(bool device, int64_t tasks, const std::vector<int64_t>& sizes, in
     std::vector<void*> outputs;
     for (int64_t p = 0; p < tensors; ++p) outputs.push_back(in_place ? base.data[p] : sum.data[p]);
     (device ? cuda::add_weighted : cpu::add_weighted)(dtype_of<T>, dtype_of<B>, rows, base.pointers(), weights.get(),
-                                              outputs.data(), {});
+                                                      outputs.data(), {});
     for (int64_t p = 0; p < tensors; ++p)
       for (int64_t i = 0; i < sizes[p]; ++i)
         expect("add_weighted", i, value(static_cast<B*>(outputs[p])[i]), wants[p][i], limits[p][i]);
