@@ -233,13 +233,28 @@ void adagrad(DType parameters, DType moments, const Rows& gradients, const StepT
 }  // namespace cpu
 
 // The kernels that there are on both kinds of device.
-#define MTLGRAD_KERNELS(K)                                                                                          \
-  K(regression_moments)                                                                                             \
-  K(binary_moments)                                                                                                 \
-  K(multiclass_moments)                                                                                             \
-  K(sample_residuals) K(sampled_moments) K(precision_mean) K(weighted_mean) K(gram_workspace) K(gram)               \
-      K(dots_workspace) K(dots) K(combine) K(add_weighted) K(align_workspace) K(align) K(adatask_workspace) K(adam) \
-          K(rmsprop) K(adagrad)
+// clang-format off
+#define MTLGRAD_KERNELS(K) \
+  K(regression_moments) \
+  K(binary_moments) \
+  K(multiclass_moments) \
+  K(sample_residuals) \
+  K(sampled_moments) \
+  K(precision_mean) \
+  K(weighted_mean) \
+  K(gram_workspace) \
+  K(gram) \
+  K(dots_workspace) \
+  K(dots) \
+  K(combine) \
+  K(add_weighted) \
+  K(align_workspace) \
+  K(align) \
+  K(adatask_workspace) \
+  K(adam) \
+  K(rmsprop) \
+  K(adagrad)
+// clang-format on
 
 // The same signatures, on device memory.
 namespace cuda {

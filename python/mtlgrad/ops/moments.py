@@ -77,7 +77,7 @@ class BatchPosterior(NamedTuple):
         """The tensors, contiguous, and sizes as ``OutputsPosterior`` or ``MulticlassPosterior`` of csrc/kernels.h."""
         if self.structure != "rows":
             return STRUCTURES.index(self.structure), *self[1:], len(self.mean)
-        strides = [0 if len(t) == 1 else t[0].numel() for t in (self.cross_covariance, self.variances)]
+        strides = [0 if len(t) == 1 else t.stride(0) for t in (self.cross_covariance, self.variances)]
         return *self[1:4], *strides, len(self.mean)
 
 
@@ -102,12 +102,8 @@ def _run(name: str, features: Tensor, targets: Tensor, at: BatchPosterior, out: 
     """Call a kernel of moments; ``others`` are what it alone takes."""
     if features.numel() and not (features.stride(1) == 1 and features.stride(0) >= features.shape[1]):
         features = features.contiguous()  # else the rows are dense, however far apart
-    rows, targets, at = (
-        (features, features.stride(0), *features.shape),
-        targets.contiguous(),
-        at.each(Tensor.contiguous),
-    )
-    _launch(name, features, rows, targets, at.given, *others, tuple(out))
+    rows, at = (features, features.stride(0), *features.shape), at.each(Tensor.contiguous)
+    _launch(name, features, rows, targets.contiguous(), at.given, *others, tuple(out))
 
 
 def _compute_dtype(*tensors: Any) -> torch.dtype:
@@ -325,12 +321,12 @@ def _check_multiclass(
     check_tensors(op, sizes, **first, targets=(targets, "int64 B"))
     c, p = mean.shape
     shapes = {"N N": [c * p, c * p], "C P P": [c, p, p], "C P": [c, p]}
+    fits = [form for form, shape in shapes.items() if shape == list(covariance.shape)]
     if classes is not None:
         more = {"covariance[0]": (classes, "C C"), "covariance[1]": (covariance, "P P")}
+    elif fits:
+        more = {"covariance": (covariance, fits[0])}
     else:
-        forms = [form for form, shape in shapes.items() if shape == list(covariance.shape)]
-        more = {"covariance": (covariance, forms[0])} if forms else {}
-    if not more:
         full, block, diagonal = shapes.values()
         refuse(
             f"{op}: covariance: expected shape {full} (full, class-major), {block} (block), {diagonal} (diagonal) or a "
