@@ -368,3 +368,46 @@ def test_errors_name_argument_expected_and_found(index: int) -> None:
     with pytest.raises((RuntimeError, ValueError), match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+# ---- strides of what is given ----------------------------------------------------------------------------------------
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same numbers, every second one of memory whose others are NaN."""
+    return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("name", ["weights", "singular_values", "transform"])
+def test_results_with_strides_are_refused(name: str) -> None:
+    """Kernels take addresses and no strides."""
+    rows = normal(1, 3, 40)
+    result = ops.align(torch.eye(3))
+    result = result._replace(**{name: strided(getattr(result, name))})
+    before = [value.clone() for value in result]
+    for call in (lambda: ops.align(torch.eye(3) * 2, out=result), lambda: ops.merge(rows, result=result)):
+        with pytest.raises(
+            RuntimeError, match=rf"(align|merge): out\.{name}: expected contiguous torch.float64 on cpu"
+        ):
+            call()
+        assert all(torch.equal(a, b) for a, b in zip(result, before)), "changed before the error"
+
+
+def test_a_result_that_lies_transposed_is_refused() -> None:
+    result = ops.align(torch.eye(3))
+    result = AlignResult(*result[:4], result.transform.mT.contiguous().mT)
+    with pytest.raises(RuntimeError, match=r"align: out\.transform: expected contiguous"):
+        ops.align(torch.eye(3), out=result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_preferences_with_strides(dtype: torch.dtype, device: str) -> None:
+    rows, preference = normal(1, 3, 40).to(device), normal(2, 3).abs().to(device, dtype)
+    gram, want = ops.gram(rows), ops.align(ops.gram(rows), preference)
+    turned = torch.stack([preference, -preference], 1)[:, 0]
+    for other in (strided(preference), turned):
+        assert not other.is_contiguous()
+        assert torch.equal(ops.align(gram, other).weights, want.weights)
+        assert torch.equal(ops.merge(rows, other)[1].weights, want.weights)
+    one = torch.full((1,), 2.0, dtype=dtype, device=device)
+    assert torch.equal(ops.align(gram, one.expand(3)).weights, ops.align(gram, [2.0] * 3).weights)

@@ -49,11 +49,11 @@ __device__ __forceinline__ double to_float(double v) { return v; }
 template <typename T, typename Sum>
 __device__ __forceinline__ T round_to(Sum v) {
   if constexpr (std::is_same_v<T, __half>)
-    return __float2half_rn(v);
+    return __float2half_rn(static_cast<float>(v));
   else if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return __float2bfloat16_rn(v);
+    return __float2bfloat16_rn(static_cast<float>(v));
   else
-    return v;
+    return static_cast<T>(v);
 }
 
 __device__ __forceinline__ uint32_t bits_of(__half v) { return __half_as_ushort(v); }

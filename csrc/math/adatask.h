@@ -100,9 +100,6 @@ MTLGRAD_INLINE TaskStep task_step(const Corrections& by, double lr, double weigh
   return {1.0 / sqrt(correction(by.beta2, count)), buffered ? weight : length, length};
 }
 
-MTLGRAD_INLINE float square_root(float x) { return sqrtf(x); }
-MTLGRAD_INLINE double square_root(double x) { return sqrt(x); }
-
 template <typename V>
 MTLGRAD_INLINE V square_root(V x) {  // a vector
   for (int k = 0; k < static_cast<int>(sizeof(V) / sizeof(x[0])); ++k) x[k] = square_root(x[k]);

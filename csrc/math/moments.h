@@ -57,7 +57,7 @@ MTLGRAD_INLINE LogitVariance<T> logit_variance(T v, T a) {
   const T slack = kNoise<T> * a * a;
   if (v < -slack) return {not_a_number<T>(), not_a_number<T>()};
   const T positive = v < T(0) ? T(0) : v;
-  const T root = sqrt(positive + slack) + kNoise<T> * a;
+  const T root = square_root(positive + slack) + kNoise<T> * a;
   return {positive, root * root};
 }
 
@@ -106,7 +106,7 @@ MTLGRAD_INLINE void add_node(BinarySums<T>& sums, Logistic<T> at, T deviation, T
 
 template <typename T>
 MTLGRAD_INLINE BinaryCoefficients<T> binary_coefficients(const BinarySums<T>& s, T r0, LogitVariance<T> z) {
-  const T v = z.v, deviation = sqrt(v);
+  const T v = z.v, deviation = square_root(v);
   const T by_deviation = v > T(0) ? T(1) / deviation : T(0);  // v = 0: K = 0 too, whatever stands before it
   BinaryCoefficients<T> c;
   c.first_m = r0 + s.d;

@@ -172,4 +172,8 @@ MTLGRAD_INLINE T logistic_step(Logistic<T> at, T delta) {
   return up ? step : -step;
 }
 
+// By overload: on the host an unqualified sqrt of a float would be the one of C, in double.
+MTLGRAD_INLINE float square_root(float x) { return sqrtf(x); }
+MTLGRAD_INLINE double square_root(double x) { return sqrt(x); }
+
 }  // namespace mtlgrad::math
