@@ -9,6 +9,7 @@ from ranks import Pool
 
 import mtlgrad
 from mtlgrad.distributed import average_jacobians, global_means
+from mtlgrad.world.alike import digest
 from mtlgrad.world.ranks import ALONE, Averaging, name_of, world_of
 
 
@@ -167,3 +168,8 @@ def half_of_them() -> None:
 
 def test_a_part_of_the_ranks(four_ranks: Pool) -> None:
     four_ranks(half_of_them)
+
+
+def test_digests_are_of_the_whole_text() -> None:
+    """Ranks whose models differ in their last layer alone must not seem alike."""
+    assert digest("a" * 10_000 + "b") != digest("a" * 10_000 + "c")
