@@ -80,6 +80,8 @@ struct Array {
   }
 };
 
+enum class Rule { adam, rmsprop, adagrad };
+
 struct Case {
   Rule rule = Rule::adam;
   bool extra = false, buffered = false, decoupled = false, maximize = false, stochastic = false, squares = false,
@@ -144,13 +146,8 @@ std::vector<Pointer> pointers(const std::vector<Array<T>>& arrays) {
   return result;
 }
 
-static Adaptive settings(const Case& c) {
-  Adaptive by{};
-  by.rule = c.rule, by.extra = c.extra, by.decoupled = c.decoupled, by.maximize = c.maximize;
-  by.stochastic = c.stochastic, by.weight_decay = c.weight_decay;
-  by.lr = 0.03, by.first_decay = 0.85, by.second_decay = 0.97, by.eps = 1e-6, by.lr_decay = 0.02, by.square_decay = 0.9;
-  return by;
-}
+// Of all rules: beta1 or momentum, beta2 or alpha.
+constexpr double kLr = 0.03, kFirst = 0.85, kSecond = 0.97, kEps = 1e-6, kLrDecay = 0.02, kSquareDecay = 0.9;
 
 template <typename S, typename M>
 struct Runner {
@@ -175,13 +172,18 @@ struct Runner {
     const auto squares = pointers<double*>(s.squares);
     const auto table = [](const auto& list) { return list.empty() ? nullptr : list.data(); };
     const auto tensors = static_cast<int64_t>(c.sizes.size());
-    const TaskMoments moments{c.tasks,        tensors,       c.sizes.data(), parameters.data(), gradients.data(),
-                              table(first),   table(second), table(largest), table(buffers),    steps.data(),
-                              table(squares), keys.data(),   present.get()};
-    Adaptive by = settings(c);
-    std::unique_ptr<double> lr(new double(by.lr));
-    if (c.lr_tensor) by.lr_tensor = lr.get(), by.lr = std::nan("");
-    by.weights = weights.data();
+    const Rows rows{gradients.data(), c.sizes.data(), c.tasks, tensors};
+    const StepTensors own{parameters.data(), steps.data(), table(squares), keys.data()};
+    std::unique_ptr<double> lr(new double(kLr));
+    const StepSettings by{c.lr_tensor ? std::nan("") : kLr,
+                          c.lr_tensor ? lr.get() : nullptr,
+                          kEps,
+                          c.weight_decay,
+                          c.maximize,
+                          c.stochastic,
+                          kSquareDecay,
+                          weights.data(),
+                          present.get()};
     std::unique_ptr<double[]> workspace;
     if (c.squares) {
       const int64_t size = (device ? cuda::adatask_workspace : cpu::adatask_workspace)(
@@ -189,11 +191,19 @@ struct Runner {
       workspace.reset(new double[size]);
       std::fill_n(workspace.get(), size, std::nan(""));
     }
-    (device ? cuda::adatask : cpu::adatask)(dtype_of<S>, dtype_of<M>, moments, by, workspace.get(), {});
+    const auto run = [&](auto* host, auto* emulated, const auto& moments, const auto& rule) {
+      (device ? emulated : host)(dtype_of<S>, dtype_of<M>, rows, own, moments, rule, by, workspace.get(), {});
+    };
+    if (c.rule == Rule::adam)
+      return run(cpu::adam, cuda::adam, AdamMoments{first.data(), second.data(), table(largest)},
+                 Adam{kFirst, kSecond, c.decoupled});
+    if (c.rule == Rule::rmsprop)
+      return run(cpu::rmsprop, cuda::rmsprop, RMSpropMoments{second.data(), table(first), table(buffers)},
+                 RMSprop{kSecond, c.buffered ? kFirst : 0.0});
+    run(cpu::adagrad, cuda::adagrad, AdagradMoments{second.data()}, Adagrad{kLrDecay});
   }
 
   void compare(const State<S, M>& was, const State<S, M>& is) const {
-    const Adaptive by = settings(c);
     const Real e = sizeof(S) == 8 ? 1.2e-16L : 6e-8L;  // of the arithmetic
     const auto square_error = sizeof(S) == 8 ? 1e-13L : 1e-5L;
     const bool coupled = !c.decoupled && c.weight_decay != 0.0, adam = c.rule == Rule::adam;
@@ -214,12 +224,12 @@ struct Runner {
           const uint32_t bits = math::random_bits(stream(t, double(count)), static_cast<uint32_t>(i));
           Real x = g, x_error = 2 * e * size, m = 0, m_error = 0;
           if (!is.first.empty()) {
-            const Real b = adam ? by.first_decay : by.second_decay, old = was.first[at][i];
+            const Real b = adam ? kFirst : kSecond, old = was.first[at][i];
             m = b * old + (1 - b) * g, m_error = 4 * e * (std::fabs(old) + size);
             if (adam) x = m, x_error = m_error;
             check("first", p, t, i, is.first[at].data()[i], m, m_error, c.stochastic, bits);
           }
-          const Real keep = c.rule == Rule::adagrad ? 1 : by.second_decay, add = keep == 1 ? 1 : 1 - keep;
+          const Real keep = c.rule == Rule::adagrad ? 1 : kSecond, add = keep == 1 ? 1 : 1 - keep;
           const Real v = keep * was.second[at][i] + add * g * g;
           const Real v_error = 6 * e * v + add * 4 * e * size * std::fabs(g) + 1e-40L;
           check("second", p, t, i, is.second[at].data()[i], v, v_error, c.stochastic, bits >> 16);
@@ -232,29 +242,29 @@ struct Runner {
             s = v - m * m, s = s < 0 ? 0 : s;
             s_error = v_error + 2 * std::fabs(m) * m_error + m_error * m_error + 2 * e * m * m;
           }
-          const Real scale = adam ? 1 / std::sqrt(1 - std::pow(Real(by.second_decay), count)) : 1;
-          const Real direction = x / (scale * std::sqrt(s) + by.eps), d = std::fabs(direction);
-          const Real most = scale * std::sqrt(s + s_error) + by.eps;
-          const Real least = scale * std::sqrt(std::max(s - s_error, Real(0))) + by.eps;
+          const Real scale = adam ? 1 / std::sqrt(1 - std::pow(Real(kSecond), count)) : 1;
+          const Real direction = x / (scale * std::sqrt(s) + kEps), d = std::fabs(direction);
+          const Real most = scale * std::sqrt(s + s_error) + kEps;
+          const Real least = scale * std::sqrt(std::max(s - s_error, Real(0))) + kEps;
           const Real error = 8 * e * d + std::max((std::fabs(x) + x_error) / least - d,
                                                   d - std::max(std::fabs(x) - x_error, Real(0)) / most);
-          const Real correction = adam                      ? 1 / (1 - std::pow(Real(by.first_decay), count))
-                                  : c.rule == Rule::adagrad ? 1 / (1 + (count - 1) * by.lr_decay)
+          const Real correction = adam                      ? 1 / (1 - std::pow(Real(kFirst), count))
+                                  : c.rule == Rule::adagrad ? 1 / (1 + (count - 1) * kLrDecay)
                                                             : 1;
-          const Real length = -by.lr * weights[t] * correction, step = c.buffered ? Real(weights[t]) : length;
+          const Real length = -kLr * weights[t] * correction, step = c.buffered ? Real(weights[t]) : length;
           delta += step * direction;
           delta_error += std::fabs(step) * (error + Real(c.tasks + 2) * e * d);
           sums[t] += length * length * direction * direction;
           sum_errors[t] += length * length * (2 * d * error + error * error + square_error * d * d);
         }
         if (c.buffered) {
-          const Real old = was.buffers[p][i], b = by.first_decay * old + delta;
+          const Real old = was.buffers[p][i], b = kFirst * old + delta;
           delta_error += 3 * e * (std::fabs(old) + std::fabs(delta));
           const uint32_t bits = math::random_bits(stream(c.tasks, counts), static_cast<uint32_t>(i));
           check("buffer", p, 0, i, is.buffers[p].data()[i], b, delta_error, c.stochastic, bits);
-          delta = -by.lr * b, delta_error = by.lr * delta_error + 2 * e * std::fabs(delta);
+          delta = -kLr * b, delta_error = kLr * delta_error + 2 * e * std::fabs(delta);
         }
-        const Real want = theta * (c.decoupled ? 1 - by.lr * c.weight_decay : 1) + delta;
+        const Real want = theta * (c.decoupled ? 1 - kLr * c.weight_decay : 1) + delta;
         check("parameter", p, 0, i, is.parameters[p].data()[i], want,
               delta_error + 3 * e * (std::fabs(theta) + std::fabs(delta)));
       }
@@ -265,7 +275,7 @@ struct Runner {
                      (is.largest.empty() || is.largest[at] == was.largest[at]),
                  "absent", p, t, 0, 0, 0, 0);
         if (c.squares)
-          check("squares", p, t, 0, is.squares[p].data()[t], by.square_decay * Real(was.squares[p][t]) + 0.1L * sums[t],
+          check("squares", p, t, 0, is.squares[p].data()[t], kSquareDecay * Real(was.squares[p][t]) + 0.1L * sums[t],
                 0.1L * sum_errors[t] + 1e-15L * was.squares[p][t]);
       }
     }
@@ -311,7 +321,8 @@ void all(bool device) {
       c.stochastic = stochastic;
       for (const int flags : {0, 1, 2, 3, 4, 5, 6, 7}) {
         if (kRacesAlone && flags != 2) continue;
-        c.decoupled = flags & 1, c.maximize = flags & 2, c.weight_decay = flags & 4 ? 0.1 : 0.0;
+        c.decoupled = (flags & 1) && c.rule == Rule::adam, c.maximize = flags & 2,
+        c.weight_decay = flags & 4 ? 0.1 : 0.0;
         c.lr_tensor = flags == 5, c.squares = flags == 2 || flags == 4;
         run<S, M>(device, c);
       }
@@ -372,18 +383,23 @@ void throws(const char* name, const Body& body) {
   }
 }
 
+template <typename Moments, typename Of, typename Step>
+void refuses(const Step& step) {
+  const auto call = [&](DType parameters, DType moments, const Rows& rows) {
+    step(parameters, moments, rows, StepTensors{}, Moments{}, Of{}, StepSettings{}, nullptr, Place{});
+  };
+  call(DType::f32, DType::f32, {});
+  throws("f16", [&] { call(DType::f16, DType::f16, {}); });
+  throws("f64 with f32", [&] { call(DType::f64, DType::f32, {}); });
+  throws("f32 with f64", [&] { call(DType::f32, DType::f64, {}); });
+}
+
 static void refusals() {
-  const TaskMoments none{};
-  const Adaptive by{};
-  for (const auto step : {cpu::adatask, cuda::adatask}) {
-    step(DType::f32, DType::f32, none, by, nullptr, {});
-    throws("f16", [&] { step(DType::f16, DType::f16, none, by, nullptr, {}); });
-    throws("f64 with f32", [&] { step(DType::f64, DType::f32, none, by, nullptr, {}); });
-    throws("f32 with f64", [&] { step(DType::f32, DType::f64, none, by, nullptr, {}); });
-  }
-  TaskMoments many{};
-  many.tasks = 65;
-  throws("tasks", [&] { cuda::adatask(DType::f32, DType::f32, many, by, nullptr, {}); });
+  for (const auto step : {cpu::adam, cuda::adam}) refuses<AdamMoments, Adam>(step);
+  for (const auto step : {cpu::rmsprop, cuda::rmsprop}) refuses<RMSpropMoments, RMSprop>(step);
+  for (const auto step : {cpu::adagrad, cuda::adagrad}) refuses<AdagradMoments, Adagrad>(step);
+  const Rows many{nullptr, nullptr, 65, 0};
+  throws("tasks", [&] { cuda::adam(DType::f32, DType::f32, many, {}, {}, {}, {}, nullptr, {}); });
 }
 
 int main() {
