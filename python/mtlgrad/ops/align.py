@@ -103,7 +103,10 @@ def merge(
             found = _merge(own, options, check_finite)
             merged, result = found[:-FIELDS], AlignResult(*found[-FIELDS:])
         else:
-            merged = own.empty_row() if out is None else [out] if isinstance(out, Tensor) else list(out)
+            if out is not None:
+                merged = [out] if isinstance(out, Tensor) else list(out)
+            else:  # Dynamo cannot ask how gradients lie that are still to come
+                merged = own.empty_row() if own.stacked else list(map(torch.empty_like, own.like()))
             result = AlignResult(*_new_result(own.tasks, own.tensors[0].device)) if result is None else result
             _merge.into([*merged, *result], own, options, check_finite)
     return (merged if listed else merged[0]), result
