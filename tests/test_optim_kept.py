@@ -146,8 +146,6 @@ def test_memory_that_was_freed_is_refused() -> None:
     optimizer.state[p]["exp_avg_1"].untyped_storage().resize_(0)
     fill([p], 2, 2)
     before = p.detach().clone()
-    with pytest.raises(
-        RuntimeError, match="adatask_adam: expected tensors with memory, found one"
-    ):
+    with pytest.raises(RuntimeError, match="adatask_adam: expected tensors with memory, found one"):
         optimizer.step()
     assert torch.equal(p, before)
