@@ -273,7 +273,7 @@ struct PresentTask {
   void set_count(const Call& call, double found) {
     if (found == count) return;
     count = found;
-    step = math::task_step(call.rule.corrections, call.lr, call.settings.task_weights[number],
+    step = math::task_step(call.rule.kind, call.rule.corrections, call.lr, call.settings.task_weights[number],
                            call.rule.buffers != nullptr, count);
   }
 };

@@ -119,7 +119,7 @@ struct SegmentStep {
 
 // Thread t computes what there is of task t, one more thread the rest; both from memory, so that a CUDA graph sees the
 // values of its replay.
-template <bool kStochastic, typename Table, typename F>
+template <MomentKind kKind, bool kStochastic, typename Table, typename F>
 __device__ __forceinline__ void open_segment(const Table& table, int segment, SegmentStep<F>& now) {
   const int t = threadIdx.x;
   if (t > table.tasks) return;
@@ -129,7 +129,7 @@ __device__ __forceinline__ void open_segment(const Table& table, int segment, Se
   const int64_t key = table.segments[segment].key;
   if (t < table.tasks) {
     const double count = steps[t];
-    const math::TaskStep at = math::task_step(table.corrections, lr, table.weights[t], table.buffered, count);
+    const math::TaskStep at = math::task_step(kKind, table.corrections, lr, table.weights[t], table.buffered, count);
     now.tasks[t] = {at.length, static_cast<F>(at.root_scale), static_cast<F>(at.step),
                     kStochastic ? math::random_stream(key, t, count) : 0, !settings.present || settings.present[t]};
     for (int w = 0; w < kRowWarps; ++w) now.sums[w][t] = 0.0;
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kRowThreads, step_blocks<kKind, kStochastic, S
       __syncthreads();
       if (open >= 0) close_segment(table, open, now, workspace);
       open = at.segment;
-      open_segment<kStochastic>(table, open, now);
+      open_segment<kKind, kStochastic>(table, open, now);
       __syncthreads();
     }
     const StepSegment& segment = table.segments[open];

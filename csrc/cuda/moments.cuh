@@ -47,7 +47,6 @@ __global__ void __launch_bounds__(kThreads)
     const T target = targets[b * outputs + o];
     const auto row = math::posterior_row<T>(posterior, o, b, width + 1);
     const T* __restrict__ m = row.mean, * __restrict__ k = row.cross_covariance, * __restrict__ s = row.variances;
-    const math::Power<T> power = power_of<T>(output, o);
     T logit = 0, v = 0, scale = 0;
     for (int64_t d = threadIdx.x; d < width; d += kThreads) {
       logit += m[d] * h[d];
@@ -63,6 +62,7 @@ __global__ void __launch_bounds__(kThreads)
       math::add_node(sums, at, deviation, nodes[i], weights[i]);
     sums.d = warp_sum(sums.d), sums.du = warp_sum(sums.du), sums.dh = warp_sum(sums.dh);
     sums.dd = warp_sum(sums.dd), sums.ddu = warp_sum(sums.ddu), sums.ddh = warp_sum(sums.ddh);
+    const math::Power<T> power = power_of<T>(output, o);
     const auto c = math::binary_coefficients(sums, math::binary_residual(at, target), z);
     for (int64_t d = threadIdx.x; d < width; d += kThreads)
       emit(output, b, o, outputs, d, width, power,

@@ -93,11 +93,16 @@ struct TaskStep {
 };
 
 // 1 - beta^count
-MTLGRAD_INLINE double correction(double beta, double count) { return beta == 0.0 ? 1.0 : 1.0 - pow(beta, count); }
+MTLGRAD_INLINE double correction(double beta, double count) { return 1.0 - pow(beta, count); }
 
-MTLGRAD_INLINE TaskStep task_step(const Corrections& by, double lr, double weight, bool buffered, double count) {
-  const double length = -lr * weight / (correction(by.beta1, count) * (1.0 + (count - 1.0) * by.lr_decay));
-  return {1.0 / sqrt(correction(by.beta2, count)), buffered ? weight : length, length};
+MTLGRAD_INLINE TaskStep task_step(MomentKind kind, const Corrections& by, double lr, double weight, bool buffered,
+                                  double count) {
+  if (kind == MomentKind::adam || kind == MomentKind::amsgrad) {
+    const double step = -lr * weight / correction(by.beta1, count);
+    return {1.0 / sqrt(correction(by.beta2, count)), step, step};
+  }
+  const double length = -lr * weight / (1.0 + (count - 1.0) * by.lr_decay);
+  return {1.0, buffered ? weight : length, length};
 }
 
 template <typename V>
