@@ -56,13 +56,13 @@ def test_opcheck(form: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(o.gram.default, (tensors, tasks, stacked))
     torch.library.opcheck(o.dots.default, (tensors, tasks, stacked, row))
     torch.library.opcheck(o.combine.default, (tensors, tasks, stacked, weights))
-    torch.library.opcheck(o.combine_into.default, (tensors, tasks, stacked, weights, row))
+    torch.library.opcheck(o.combine_like.default, (tensors, tasks, stacked, weights, row))
     result = list(ops.align(torch.eye(tasks)))
     preference = torch.ones(tasks, dtype=torch.float64)
     options = (preference, "min", 1e-6, False)
     if form != "empty":  # whose condition number is NaN, which opcheck takes for a difference
         torch.library.opcheck(o.merge.default, (tensors, tasks, stacked, *options))
-    torch.library.opcheck(o.merge_into.default, (tensors, tasks, stacked, *options, [*row, *result]))
+        torch.library.opcheck(o.merge_like.default, (tensors, tasks, stacked, *options, [*row, *result]))
 
 
 @pytest.mark.parametrize("tasks", [1, 3, 65])
@@ -71,7 +71,7 @@ def test_opcheck_align(tasks: int) -> None:
     for gram in (rows @ rows.mT, (rows @ rows.mT).float()):
         arguments = (gram, torch.ones(tasks), "rmse", 1e-7)
         torch.library.opcheck(torch.ops.mtlgrad.align.default, arguments)
-        torch.library.opcheck(torch.ops.mtlgrad.align_into.default, (*arguments, list(ops.align(torch.eye(tasks)))))
+        torch.library.opcheck(torch.ops.mtlgrad.align_like.default, (*arguments, list(ops.align(torch.eye(tasks)))))
 
 
 def test_gradcheck() -> None:
@@ -192,7 +192,7 @@ def test_without_kernels_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -
             o = torch.ops.mtlgrad
             merged = o.combine.default(tensors, tasks, stacked, weights)
             out = [torch.empty_like(m) for m in merged]
-            o.combine_into.default(tensors, tasks, stacked, weights, out)
+            out = o.combine_like.default(tensors, tasks, stacked, weights, out)
             gram = o.gram.default(tensors, tasks, stacked)
             found = [gram, o.dots.default(tensors, tasks, stacked, merged), *merged, *out]
             found += [v for v in ops.align(gram) if form != "empty"]

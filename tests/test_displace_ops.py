@@ -240,7 +240,7 @@ def test_opcheck(form: str, pair: Pair) -> None:
     weights, o = weights_for(tasks, "cpu"), torch.ops.mtlgrad
     torch.library.opcheck(o.displace.default, (rows, tasks, stacked, base, weights))
     out = [torch.empty_like(part) for part in base]
-    torch.library.opcheck(o.displace_into.default, (rows, tasks, stacked, base, weights, out))
+    torch.library.opcheck(o.displace_like.default, (rows, tasks, stacked, base, weights, out))
 
 
 # Inductor itself uses what torch deprecates.
@@ -284,7 +284,7 @@ def test_without_kernels_the_reference_serves(form: str, monkeypatch: pytest.Mon
         monkeypatch.setitem(_native.KERNELS, "cpu", kernels)
         out = [part.clone() for part in base]
         o = torch.ops.mtlgrad
-        o.displace_into.default(rows, tasks, stacked, out, weights, out)
+        out = o.displace_like.default(rows, tasks, stacked, out, weights, out)
         results.append([*o.displace.default(rows, tasks, stacked, base, weights), *out])
     for a, b in zip(*results, strict=True):
         assert a.stride() == b.stride()

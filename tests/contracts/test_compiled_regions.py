@@ -491,6 +491,65 @@ def test_every_operation(name: str, region: Function) -> None:
     assert_same(steps(Compiler("aot_eager")), steps(plain))
 
 
+# ---- out= and result=: arguments, parts of them, what the region made ------------------------------------------------
+
+
+def new_result(tasks: int = 3) -> ops.AlignResult:
+    shapes: list[tuple[int, ...]] = [(tasks,), (tasks,), (), (), (tasks, tasks)]
+    return ops.AlignResult(
+        *(torch.zeros(s, dtype=torch.int64 if i == 2 else torch.float64) for i, s in enumerate(shapes))
+    )
+
+
+def align_twice(rows: Tensor, buffer: Tensor, weights: Tensor) -> list[Tensor]:
+    result = ops.align(rows @ rows.mT, out=new_result())
+    first = result.weights * 2.0
+    return [first, *ops.align(rows.exp() @ rows.mT.exp(), out=result)]
+
+
+def merge_to_parts(rows: Tensor, buffer: Tensor, weights: Tensor) -> list[Tensor]:
+    result = new_result()
+    row, _ = ops.merge(2.0 * rows, out=buffer[1], result=result)
+    column, own = ops.merge(rows[:, :4].contiguous(), out=buffer[:, 2])
+    piece, _ = ops.merge(rows[:, 1:5].cos(), out=buffer[3, 1:5], result=result)
+    return [row, column, piece, buffer.sum(), 3.0 * buffer, *own, *result]  # type: ignore[list-item]
+
+
+def combine_to_parts(rows: Tensor, buffer: Tensor, weights: Tensor) -> list[Tensor]:
+    made, own = buffer.sin(), [rows[0] * 1.5, rows[1] * 2.0, rows[2] + 1.0]
+    ops.combine(rows, weights, out=buffer[2])
+    ops.combine(rows[:, :4], weights, out=made[:, 3])
+    ops.combine(rows, weights, out=made[0])
+    ops.combine(own, weights, out=own[1])
+    return [buffer * 1.0, made, made.square(), *own]
+
+
+def displace_to_parts(rows: Tensor, buffer: Tensor, weights: Tensor) -> list[Tensor]:
+    made = buffer.sin()
+    parts = [made[1, 1:4], made[2, 1:4]]
+    ops.displace(buffer[0], rows, weights, out=buffer[0])
+    ops.displace(parts, ops.Stacked([rows[:, :3].contiguous(), rows[:, 2:5]]), weights, out=parts)
+    ops.displace(made[3], rows, weights, out=made[0])
+    return [*parts, made, buffer + 1.0]
+
+
+WRITERS: list[Function] = [align_twice, merge_to_parts, combine_to_parts, displace_to_parts]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_results_that_are_written_to(writer: Function, backend: str) -> None:
+    def steps(compiler: Function) -> list[Found]:
+        compiled, found = compiler(writer), []
+        for seed, size in enumerate((7, 5, 6)):
+            given = [normal(3 * seed, 3, size), normal(3 * seed + 1, 4, size), normal(3 * seed + 2, 3)]
+            results = compiled(*given)
+            found.append({str(i): t.clone() for i, t in enumerate([*results, *given])})
+        return found
+
+    assert_same(steps(Compiler(backend)), steps(plain))
+
+
 def test_gradient_statistics() -> None:
     def steps(compiler: Function) -> list[Found]:
         compiled = compiler(lambda rows: (*metrics.gradient_statistics(2.0 * rows), rows))
@@ -519,6 +578,29 @@ def test_parameters_that_are_moved(rule: str) -> None:
         return found
 
     assert_same(steps(Compiler("aot_eager")), steps(plain))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_step_of_views(dynamic: bool) -> None:
+    """A row of a block lies at an offset, which inductor loses if it depends on a dynamic size: then it is refused."""
+
+    def step(block: Tensor, jacobian: Tensor, counts: Tensor) -> Tensor:
+        ops.adatask_adagrad([block[1]], [jacobian], [[block[2], block[3]]], [counts], lr=0.1)
+        return 2.0 * block
+
+    def given() -> list[Tensor]:
+        return [normal(0, 4, 5).abs() + 1.0, normal(1, 2, 5), torch.zeros(2)]
+
+    own, expected, compiled = given(), given(), Compiler("inductor", dynamic=dynamic)(step)
+    if dynamic:
+        with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="adatask_adagrad: expected to change tensors at"):
+            compiled(*own)
+    else:
+        found = [compiled(*own), *own]
+        assert_same(
+            [{str(i): t for i, t in enumerate(found)}],
+            [{str(i): t for i, t in enumerate([step(*expected), *expected])}],
+        )
 
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop", "adagrad"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._native import KERNELS
+from .checks import refuse
 
 _LIBRARY = torch.library.Library("mtlgrad", "DEF")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -111,10 +112,11 @@ class Operation:
         self._kinds: list[Any] = [kinds.get(text.split()[0]) for text in texts]
         whole = ", ".join(_fields(kind) if kind else text for kind, text in zip(self._kinds, texts))
         expanded = re.sub(r"Changed (\w+)", r"Tensor(\1!)[] \1", whole)
+        self._changed = [i for i, text in enumerate(whole.split(", ")) if text.startswith("Changed ")]
         self._operator = define_operator(f"{self.name}({expanded}) -> {self._returns}", self._run, self._fake)
         if check_out is not None:
-            into = f"{self.name}_into({expanded}, Tensor(out!)[] out) -> ()"
-            self._operator_into = define_operator(into, self._run_into, self._fake_into)
+            like = f"{self.name}_like({expanded}, Tensor[] out) -> Tensor[]"
+            self._operator_like = define_operator(like, self._run_like, self._fake_like)
 
     def __call__(self, *arguments: Any) -> Any:
         """What the schema returns; new tensors."""
@@ -129,12 +131,16 @@ class Operation:
         return self._directly(arguments) if is_eager(leaves) else self._operator(*flat)
 
     def into(self, out: list[Tensor], *arguments: Any) -> None:
-        """Write to ``out``; not differentiable."""
+        """Write to ``out``; not differentiable.
+
+        Traced, by copies: of an operator that changes a view, inductor loses an offset that depends on a dynamic size.
+        """
         flat = self._flat(arguments)
         if is_eager(_leaves(flat)) and is_eager(out):
-            self._directly(arguments, out)
-        else:
-            self._operator_into(*flat, out)
+            return self._directly(arguments, out)
+        with torch.no_grad():
+            for target, value in zip(out, self._operator_like(*flat, out), strict=True):
+                target.copy_(value)
 
     # ---- between arguments and the operators' flat lists of them ----
 
@@ -172,17 +178,24 @@ class Operation:
     def _fake(self, *flat: Any) -> Any:
         arguments = self._arguments(flat)
         self._check(*arguments)
+        changed = [tensor for i in self._changed for tensor in flat[i] if tensor._is_view()]
+        if any(isinstance(tensor.storage_offset(), torch.SymInt) for tensor in changed):
+            refuse(
+                f"{self.name}: expected to change tensors at fixed places, found a view at an offset that depends on a "
+                "dynamic size, which inductor would lose; compile with dynamic=False"
+            )
         return None if self._outputs is None else self._returned(self._outputs(*arguments))
 
-    def _run_into(self, *flat: Any) -> None:
-        *given, out = flat
-        self._directly(self._arguments(given), out)
+    def _run_like(self, *flat: Any) -> list[Tensor]:
+        made = self._fake_like(*flat)
+        self._directly(self._arguments(flat[:-1]), made)
+        return made
 
-    def _fake_into(self, *flat: Any) -> None:
-        *given, out = flat
-        arguments = self._arguments(given)
+    def _fake_like(self, *flat: Any) -> list[Tensor]:
+        arguments, out = self._arguments(flat[:-1]), flat[-1]
         self._check(*arguments)
         self._check_out(out, *arguments)  # type: ignore[misc]
+        return list(map(torch.empty_like, out))
 
     def _compute(self, arguments: Sequence[Any], out: list[Tensor]) -> None:
         kernels: ModuleType | None = KERNELS.get(_first(arguments).device.type)
