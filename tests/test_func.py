@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from gradient_cases import near
+from moments_cases import multiclass
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from training_cases import METHODS, Bayes, Layer, Model, batch
 
 import mtlgrad
-from mtlgrad import AlignedMTL, ops
+from mtlgrad import AlignedMTL, ops, reference
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -194,6 +195,17 @@ def test_second_derivatives_are_refused_by_backward(method: str) -> None:
     first = torch.autograd.grad(whole(data.x, data.y), parameters, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         torch.stack([g.square().sum() for g in first]).sum().backward()
+
+
+def test_a_rule_that_a_transform_was_the_first_to_ask_for() -> None:
+    case = multiclass(2, 6, 4)
+
+    def total(features: Tensor) -> Tensor:
+        return reference.multiclass_moments(features, case.targets, case.mean, case.covariance, num_points=77)[0].sum()
+
+    found = grad(total)(case.features)
+    (expected,) = torch.autograd.grad(total(case.features.requires_grad_()), case.features)
+    torch.testing.assert_close(found, expected)
 
 
 def test_align_under_vmap() -> None:

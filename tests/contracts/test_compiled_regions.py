@@ -441,6 +441,9 @@ def operations(size: int) -> dict[str, tuple[list[Tensor], Function]]:
         "displace lists": ([weights, *parts], lambda w, *p: ops.displace(p[:2], listed(p[2:], 2), w[:2])),
         "regression moments": moments_of(ops.regression_moments, regression(0, size, 4)),
         "binary moments": moments_of(ops.binary_moments, cases[0]),
+        "multiclass moments": moments_of(ops.multiclass_moments, cases[1]),
+        "multiclass moments, kron": moments_of(ops.multiclass_moments, cases[2]),
+        "dots": ([rows, vector], lambda r, v: ops.dots(r, v)),
         "sampled moments": (
             [cases[1].features, samples],
             lambda h, w: ops.sampled_moments(h, cases[1].targets, w, kind="multiclass"),
