@@ -41,7 +41,9 @@ constexpr Scale kLast<Scale> = Scale::rmse;
 
 template <typename T>
 T Wire<T>::convert(py::handle from) {
-  if constexpr (std::is_pointer_v<T>) {
+  if constexpr (std::is_same_v<T, py::handle>) {
+    return from;
+  } else if constexpr (std::is_pointer_v<T>) {
     return reinterpret_cast<T>(from.cast<std::uintptr_t>());
   } else if constexpr (std::is_enum_v<T>) {
     const int code = from.cast<int>();
@@ -171,24 +173,28 @@ class Wire<Output> : public Tuple<void*, void*, const double*> {
   }
 };
 
-// (bases, steps, sizes, tasks): the addresses of all entries; or of each tensor's first row, and how many bytes lie
-// between its rows.
+// (bases, apart, sizes, tasks): without `apart` the addresses of all entries; else those of each tensor's first row, and
+// how many bytes lie between its rows: a table, or an element's bytes where the rows are packed.
 template <>
-class Wire<Rows> : public Tuple<Table<const void* const, Per::tensor>, Table<const int64_t, Per::tensor>,
-                                Table<const int64_t, Per::tensor>, int64_t> {
+class Wire<Rows>
+    : public Tuple<Table<const void* const, Per::tensor>, py::handle, Table<const int64_t, Per::tensor>, int64_t> {
  public:
   explicit Wire(py::handle from) : Tuple(from) {
-    const auto& [bases, steps, sizes, count] = fields_;
+    const auto& [bases, apart, sizes, count] = fields_;
     const int64_t tensors = sizes.size(), tasks = count.value();
     rows_ = {bases.value(), sizes.value(), tasks, tensors};
-    const int64_t* apart = steps.value();
-    if (tasks < 0 || !sizes.has(tensors) || !bases.has(apart ? tensors : tensors * tasks) ||
-        (apart && !steps.has(tensors)))
+    const bool listed = apart.value().is_none(), packed = py::isinstance<py::int_>(apart.value());
+    const Wire<Table<const int64_t, Per::tensor>> table(listed || packed ? py::handle(Py_None) : apart.value());
+    if (tasks < 0 || !sizes.has(tensors) || !bases.has(listed ? tensors * tasks : tensors) ||
+        (table.value() && !table.has(tensors)))
       throw std::invalid_argument("rows: tables disagree");
-    if (!apart) return;
+    if (listed) return;
+    const int64_t element = packed ? apart.value().cast<int64_t>() : 0;
     entries_.reserve(tensors * tasks);
-    for (int64_t p = 0; p < tensors; ++p)
-      for (int64_t t = 0; t < tasks; ++t) entries_.push_back(static_cast<const char*>(bases.value()[p]) + t * apart[p]);
+    for (int64_t p = 0; p < tensors; ++p) {
+      const int64_t bytes = packed ? element * sizes.value()[p] : table.value()[p];
+      for (int64_t t = 0; t < tasks; ++t) entries_.push_back(static_cast<const char*>(bases.value()[p]) + t * bytes);
+    }
     rows_.data = entries_.data();
   }
   const Rows& value() const { return rows_; }

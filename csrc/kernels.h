@@ -210,6 +210,11 @@ int64_t align_workspace(int64_t tasks);
 void align(const double* gram, const double* preference, Scale, double rtol, int64_t tasks, Alignment,
            double* workspace, Place);
 
+// gram, align and combine of its weights, at one call: rows of one type, `workspace` of merge_workspace(...) float64.
+int64_t merge_workspace(int64_t tasks, int64_t columns);
+void merge(DType, Rows, const double* preference, Scale, double rtol, Alignment, void* const* out, double* workspace,
+           Place);
+
 // One step of an optimizer, every element read and written once: moments and parameters in place, and, where `squares`
 // is given, squares[p][t] <- square_decay squares[p][t] + (1 - square_decay) * the sum of squares over the tensor of the
 // task's update. `gradients` are of the parameters' type. Float32 arithmetic (float64 for float64), rounded once to the
@@ -250,6 +255,8 @@ void adagrad(DType parameters, DType moments, const Rows& gradients, const StepT
   K(add_weighted) \
   K(align_workspace) \
   K(align) \
+  K(merge_workspace) \
+  K(merge) \
   K(adatask_workspace) \
   K(adam) \
   K(rmsprop) \

@@ -93,4 +93,17 @@ void align(const double* gram, const double* preference, Scale scale, double rto
   *out.condition_number = math::condition_number(descending[0], descending[tasks - 1]);
 }
 
+int64_t merge_workspace(int64_t tasks, int64_t columns) {
+  return tasks * tasks + std::max(gram_workspace(tasks, columns), align_workspace(tasks));
+}
+
+void merge(DType dtype, Rows rows, const double* preference, Scale scale, double rtol, Alignment alignment,
+           void* const* out, double* workspace, Place place) {
+  double *products = workspace, *rest = workspace + rows.tasks * rows.tasks;
+  std::fill_n(products, rows.tasks * rows.tasks, 0.0);
+  gram(dtype, rows, products, rest, place);
+  align(products, preference, scale, rtol, rows.tasks, alignment, rest, place);
+  combine(dtype, rows, alignment.weights, out, place);
+}
+
 }  // namespace mtlgrad::cpu

@@ -1,5 +1,7 @@
 #include "align.cuh"
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "launch.h"
 
@@ -39,6 +41,23 @@ void align(const double* gram, const double* preference, Scale scale, double rto
   else
     launch<512, kMaxAlignTasks / 2>(gram, preference, scale, rtol, count, out, place);
   MTLGRAD_CUDA_CHECK(cudaGetLastError());
+}
+
+int64_t merge_workspace(int64_t tasks, int64_t columns) {
+  return tasks * tasks + std::max(gram_workspace(tasks, columns), align_workspace(tasks));
+}
+
+void merge(DType dtype, Rows rows, const double* preference, Scale scale, double rtol, Alignment alignment,
+           void* const* out, double* workspace, Place place) {
+  double *products = workspace, *rest = workspace + rows.tasks * rows.tasks;
+  {
+    DeviceGuard guard(place.device);
+    MTLGRAD_CUDA_CHECK(cudaMemsetAsync(products, 0, rows.tasks * rows.tasks * sizeof(double),
+                                       static_cast<cudaStream_t>(place.stream)));
+  }
+  gram(dtype, rows, products, rest, place);
+  align(products, preference, scale, rtol, rows.tasks, alignment, rest, place);
+  combine(dtype, rows, alignment.weights, out, place);
 }
 
 }  // namespace mtlgrad::cuda

@@ -161,7 +161,8 @@ class AlignedMTL(nn.Module):
                     f"{self._result.weights.device}; use aligned.to(device)"
                 )
             self._prepare(device)
-        self._used = True
+        if not self._used:  # to set a module's attribute takes 5 us
+            self._used = True
 
     def _merge(self, rows: list[Tensor] | ops.Stacked, world: World = ALONE) -> Any:
         """Return the aligned sum of the rows; of several ranks, which have other columns of G each, this rank's."""
@@ -330,8 +331,13 @@ class _Views(torch.autograd.Function):
         return tuple(stand_ins(features, module.num_tasks))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return once_differentiable(_Views._merged)(ctx, *gradients)  # type: ignore[no-any-return]
+        return _Views._merged(ctx, *gradients)
+
+    @staticmethod
+    def _merged(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         if ctx.world.size == 1 and all(gradient is None for gradient in gradients):
             return None, None, None
         rows = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
+from itertools import filterfalse
+from operator import itemgetter
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -44,7 +46,8 @@ def define_operator(schema: str, kernel: Callable[..., Any], fake: Callable[...,
     @hide_from_dynamo
     @functools.wraps(kernel)
     def full_precision(*arguments: Any) -> Any:
-        device_type = _first(arguments).device.type
+        first = arguments[0]
+        device_type = (first if isinstance(first, Tensor) else first[0]).device.type
         if not torch.is_autocast_enabled(device_type):
             return kernel(*arguments)
         with torch.autocast(device_type, enabled=False):
@@ -70,8 +73,17 @@ _TORCH_TYPES = {
 }
 
 
+_TENSORS = ("Tensor", "Tensor?", "Tensor[]", "Changed")
+#: What the kernel wrote to, as the schema has it; several tensors if it has none of these.
+_RETURNED: dict[str, Callable[[list[Tensor]], Any]] = {
+    "()": lambda out: None,
+    "Tensor": itemgetter(0),
+    "Tensor[]": lambda out: out,
+}
+
+
 def _fields(struct: Any) -> str:
-    """Return a NamedTuple's fields, as a schema has them."""
+    """Return a struct's fields, as a schema has them."""
     kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in struct.__annotations__.items()}
     return ", ".join(f"{_TORCH_TYPES[kind]} {name}" for name, kind in kinds.items())
 
@@ -80,7 +92,7 @@ class Operation:
     """An operation, from which the operators of torch, their traced versions and the derivative follow.
 
     Args:
-        schema: as torch.library's; a NamedTuple of ``structs`` stands for its fields, ``Changed`` for what is written.
+        schema: as torch.library's; a class of ``structs`` stands for its fields, ``Changed`` for what is written.
         check: of all arguments; raises before anything is computed, in the real and in the traced version.
         kernel: ``kernel(kernels, *arguments, out)`` calls compiled code and writes to ``out``, a list of tensors, or
             returns NotImplemented for what that cannot take.
@@ -105,15 +117,19 @@ class Operation:
     ):
         self._check, self._kernel, self._reference, self._outputs = check, kernel, reference, outputs
         self._check_out, self._differentiable = check_out, differentiable
-        head, _, self._returns = schema.partition(" -> ")
+        head, _, returns = schema.partition(" -> ")
+        self._returned = _RETURNED.get(returns, tuple)
         self.name, _, listed = head.rstrip(")").partition("(")
         kinds = {kind.__name__: kind for kind in structs}
         texts = listed.split(", ")
-        self._kinds: list[Any] = [kinds.get(text.split()[0]) for text in texts]
-        whole = ", ".join(_fields(kind) if kind else text for kind, text in zip(self._kinds, texts))
+        self._structs: list[Any] = [kinds.get(text.split()[0]) for text in texts]
+        whole = ", ".join(_fields(struct) if struct else text for struct, text in zip(self._structs, texts))
+        flat = [text.split()[0] for text in whole.split(", ")]
+        #: Where tensors are among the flat arguments, and whether in a list.
+        self._tensors = [(i, kind != "Tensor" and kind != "Tensor?") for i, kind in enumerate(flat) if kind in _TENSORS]
+        self._changed = [i for i, kind in enumerate(flat) if kind == "Changed"]
         expanded = re.sub(r"Changed (\w+)", r"Tensor(\1!)[] \1", whole)
-        self._changed = [i for i, text in enumerate(whole.split(", ")) if text.startswith("Changed ")]
-        self._operator = define_operator(f"{self.name}({expanded}) -> {self._returns}", self._run, self._fake)
+        self._operator = define_operator(f"{self.name}({expanded}) -> {returns}", self._run, self._fake)
         if check_out is not None:
             like = f"{self.name}_like({expanded}, Tensor[] out) -> Tensor[]"
             self._operator_like = define_operator(like, self._run_like, self._fake_like)
@@ -121,14 +137,19 @@ class Operation:
     def __call__(self, *arguments: Any) -> Any:
         """What the schema returns; new tensors."""
         flat = self._flat(arguments)
-        leaves = _leaves(flat)
-        if self._differentiable and torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):  # noqa: C419
+        leaves = self._leaves(flat)
+        if not self._differentiable:
+            if is_eager(leaves):
+                return self._directly(leaves[0].device.type, arguments)
+            with torch.no_grad():
+                return self._operator(*flat)
+        if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):  # noqa: C419
             return _ViaReference.apply(
-                lambda *some: self._operator(*_with_leaves(flat, some)),
-                lambda *some: self._reference(*self._arguments(_with_leaves(flat, some))),
+                lambda *some: self._operator(*self._with_leaves(flat, some)),
+                lambda *some: self._reference(*self._arguments(self._with_leaves(flat, some))),
                 *leaves,
             )
-        return self._directly(arguments) if is_eager(leaves) else self._operator(*flat)
+        return self._directly(leaves[0].device.type, arguments) if is_eager(leaves) else self._operator(*flat)
 
     def into(self, out: list[Tensor], *arguments: Any) -> None:
         """Write to ``out``; not differentiable.
@@ -136,8 +157,10 @@ class Operation:
         Traced, by copies: of an operator that changes a view, inductor loses an offset that depends on a dynamic size.
         """
         flat = self._flat(arguments)
-        if is_eager(_leaves(flat)) and is_eager(out):
-            return self._directly(arguments, out)
+        leaves = self._leaves(flat)
+        if is_eager([*leaves, *out]):
+            self._directly(leaves[0].device.type, arguments, out)
+            return
         with torch.no_grad():
             for target, value in zip(out, self._operator_like(*flat, out), strict=True):
                 target.copy_(value)
@@ -146,34 +169,54 @@ class Operation:
 
     def _flat(self, arguments: Sequence[Any]) -> list[Any]:
         flat: list[Any] = []
-        for kind, argument in zip(self._kinds, arguments, strict=True):
-            flat.extend(argument) if kind else flat.append(argument)
+        for struct, argument in zip(self._structs, arguments, strict=True):
+            flat.extend(argument) if struct else flat.append(argument)
         return flat
 
     def _arguments(self, flat: Sequence[Any]) -> list[Any]:
         rest = iter(flat)
-        return [kind(*(next(rest) for _ in kind._fields)) if kind else next(rest) for kind in self._kinds]
+        return [
+            struct(*(next(rest) for _ in struct.__annotations__)) if struct else next(rest) for struct in self._structs
+        ]
+
+    def _leaves(self, flat: Sequence[Any]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for i, listed in self._tensors:
+            if listed:
+                found += flat[i]
+            elif flat[i] is not None:
+                found.append(flat[i])
+        return found
+
+    def _with_leaves(self, flat: Sequence[Any], leaves: Sequence[Tensor]) -> list[Any]:
+        """`flat` with other tensors in the places of its own."""
+        rest, found = iter(leaves), list(flat)
+        for i, listed in self._tensors:
+            if listed:
+                found[i] = [next(rest) for _ in flat[i]]
+            elif flat[i] is not None:
+                found[i] = next(rest)
+        return found
 
     # ---- the operators ----
 
     @hide_from_dynamo
-    def _directly(self, arguments: Sequence[Any], out: list[Tensor] | None = None) -> Any:
+    def _directly(self, device_type: str, arguments: Sequence[Any], out: list[Tensor] | None = None) -> Any:
         """Compute without torch's dispatcher, which costs the host 20 us: where nobody but this would look."""
-        device_type = _first(arguments).device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                return self._directly(arguments, out)
+                return self._directly(device_type, arguments, out)
         self._check(*arguments)
         if out is not None:
             self._check_out(out, *arguments)  # type: ignore[misc]
-            self._compute(arguments, out)
+            self._compute(device_type, arguments, out)
             return mark_written(out)
         made: list[Tensor] = [] if self._outputs is None else self._outputs(*arguments)
-        self._compute(arguments, made)
+        self._compute(device_type, arguments, made)
         return self._returned(made)
 
     def _run(self, *flat: Any) -> Any:
-        return self._directly(self._arguments(flat))
+        return self._directly(self._leaves(flat)[0].device.type, self._arguments(flat))
 
     def _fake(self, *flat: Any) -> Any:
         arguments = self._arguments(flat)
@@ -188,7 +231,7 @@ class Operation:
 
     def _run_like(self, *flat: Any) -> list[Tensor]:
         made = self._fake_like(*flat)
-        self._directly(self._arguments(flat[:-1]), made)
+        self._directly(made[0].device.type, self._arguments(flat[:-1]), made)
         return made
 
     def _fake_like(self, *flat: Any) -> list[Tensor]:
@@ -197,28 +240,16 @@ class Operation:
         self._check_out(out, *arguments)  # type: ignore[misc]
         return list(map(torch.empty_like, out))
 
-    def _compute(self, arguments: Sequence[Any], out: list[Tensor]) -> None:
-        kernels: ModuleType | None = KERNELS.get(_first(arguments).device.type)
+    def _compute(self, device_type: str, arguments: Sequence[Any], out: list[Tensor]) -> None:
+        kernels: ModuleType | None = KERNELS.get(device_type)
         if kernels is None or self._kernel(kernels, *arguments, out) is NotImplemented:
             with torch.no_grad():
                 found = self._reference(*arguments)
                 for target, value in zip(out, [found] if isinstance(found, Tensor) else found or (), strict=True):
                     target.copy_(value)
 
-    def _returned(self, out: list[Tensor]) -> Any:
-        if self._returns == "()":
-            return None
-        return out[0] if self._returns == "Tensor" else out if self._returns == "Tensor[]" else tuple(out)
 
-
-def _first(arguments: Sequence[Any]) -> Tensor:
-    first = arguments[0]
-    while not isinstance(first, Tensor):
-        first = first[0]
-    return first
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_eager(tensors: Sequence[Tensor]) -> bool:
@@ -228,14 +259,14 @@ def is_eager(tensors: Sequence[Tensor]) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and functorch.peek_interpreter_stack() is None
-        and not any(map(functorch.is_legacy_batchedtensor, tensors[:1]))  # of is_grads_batched
-        and set(map(type, tensors)) <= _PLAIN
+        and not functorch.is_legacy_batchedtensor(tensors[0])  # of is_grads_batched
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that a kernel has written them: what it may have saved for a backward is gone."""
-    ordinary = [tensor for tensor in tensors if not tensor.is_inference()]
+    ordinary = list(filterfalse(Tensor.is_inference, tensors))
     try:
         torch.autograd.graph.increment_version(ordinary)
     except (AttributeError, TypeError):  # an older torch takes them one by one
@@ -244,28 +275,6 @@ def mark_written(tensors: Sequence[Tensor]) -> None:
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
-
-
-def _leaves(flat: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for argument in flat:
-        if isinstance(argument, Tensor):
-            found.append(argument)
-        elif isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
-            found += argument
-    return found
-
-
-def _with_leaves(flat: Sequence[Any], leaves: Sequence[Tensor]) -> list[Any]:
-    """`flat` with other tensors in the places of its own."""
-    rest = iter(leaves)
-    found: list[Any] = []
-    for argument in flat:
-        if isinstance(argument, list):
-            found.append([next(rest) for _ in argument] if argument and isinstance(argument[0], Tensor) else argument)
-        else:
-            found.append(next(rest) if isinstance(argument, Tensor) else argument)
-    return found
 
 
 class _ViaReference(torch.autograd.Function):

@@ -6,7 +6,6 @@ Errors: ``RuntimeError`` for shapes, dtypes and devices, ``ValueError`` for opti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from types import ModuleType
 from typing import NamedTuple, get_args
 
@@ -98,17 +97,16 @@ def merge(
     """
     own, listed = Rows.of("merge", rows)
     options = Options.of("merge", preference, scale, rtol, own.tasks, own.tensors[0])
-    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-        if out is None and result is None:
-            found = _merge(own, options, check_finite)
-            merged, result = found[:-FIELDS], AlignResult(*found[-FIELDS:])
-        else:
-            if out is not None:
-                merged = [out] if isinstance(out, Tensor) else list(out)
-            else:  # Dynamo cannot ask how gradients lie that are still to come
-                merged = own.empty_row() if own.stacked else list(map(torch.empty_like, own.like()))
-            result = AlignResult(*_new_result(own.tasks, own.tensors[0].device)) if result is None else result
-            _merge.into([*merged, *result], own, options, check_finite)
+    if out is None and result is None:
+        found = _merge(own, options, check_finite)
+        merged, result = found[:-FIELDS], AlignResult(*found[-FIELDS:])
+    else:
+        if out is not None:
+            merged = [out] if isinstance(out, Tensor) else list(out)
+        else:  # Dynamo cannot ask how gradients lie that are still to come
+            merged = own.empty_row() if own.stacked else list(map(torch.empty_like, own.like()))
+        result = AlignResult(*_new_result(own.tasks, own.tensors[0].device)) if result is None else result
+        _merge.into([*merged, *result], own, options, check_finite)
     return (merged if listed else merged[0]), result
 
 
@@ -139,8 +137,16 @@ class Options(NamedTuple):
             check_shape(op, "preference", self.preference, (tasks,))
             check_same_device(op, "gram", gram=like, preference=self.preference)
 
+    def given(self) -> tuple[Tensor | None, tuple[int, int, float]]:
+        """Return the arguments of a kernel, and what their address needs alive."""
+        kept = None if self.preference is None else self.preference.to(torch.float64).contiguous()
+        return kept, (0 if kept is None else kept.data_ptr(), SCALES.index(self.scale), self.rtol)
+
 
 # ---- align -----------------------------------------------------------------------------------------------------------
+
+
+_DTYPES = [torch.float64, torch.float64, torch.int64, torch.float64, torch.float64]
 
 
 def _new_result(tasks: int, device: torch.device) -> list[Tensor]:
@@ -163,6 +169,12 @@ def _check(gram: Tensor, options: Options) -> None:
 
 
 def _check_result(op: str, out: Sequence[Tensor], tasks: int, device: torch.device) -> None:
+    shapes = [(tasks,), (tasks,), (), (), (tasks, tasks)]
+    fits = (
+        [t.shape for t in out] == shapes and [t.dtype for t in out] == _DTYPES and all(map(Tensor.is_contiguous, out))
+    )
+    if fits and {t.device for t in out} == {device}:
+        return
     for name, dims, tensor in zip(AlignResult._fields, (1, 1, 0, 0, 2), out, strict=True):
         shape, dtype = (tasks,) * dims, torch.int64 if name == "rank" else torch.float64
         if tensor.shape != shape:
@@ -176,16 +188,15 @@ def _write_alignment(
     kernels: ModuleType, gram: Tensor, options: Options, out: Sequence[Tensor], where: tuple[int, int, int]
 ) -> None:
     """``gram`` is float64 and contiguous."""
-    tasks, preference = gram.shape[0], options.preference
+    tasks = gram.shape[0]
     if tasks > MAX_TASKS:
         for target, value in zip(out, reference.align(gram, *options), strict=True):
             target.copy_(value)
         return
-    if preference is not None:
-        preference = preference.to(torch.float64).contiguous()
+    _kept, given = options.given()
     workspace = gram.new_empty(kernels.align_workspace(tasks))
-    given = gram.data_ptr(), 0 if preference is None else preference.data_ptr(), SCALES.index(options.scale)
-    kernels.align(*given, options.rtol, tasks, tuple(map(Tensor.data_ptr, out)), workspace.data_ptr(), where)
+    fields = tuple(map(Tensor.data_ptr, out))
+    kernels.align(gram.data_ptr(), *given, tasks, fields, workspace.data_ptr(), where)
 
 
 _align = Operation(
@@ -206,7 +217,8 @@ _align = Operation(
 
 def _check_merge(rows: Rows, options: Options, check_finite: bool) -> None:
     rows.check("merge")
-    options.check("merge", rows.tasks, rows.tensors[0])
+    if options.preference is not None:
+        options.check("merge", rows.tasks, rows.tensors[0])
 
 
 def _check_merged(out: list[Tensor], rows: Rows, *_: object) -> None:
@@ -216,7 +228,16 @@ def _check_merged(out: list[Tensor], rows: Rows, *_: object) -> None:
 
 def _merge_kernel(kernels: ModuleType, rows: Rows, options: Options, check_finite: bool, out: list[Tensor]) -> None:
     groups, device, result = rows.groups(), rows.tensors[0].device, out[-FIELDS:]
-    gram, where = torch.zeros(rows.tasks, rows.tasks, dtype=torch.float64, device=device), launch_place(device)
+    where = launch_place(device)
+    if len(groups) == 1 and rows.tasks <= MAX_TASKS and not check_finite:  # the usual: one call
+        [group] = groups
+        _kept, given = options.given()
+        size = kernels.merge_workspace(rows.tasks, group.columns)
+        workspace, fields = torch.empty(size, dtype=torch.float64, device=device), tuple(map(Tensor.data_ptr, result))
+        to = group.code, group.table, *given, fields
+        group.write_to(out, lambda targets: kernels.merge(*to, targets, workspace.data_ptr(), where))
+        return
+    gram = torch.zeros(rows.tasks, rows.tasks, dtype=torch.float64, device=device)
     add_gram(kernels, groups, gram, where)
     if check_finite:
         check_gram("merge", gram, rows.row)

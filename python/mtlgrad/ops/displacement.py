@@ -58,7 +58,7 @@ def displace(base: Row, rows: AnyRows | Stacked, weights: Tensor, out: Row | Non
     parts = [base] if isinstance(base, Tensor) else list(base)
     wanted = [t.requires_grad for t in (weights, *parts, *own.tensors)]
     if out is None and torch.is_grad_enabled() and any(wanted):
-        results = list(_Displace.apply(own._replace(tensors=[]), len(parts), weights, *parts, *own.tensors))
+        results = list(_Displace.apply(Rows([], own.tasks, own.stacked), len(parts), weights, *parts, *own.tensors))
     else:
         targets = [out] if isinstance(out, Tensor) else out if out is None else list(out)
         with torch.no_grad():
@@ -69,7 +69,7 @@ def displace(base: Row, rows: AnyRows | Stacked, weights: Tensor, out: Row | Non
 class _Displace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, form: Rows, count: int, weights: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        parts, rows = list(tensors[:count]), form._replace(tensors=list(tensors[count:]))
+        parts, rows = list(tensors[:count]), Rows(list(tensors[count:]), form.tasks, form.stacked)
         ctx.form, ctx.count, ctx.streamed = form, count, _streams(parts, rows.tensors)
         rows_wanted = any(ctx.needs_input_grad[3 + count :])
         if ctx.streamed and rows_wanted:
@@ -85,7 +85,7 @@ class _Displace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         weights, *tensors = ctx.saved_tensors
-        rows = ctx.form._replace(tensors=tensors)
+        rows = Rows(tensors, ctx.form.tasks, ctx.form.stacked)
         # Embeddings may give sparse ones.
         gradients = tuple(g.to_dense() if g is not None and g.is_sparse else g for g in gradients)
         given = {p: gradient for p, gradient in enumerate(gradients) if gradient is not None}

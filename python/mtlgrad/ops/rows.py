@@ -7,7 +7,8 @@ parameter; or :class:`Stacked`. Operations take :class:`Rows`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,7 +35,7 @@ class Stacked(NamedTuple):
 
 def pointers(tensors: Iterable[Tensor]) -> array[int]:
     """Return a table of addresses, as a kernel reads it."""
-    return array("Q", map(Tensor.data_ptr, tensors))
+    return array("Q", list(map(Tensor.data_ptr, tensors)))
 
 
 def dense(tensor: Tensor) -> bool:
@@ -61,7 +62,7 @@ class Group(NamedTuple):
 
     code: int
     other_code: int  #: of the dtype of what goes with the rows
-    table: tuple[array[int], array[int] | None, array[int], int]  #: `Rows` of csrc/kernels.h
+    table: tuple[array[int], array[int] | int | None, array[int], int]  #: `Rows` of csrc/bindings.cpp
     places: Sequence[int]  #: which parameters these are
     orders: list[Tensor] | None  #: per parameter a tensor of a row's shape and element order; None: all contiguous
     kept: list[Tensor]  #: what the pointers need alive
@@ -95,12 +96,33 @@ class Group(NamedTuple):
                     target.copy_(part)
 
 
-class Rows(NamedTuple):
+class Rows:
     """T gradients over P tensors: one [T, ...] per parameter (``stacked``), or every row's tensors, row after row."""
 
     tensors: list[Tensor]
     tasks: int
     stacked: bool
+
+    def __init__(self, tensors: list[Tensor], tasks: int, stacked: bool):
+        self.tensors, self.tasks, self.stacked = tensors, tasks, stacked
+        self.parameters = len(tensors) if stacked else len(tensors) // tasks  #: P
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.tensors, self.tasks, self.stacked))
+
+    # Checks, allocations and tables ask for these, each of all tensors.
+
+    @cached_property
+    def shapes(self) -> list[torch.Size]:
+        return list(map(_SHAPE, self.tensors))
+
+    @cached_property
+    def dtypes(self) -> list[torch.dtype]:
+        return list(map(_DTYPE, self.tensors))
+
+    @cached_property
+    def contiguous(self) -> bool:
+        return all(map(Tensor.is_contiguous, self.tensors))
 
     @staticmethod
     def of(op: str, rows: AnyRows | Stacked) -> tuple[Rows, bool]:
@@ -140,11 +162,6 @@ class Rows(NamedTuple):
                     _refuse(op, expected, type(part).__name__)
         return Rows([part for row in parts for part in row], len(parts), stacked=False), True
 
-    @property
-    def parameters(self) -> int:
-        """P."""
-        return len(self.tensors) if self.stacked else len(self.tensors) // self.tasks
-
     def row(self, task: int) -> list[Tensor]:
         if self.stacked:
             return [tensor[task] for tensor in self.tensors]
@@ -160,25 +177,25 @@ class Rows(NamedTuple):
 
     def empty_row(self) -> list[Tensor]:
         """Allocate a result like a row."""
-        if not self.stacked or not all(map(Tensor.is_contiguous, self.tensors)):
+        if not self.stacked or not self.contiguous:
             return list(map(empty_like_row, self.like()))
-        if len(self.tensors) < 2 or type(self.tensors[0]) is not Tensor:  # traced sizes have no hash
-            return [tensor.new_empty(tuple(tensor.shape)[1:]) for tensor in self.tensors]
-        # To make one like another takes half the time of reading its shape.
-        alike = {(tensor.shape, tensor.dtype): tensor for tensor in self.tensors}
-        alike = {key: tensor.new_empty(tuple(tensor.shape)[1:]) for key, tensor in alike.items()}
-        return [torch.empty_like(alike[tensor.shape, tensor.dtype]) for tensor in self.tensors]
+        if self.parameters == 1 or type(self.tensors[0]) is not Tensor:  # traced sizes have no hash
+            return [tensor.new_empty(shape[1:]) for tensor, shape in zip(self.tensors, self.shapes)]
+        # To make one like another takes half the time of a shape's way to torch.
+        keys = list(zip(self.shapes, self.dtypes))
+        alike = {key: tensor.new_empty(key[0][1:]) for key, tensor in dict(zip(keys, self.tensors)).items()}
+        return list(map(torch.empty_like, map(alike.__getitem__, keys)))
 
     def of_parameters(self, places: Sequence[int]) -> Rows:
         """Return the rows of these parameters alone."""
         starts = [0] if self.stacked else [t * self.parameters for t in range(self.tasks)]
-        return self._replace(tensors=[self.tensors[start + p] for start in starts for p in places])
+        return Rows([self.tensors[start + p] for start in starts for p in places], self.tasks, self.stacked)
 
     # ---- checks ----
 
     def check(self, op: str) -> None:
         """Refuse shapes, dtypes and devices of which not every row is like the first."""
-        shapes, dtypes = list(map(_SHAPE, self.tensors)), list(map(_DTYPE, self.tensors))
+        shapes, dtypes = self.shapes, self.dtypes
         # What is true of nearly all calls is found out at once; only the rest is worth a loop that can name the tensor.
         fits = len(set(map(_DEVICE, self.tensors))) == 1 and DTYPE_CODES.keys() >= set(dtypes)
         if self.stacked:
@@ -210,10 +227,10 @@ class Rows(NamedTuple):
 
     def check_like_row(self, op: str, name: str, parts: list[Tensor], *, wider: bool = False) -> None:
         """Refuse `parts` that are not like a row."""
-        first = self.tensors[: self.parameters]
-        shapes = [shape[1:] for shape in map(_SHAPE, first)] if self.stacked else list(map(_SHAPE, first))
-        fits = list(map(_SHAPE, parts)) == shapes and list(map(_DTYPE, parts)) == list(map(_DTYPE, first))
-        if not fits or set(map(_DEVICE, parts)) != {first[0].device}:
+        shapes = self.shapes[: self.parameters]
+        shapes = [shape[1:] for shape in shapes] if self.stacked else shapes
+        fits = list(map(_SHAPE, parts)) == shapes and list(map(_DTYPE, parts)) == self.dtypes[: self.parameters]
+        if not fits or set(map(_DEVICE, parts)) != {self.tensors[0].device}:
             check_like(op, name, parts, self.like(), "a row", wider=wider)
 
     # ---- for the kernels ----
@@ -221,22 +238,21 @@ class Rows(NamedTuple):
     def groups(self, others: Sequence[Tensor] = ()) -> list[Group]:
         """Return tables per dtype, and per dtype of `others`, which go with the rows: one tensor per parameter, if any.
         Rows that are not dense, or not all in one element order, are copied."""
-        count, make = self.parameters, self._stacked_group if self.stacked else self._listed_group
-        dtypes = list(map(_DTYPE, self.tensors[:count]))
-        pairs = list(zip(dtypes, map(_DTYPE, others) if others else dtypes))
+        make = self._stacked_group if self.stacked else self._listed_group
+        dtypes = self.dtypes[: self.parameters]
+        pairs = list(zip(dtypes, map(_DTYPE, others))) if others else dtypes
         if len(set(pairs)) == 1:
-            return [make(range(count), pairs[0][1])]
+            return [make(range(self.parameters), others[0].dtype if others else dtypes[0])]
         places: dict[Any, list[int]] = {}
         for p, pair in enumerate(pairs):
             places.setdefault(pair, []).append(p)
-        return [make(chosen, other) for (_, other), chosen in places.items()]
+        return [make(chosen, (others or self.tensors)[chosen[0]].dtype) for chosen in places.values()]
 
     def _stacked_group(self, places: Sequence[int], other: torch.dtype) -> Group:
         kept = [self.tensors[p] for p in places]
-        code, size, orders = DTYPE_CODES[kept[0].dtype], kept[0].element_size(), None
-        if all(map(Tensor.is_contiguous, kept)):
+        code, apart, orders = DTYPE_CODES[kept[0].dtype], None, None
+        if self.contiguous:
             sizes = array("q", [size // self.tasks for size in map(Tensor.numel, kept)])
-            apart = [size * n for n in sizes]
         else:
             orders = [tensor[0] for tensor in kept]
             for i, order in enumerate(orders):
@@ -244,15 +260,14 @@ class Rows(NamedTuple):
                     kept[i] = kept[i].contiguous()
                     orders[i] = kept[i][0]
             sizes = array("q", map(Tensor.numel, orders))
-            apart = [size * tensor.stride(0) for tensor in kept]
-        table = (pointers(kept), array("q", apart), sizes, self.tasks)
+            apart = array("q", [tensor.element_size() * tensor.stride(0) for tensor in kept])
+        table = (pointers(kept), kept[0].element_size() if apart is None else apart, sizes, self.tasks)
         return Group(code, DTYPE_CODES[other], table, places, orders, kept)
 
     def _listed_group(self, places: Sequence[int], other: torch.dtype) -> Group:
-        first = [self.tensors[p] for p in places]
-        kept = [self.tensors[t * self.parameters + p] for p in places for t in range(self.tasks)]
-        orders = None
-        if not all(map(Tensor.is_contiguous, kept)):
+        first, count = [self.tensors[p] for p in places], self.parameters
+        kept, orders = [self.tensors[t * count + p] for p in places for t in range(self.tasks)], None
+        if not self.contiguous:
             orders = [order if dense(order) else order.contiguous() for order in first]
             kept = [in_order_of(tensor, orders[i // self.tasks]) for i, tensor in enumerate(kept)]
         table = (pointers(kept), None, array("q", map(Tensor.numel, first)), self.tasks)
