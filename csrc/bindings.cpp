@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <tuple>
@@ -174,7 +175,8 @@ class Wire<Output> : public Tuple<void*, void*, const double*> {
 };
 
 // (bases, apart, sizes, tasks): without `apart` the addresses of all entries; else those of each tensor's first row, and
-// how many bytes lie between its rows: a table, or an element's bytes where the rows are packed.
+// how many bytes lie between its rows; or an element's bytes where the rows are packed, and then `sizes` are those of all
+// T of them.
 template <>
 class Wire<Rows>
     : public Tuple<Table<const void* const, Per::tensor>, py::handle, Table<const int64_t, Per::tensor>, int64_t> {
@@ -190,9 +192,14 @@ class Wire<Rows>
       throw std::invalid_argument("rows: tables disagree");
     if (listed) return;
     const int64_t element = packed ? apart.value().cast<int64_t>() : 0;
+    if (packed) {
+      sizes_.assign(sizes.value(), sizes.value() + tensors);
+      for (int64_t& size : sizes_) size /= std::max<int64_t>(tasks, 1);
+      rows_.sizes = sizes_.data();
+    }
     entries_.reserve(tensors * tasks);
     for (int64_t p = 0; p < tensors; ++p) {
-      const int64_t bytes = packed ? element * sizes.value()[p] : table.value()[p];
+      const int64_t bytes = packed ? element * sizes_[p] : table.value()[p];
       for (int64_t t = 0; t < tasks; ++t) entries_.push_back(static_cast<const char*>(bases.value()[p]) + t * bytes);
     }
     rows_.data = entries_.data();
@@ -203,6 +210,7 @@ class Wire<Rows>
  private:
   Rows rows_;
   std::vector<const void*> entries_;
+  std::vector<int64_t> sizes_;
 };
 
 template <typename T>

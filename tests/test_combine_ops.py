@@ -287,6 +287,10 @@ R = torch.ones(3, 4)
 W = torch.ones(3)
 BAD_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "no rows": (lambda: ops.gram([]), "gram: rows: expected at least one row, found none"),
+    "no rows stacked": (
+        lambda: ops.merge(ops.Stacked([R[:0]])),
+        r"merge: rows: expected tensors \[T, ...\] with T > 0",
+    ),
     "no rows in a tensor": (lambda: ops.gram(R[:0]), r"gram: rows: expected at least one row, found shape \[0, 4\]"),
     "number": (lambda: ops.gram(torch.tensor(1.0)), r"gram: rows: expected a tensor \[T, ...\] or a sequence"),
     "empty lists": (lambda: ops.gram([[], []]), "gram: rows: expected at least one tensor a row, found none"),

@@ -333,7 +333,7 @@ class _Views(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         if torch.is_grad_enabled():  # create_graph=True
-            return once_differentiable(_Views._merged)(ctx, *gradients)  # type: ignore[no-any-return]
+            return once_differentiable(_Views._merged)(ctx, *gradients)
         return _Views._merged(ctx, *gradients)
 
     @staticmethod

@@ -382,7 +382,7 @@ class _Launch:
         own = self._own(step.parameters)
         self.codes = DTYPE_CODES[own[0].dtype], DTYPE_CODES[moment_dtype]
         self.sizes = array("q", map(Tensor.numel, own))
-        self.element_size = own[0].element_size()
+        self.apart = array("q", [size * own[0].element_size() for size in self.sizes])
         keys = step.settings.keys
         self.keys = None if keys is None else array("q", [keys[p] for p in places])
 
@@ -391,11 +391,10 @@ class _Launch:
 
     def _rows(self, step: Step) -> tuple[Any, list[Tensor]]:
         """Return the gradients' table, and what its pointers need alive."""
-        kept, orders = self._own(step.jacobians), self._own(step.parameters)
-        apart: Any = self.element_size
+        kept, orders, apart = self._own(step.jacobians), self._own(step.parameters), self.apart
         if not all(map(Tensor.is_contiguous, kept)) or not all(map(Tensor.is_contiguous, orders)):
             kept = [j if same_order(j[0], order) else _stacked_like(j, order) for j, order in zip(kept, orders)]
-            apart = array("q", [j.stride(0) * self.element_size for j in kept])
+            apart = array("q", [j.stride(0) * j.element_size() for j in kept])
         return (pointers(kept), apart, self.sizes, self.tasks), kept
 
     def run(self, kernels: ModuleType, tables: Sequence[array[int]], step: Step) -> None:

@@ -69,7 +69,8 @@ class Group(NamedTuple):
 
     @property
     def columns(self) -> int:
-        return sum(self.table[2])
+        _, apart, sizes, tasks = self.table
+        return sum(sizes) // tasks if isinstance(apart, int) else sum(sizes)
 
     def in_order(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return a vector's tensors, one per parameter of all groups, in the element orders of this group's rows."""
@@ -131,8 +132,8 @@ class Rows:
             tensors = list(rows.tensors)
             if not tensors:
                 _refuse(op, "at least one tensor [T, ...]", "none")
-            if tensors[0].dim() == 0:
-                _refuse(op, "tensors [T, ...]", f"shape {shape_of(tensors[0])}")
+            if not tensors[0].shape or tensors[0].shape[0] == 0:
+                _refuse(op, "tensors [T, ...] with T > 0", f"shape {shape_of(tensors[0])}")
             return Rows(tensors, tensors[0].shape[0], stacked=True), True
         if isinstance(rows, Tensor):
             if rows.dim() == 0:
@@ -182,8 +183,8 @@ class Rows:
         if self.parameters == 1 or type(self.tensors[0]) is not Tensor:  # traced sizes have no hash
             return [tensor.new_empty(shape[1:]) for tensor, shape in zip(self.tensors, self.shapes)]
         # To make one like another takes half the time of a shape's way to torch.
-        keys = list(zip(self.shapes, self.dtypes))
-        alike = {key: tensor.new_empty(key[0][1:]) for key, tensor in dict(zip(keys, self.tensors)).items()}
+        keys: Any = self.shapes if len(set(self.dtypes)) == 1 else list(zip(self.shapes, self.dtypes))
+        alike = {key: tensor.new_empty(tensor.shape[1:]) for key, tensor in dict(zip(keys, self.tensors)).items()}
         return list(map(torch.empty_like, map(alike.__getitem__, keys)))
 
     def of_parameters(self, places: Sequence[int]) -> Rows:
@@ -252,7 +253,7 @@ class Rows:
         kept = [self.tensors[p] for p in places]
         code, apart, orders = DTYPE_CODES[kept[0].dtype], None, None
         if self.contiguous:
-            sizes = array("q", [size // self.tasks for size in map(Tensor.numel, kept)])
+            sizes = array("q", list(map(Tensor.numel, kept)))
         else:
             orders = [tensor[0] for tensor in kept]
             for i, order in enumerate(orders):
