@@ -11,6 +11,7 @@ from gradient_cases import near, normal, procrustes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtlgrad import ops, reference
 from mtlgrad.ops import _native
@@ -72,6 +73,30 @@ def test_opcheck_align(tasks: int) -> None:
         arguments = (gram, torch.ones(tasks), "rmse", 1e-7)
         torch.library.opcheck(torch.ops.mtlgrad.align.default, arguments)
         torch.library.opcheck(torch.ops.mtlgrad.align_like.default, (*arguments, list(ops.align(torch.eye(tasks)))))
+
+
+class Names(TorchDispatchMode):
+    """Writes down which operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_operators() -> None:
+    """Those that are called directly where nobody looks."""
+    rows, weights = normal(1, 3, 5), normal(2, 3)
+    with Names() as names:
+        found = ops.combine(rows, weights)
+        ops.combine(rows, weights, out=torch.empty_like(found))
+    assert [name for name in names.found if "mtlgrad" in name] == [
+        "mtlgrad.combine.default",
+        "mtlgrad.combine_like.default",
+    ]
 
 
 def test_gradcheck() -> None:
