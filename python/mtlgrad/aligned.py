@@ -152,6 +152,7 @@ class AlignedMTL(nn.Module):
         self._preference: Tensor | None = None
         if self.preference is not None:
             self._preference = torch.tensor(self.preference, dtype=torch.float64, device=device)
+        self._task_merge = ops.TaskMerge(self._result, self._preference)
 
     def _use(self, device: torch.device) -> None:
         if self._result.weights.device != device:
@@ -167,6 +168,8 @@ class AlignedMTL(nn.Module):
     def _merge(self, rows: list[Tensor] | ops.Stacked, world: World = ALONE) -> Any:
         """Return the aligned sum of the rows; of several ranks, which have other columns of G each, this rank's."""
         if world.size == 1:
+            if isinstance(rows, list) and not self.check_finite:
+                return self._task_merge(rows, self.scale, self.rtol)
             options: dict[str, Any] = {"check_finite": self.check_finite, "result": self._result}
             return ops.merge(rows, self._preference, self.scale, self.rtol, **options)[0]
         self._align(ops.gram(rows), world)
@@ -327,7 +330,7 @@ class _Views(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, module: AlignedMTL, world: World) -> tuple[Tensor, ...]:
         ctx.module, ctx.world = module, world
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.dtype, ctx.device = features.shape, features.dtype, features.device
+        ctx.like = features.shape, {"dtype": features.dtype, "device": features.device}
         return tuple(stand_ins(features, module.num_tasks))
 
     @staticmethod
@@ -338,10 +341,10 @@ class _Views(torch.autograd.Function):
 
     @staticmethod
     def _merged(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if ctx.world.size == 1 and all(gradient is None for gradient in gradients):
+        rows = [gradient for gradient in gradients if gradient is not None]
+        if not rows and ctx.world.size == 1:
             return None, None, None
-        rows = [
-            torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device) if gradient is None else gradient
-            for gradient in gradients
-        ]
+        if len(rows) < len(gradients):
+            shape, options = ctx.like
+            rows = [torch.zeros(shape, **options) if gradient is None else gradient for gradient in gradients]
         return ctx.module._merge(rows, ctx.world), None, None

@@ -42,7 +42,7 @@ def leaves_of(tensors: Sequence[Tensor], stop: Edges) -> list[Tensor]:
 
 def check_ordinary_autograd(op: str) -> None:
     """Refuse torch.func's transforms: a backward's side effects (``.grad``, the tasks' weights) have no place there."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{op}: expected ordinary autograd, found a torch.func transform (grad, vjp, jacrev, vmap); use "
             "loss.backward() or torch.autograd.grad, with torch.func.functional_call where parameters are to be given"

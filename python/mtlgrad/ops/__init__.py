@@ -2,7 +2,7 @@
 
 from ._operation import Operation, define_operator, hide_from_dynamo
 from .adatask import Step, TaskStep, adatask_adagrad, adatask_adam, adatask_rmsprop, step_settings
-from .align import AlignResult, align, merge
+from .align import AlignResult, TaskMerge, align, merge
 from .combine import Stacked, combine, dots, gram
 from .displacement import displace
 from .moments import binary_moments, multiclass_moments, precision_mean, regression_moments, sampled_moments
@@ -12,6 +12,7 @@ __all__ = [
     "Operation",
     "Stacked",
     "Step",
+    "TaskMerge",
     "TaskStep",
     "adatask_adagrad",
     "adatask_adam",

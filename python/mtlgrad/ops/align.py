@@ -5,22 +5,23 @@ Errors: ``RuntimeError`` for shapes, dtypes and devices, ``ValueError`` for opti
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..reference.align import EPS, AlignResult, Scale
-from ._native import launch_place
-from ._operation import Operation
+from ._native import KERNELS, launch_place
+from ._operation import Operation, hide_from_dynamo, is_eager, mark_written
 from .checks import check_floating, check_gram, check_same_device, check_shape, refuse, shape_of
 from .combine import add_gram, write_combination
-from .rows import AnyRows, Row, Rows, Stacked
+from .rows import DTYPE_CODES, AnyRows, Row, Rows, Stacked, pointers
 
-__all__ = ["SCALES", "AlignResult", "Scale", "align", "empty_result", "merge"]
+__all__ = ["SCALES", "AlignResult", "Scale", "TaskMerge", "align", "empty_result", "merge"]
 
 SCALES: tuple[Scale, ...] = get_args(Scale)
 MAX_TASKS = 64  #: of the kernel (csrc/kernels.h); torch.linalg.eigh beyond
@@ -108,6 +109,50 @@ def merge(
         result = AlignResult(*_new_result(own.tasks, own.tensors[0].device)) if result is None else result
         _merge.into([*merged, *result], own, options, check_finite)
     return (merged if listed else merged[0]), result
+
+
+class TaskMerge:
+    """Merge T gradients of one tensor again and again, as :func:`merge`, into one result; ``preference`` is float64.
+
+    What follows from their shapes is looked at once, and again when they have others.
+    """
+
+    def __init__(self, result: AlignResult, preference: Tensor | None):
+        self.result, self.preference = result, preference
+        self._known: Any = None  #: what all that follows was made for
+        self._code, self._sizes, self._workspace, self._options = 0, array("q"), 0, (0, 0.0)
+
+    def __call__(self, rows: list[Tensor], scale: Scale, rtol: float | None) -> Tensor:
+        known = None
+        if is_eager(rows) and all(map(Tensor.is_contiguous, rows)):
+            known = scale, rtol, [(row.shape, row.dtype, row.device) for row in rows]
+            if known == self._known:
+                return self._run(rows)
+        merged, _ = merge(rows, self.preference, scale, rtol, result=self.result)
+        if known is not None:
+            self._known = known if self._learn(rows, scale, rtol) else None
+        return merged  # type: ignore[return-value]
+
+    def _learn(self, rows: list[Tensor], scale: Scale, rtol: float | None) -> bool:
+        """Return whether a kernel can work on such rows, which :func:`merge` took."""
+        first, tasks = rows[0], len(rows)
+        kernels, by = KERNELS.get(first.device.type), Options.of("merge", self.preference, scale, rtol, tasks, first)
+        if kernels is None or tasks > MAX_TASKS:
+            return False
+        self._code, self._sizes = DTYPE_CODES[first.dtype], array("q", [first.numel()])
+        self._workspace, self._options = kernels.merge_workspace(tasks, first.numel()), by.given()[1][1:]
+        return True
+
+    @hide_from_dynamo
+    def _run(self, rows: list[Tensor]) -> Tensor:
+        first, preference = rows[0], self.preference
+        merged, kernels = torch.empty_like(first), KERNELS[first.device.type]
+        workspace = torch.empty(self._workspace, dtype=torch.float64, device=first.device)
+        table, to = (pointers(rows), None, self._sizes, len(rows)), tuple(map(Tensor.data_ptr, self.result))
+        by, where = (0 if preference is None else preference.data_ptr(), *self._options), launch_place(first.device)
+        kernels.merge(self._code, table, *by, to, pointers([merged]), workspace.data_ptr(), where)  # type: ignore[union-attr]
+        mark_written(self.result)
+        return merged
 
 
 class Options(NamedTuple):
