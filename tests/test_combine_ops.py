@@ -75,6 +75,34 @@ def test_opcheck_align(tasks: int) -> None:
         torch.library.opcheck(torch.ops.mtlgrad.align_like.default, (*arguments, list(ops.align(torch.eye(tasks)))))
 
 
+def test_nothing_of_what_was_in_memory_remains(device: str) -> None:
+    """torch fills new memory with NaN where algorithms are to be deterministic."""
+    rows, tensors = normal(1, 5, 300).float().to(device), [normal(i, 5, 3, i).to(device) for i in (1, 4)]
+
+    def results() -> list[Tensor]:
+        found: list[Tensor] = []
+        for given in (rows, ops.Stacked(tensors), [list(t) for t in zip(*tensors)]):
+            merged, result = ops.merge(given)
+            gram = ops.gram(given)
+            combined = ops.combine(given, result.weights)
+            dots = ops.dots(given, combined)
+            moved = ops.displace(combined, given, result.weights)  # type: ignore[call-overload]
+            for part in (merged, combined, moved):
+                found += [part] if isinstance(part, Tensor) else part
+            found += [*result, gram, dots, *ops.align(gram)]
+        return found
+
+    expected = results()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        found = results()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 class Names(TorchDispatchMode):
     """Writes down which operators ran."""
 
