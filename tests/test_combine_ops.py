@@ -81,12 +81,12 @@ def test_nothing_of_what_was_in_memory_remains(device: str) -> None:
 
     def results() -> list[Tensor]:
         found: list[Tensor] = []
-        for given in (rows, ops.Stacked(tensors), [list(t) for t in zip(*tensors)]):
-            merged, result = ops.merge(given)
-            gram = ops.gram(given)
-            combined = ops.combine(given, result.weights)
-            dots = ops.dots(given, combined)
-            moved = ops.displace(combined, given, result.weights)  # type: ignore[call-overload]
+        for own in (rows, ops.Stacked(tensors), [list(t) for t in zip(*tensors)]):
+            merged, result = ops.merge(own)
+            gram = ops.gram(own)
+            combined = ops.combine(own, result.weights)
+            dots = ops.dots(own, combined)
+            moved = ops.displace(combined, own, result.weights)  # type: ignore[call-overload]
             for part in (merged, combined, moved):
                 found += [part] if isinstance(part, Tensor) else part
             found += [*result, gram, dots, *ops.align(gram)]
