@@ -24,12 +24,8 @@ namespace {
 using math::MomentKind;
 using math::TaskCoefficients;
 
-#ifndef GROUP
-#define GROUP 4
-#endif
-constexpr int kVectors = 2;        // that are worked on together: a line of memory of float32
-constexpr int64_t kGroup = GROUP;  // tasks whose streams are under way together; more would share too few cache ways
-constexpr int64_t kBlock = 1024;   // columns, whose updates stay in the first-level cache from one group to the next
+constexpr int64_t kGroup = 4;     // tasks whose streams are under way together; more would share too few cache ways
+constexpr int64_t kBlock = 1024;  // columns, whose updates stay in the first-level cache from one group to the next
 
 template <typename F>
 constexpr int kLanes = 32 / sizeof(F);
