@@ -5,7 +5,9 @@
 // In explicit vectors, not loops for the compiler to vectorise: what a call is like (the parameters' type, weight decay,
 // a buffer, squares, the number of tasks) is then a branch that the processor foresees, in the place of hundreds of loops
 // that take a minute to compile.
+#include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/columns.h"
@@ -27,11 +29,8 @@ using math::TaskCoefficients;
 constexpr int64_t kGroup = 4;     // tasks whose streams are under way together; more would share too few cache ways
 constexpr int64_t kBlock = 1024;  // columns, whose updates stay in the first-level cache from one group to the next
 
-template <typename F>
-constexpr int kLanes = 32 / sizeof(F);
-
-template <typename T, int kCount>
-using Vector [[gnu::vector_size(kCount * sizeof(T))]] = T;
+template <typename T, int kBytes>
+using Vector [[gnu::vector_size(kBytes)]] = T;
 
 // ---- what is stored, as two vectors or, for the last columns of a tensor, as one number -----------------------------
 
@@ -40,14 +39,26 @@ constexpr bool is_vector = !std::is_arithmetic_v<V>;
 template <typename V>
 constexpr int kCount = is_vector<V> ? 2 : 1;
 
-// Random bits for each of a vector's numbers.
 template <typename V>
+auto number_of(V v) {
+  if constexpr (is_vector<V>)
+    return v[0];
+  else
+    return v;
+}
+template <typename V>
+using Number = decltype(number_of(V{}));
+template <typename V>
+constexpr int kLanes = sizeof(V) / sizeof(Number<V>);
+
+// Random bits for each of a vector's numbers.
+template <typename V, bool kVector = is_vector<V> && sizeof(Number<V>) == 4>
 struct BitsOf {
   using Type = uint32_t;
 };
-template <>
-struct BitsOf<Vector<float, kLanes<float>>> {
-  using Type = Vector<uint32_t, kLanes<float>>;
+template <typename V>
+struct BitsOf<V, true> {
+  using Type = Vector<uint32_t, sizeof(V)>;
 };
 template <typename V>
 using Bits = typename BitsOf<V>::Type;
@@ -56,8 +67,14 @@ template <typename V>
 MTLGRAD_INLINE Bits<V> random_bits(uint32_t stream, int64_t index) {
   Bits<V> indices{};
   if constexpr (is_vector<V>)
-    for (int k = 0; k < kLanes<float>; ++k) indices[k] = static_cast<uint32_t>(k);
+    for (int k = 0; k < kLanes<V>; ++k) indices[k] = static_cast<uint32_t>(k);
   return math::random_bits(stream, indices + static_cast<uint32_t>(index));
+}
+
+// The numbers 1, 3, ... of the two one behind the other.
+template <typename H, size_t... kIndices>
+MTLGRAD_INLINE H odd_ones(H first, H second, std::index_sequence<kIndices...>) {
+  return __builtin_shufflevector(first, second, (2 * kIndices + 1)...);
 }
 
 // Numbers of type M in memory. Two vectors of bfloat16 are read and written at once, which takes half the instructions.
@@ -68,7 +85,7 @@ class Stored {
     if constexpr (is_vector<V> && kHalf) {
       Half half;
       memcpy(&half, at, sizeof half);
-      const auto bits = __builtin_convertvector(half, Vector<uint32_t, 2 * kLanes<float>>) << 16;
+      const auto bits = __builtin_convertvector(half, Vector<uint32_t, 2 * sizeof(V)>) << 16;
       memcpy(values_, &bits, sizeof values_);
     }
   }
@@ -80,7 +97,7 @@ class Stored {
       return values_[k];
     else {
       V value;
-      memcpy(&value, at_ + k * kLanes<M>, sizeof value);
+      memcpy(&value, at_ + k * kLanes<V>, sizeof value);
       return value;
     }
   }
@@ -104,17 +121,16 @@ class Stored {
         up = 0x7FFF + ((bits >> 16) & 1);
       upper_[k] = value == value ? bits + up : Bits<V>{} + 0x7FC00000;
       if (k == 0) return;
-      const Half half = __builtin_shufflevector((Half)upper_[0], (Half)upper_[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21,
-                                                23, 25, 27, 29, 31);
+      const Half half = odd_ones((Half)upper_[0], (Half)upper_[1], std::make_index_sequence<2 * kLanes<V>>{});
       memcpy(at_, &half, sizeof half);
     } else {
-      memcpy(at_ + k * kLanes<M>, &value, sizeof value);
+      memcpy(at_ + k * kLanes<V>, &value, sizeof value);
     }
   }
 
  private:
   static constexpr bool kHalf = std::is_same_v<std::remove_const_t<M>, bfloat16>;
-  using Half = Vector<uint16_t, 2 * kLanes<float>>;
+  using Half = Vector<uint16_t, std::max<size_t>(sizeof(V), 16)>;  // of two vectors' numbers; of one number none
   M* at_;
   std::conditional_t<kHalf, V[2], char> values_;
   std::conditional_t<kHalf, Bits<V>[2], char> upper_;
@@ -131,7 +147,7 @@ struct TaskPointers {
   F root_scale, step;
   uint32_t random;
   double sum;
-  F sums[kLanes<F>];
+  F sums[64 / sizeof(F)];
 };
 
 // A piece of a parameter, and what is done to all of it.
@@ -210,9 +226,10 @@ MTLGRAD_INLINE void update_columns(const Piece<S, M, F>& piece, TaskCoefficients
 }
 
 // Columns [begin, end) of a piece, a block at most.
-template <MomentKind kKind, bool kStochastic, typename S, typename M, typename F>
-MTLGRAD_CLONES void update_block(const Piece<S, M, F>& whole, const TaskCoefficients<F>& coefficients,
-                                 TaskPointers<S, M, F>* tasks, int64_t count, int64_t begin, int64_t end) {
+template <int kBytes, MomentKind kKind, bool kStochastic, typename S, typename M, typename F>
+MTLGRAD_INLINE void update_columns_between(const Piece<S, M, F>& whole, const TaskCoefficients<F>& coefficients,
+                                           TaskPointers<S, M, F>* tasks, int64_t count, int64_t begin, int64_t end) {
+  using V = Vector<F, kBytes>;
   const Piece<S, M, F> piece = whole;  // which no store can change
   alignas(64) F deltas[kBlock];
   int64_t done = 0;
@@ -220,31 +237,56 @@ MTLGRAD_CLONES void update_block(const Piece<S, M, F>& whole, const TaskCoeffici
     const int64_t group = std::min(kGroup, count - done);
     const bool first_tasks = done == 0, last_tasks = done + group == count;
     TaskPointers<S, M, F>* const some = tasks + done;
-    for (int64_t t = 0; t < group; ++t) std::fill_n(some[t].sums, kLanes<F>, F(0));
+    for (int64_t t = 0; t < group; ++t) std::fill_n(some[t].sums, kLanes<V>, F(0));
     int64_t column = begin;
-    for (; column + 2 * kLanes<F> <= end; column += 2 * kLanes<F>)
-      update_columns<kKind, kStochastic, Vector<F, kLanes<F>>>(piece, coefficients, some, group, first_tasks,
-                                                               last_tasks, deltas + (column - begin), column);
+    for (; column + 2 * kLanes<V> <= end; column += 2 * kLanes<V>)
+      update_columns<kKind, kStochastic, V>(piece, coefficients, some, group, first_tasks, last_tasks,
+                                            deltas + (column - begin), column);
     for (; column < end; ++column)
       update_columns<kKind, kStochastic, F>(piece, coefficients, some, group, first_tasks, last_tasks,
                                             deltas + (column - begin), column);
     for (int64_t t = 0; t < group; ++t)
-      for (int k = 0; k < kLanes<F>; ++k) some[t].sum += static_cast<double>(some[t].sums[k]);
+      for (int k = 0; k < kLanes<V>; ++k) some[t].sum += static_cast<double>(some[t].sums[k]);
     done += group;
   } while (done < count);
 }
 
+#define MTLGRAD_UPDATE_BLOCK(attribute, bytes)                                                            \
+  template <int kBytes, MomentKind kKind, bool kStochastic, typename S, typename M, typename F>           \
+  attribute std::enable_if_t<kBytes == bytes> update_block(                                               \
+      const Piece<S, M, F>& piece, const TaskCoefficients<F>& coefficients, TaskPointers<S, M, F>* tasks, \
+      int64_t count, int64_t begin, int64_t end) {                                                        \
+    update_columns_between<bytes, kKind, kStochastic>(piece, coefficients, tasks, count, begin, end);     \
+  }
+MTLGRAD_BY_WIDTH(MTLGRAD_UPDATE_BLOCK)
+
+#define MTLGRAD_VECTOR_BYTES(attribute, bytes) \
+  attribute int vector_bytes() { return bytes; }
+MTLGRAD_BY_WIDTH(MTLGRAD_VECTOR_BYTES)
+
 template <typename S, typename M, typename F>
-using Update = decltype(&update_block<MomentKind::adam, false, S, M, F>);
+using Update = void (*)(const Piece<S, M, F>&, const TaskCoefficients<F>&, TaskPointers<S, M, F>*, int64_t, int64_t,
+                        int64_t);
+
+template <int kBytes, bool kStochastic, typename S, typename M, typename F>
+Update<S, M, F> update_of_kind(MomentKind kind) {
+  switch (kind) {
+    case MomentKind::adam: return update_block<kBytes, MomentKind::adam, kStochastic, S, M, F>;
+    case MomentKind::amsgrad: return update_block<kBytes, MomentKind::amsgrad, kStochastic, S, M, F>;
+    case MomentKind::square: return update_block<kBytes, MomentKind::square, kStochastic, S, M, F>;
+    default: return update_block<kBytes, MomentKind::centered, kStochastic, S, M, F>;
+  }
+}
 
 template <bool kStochastic, typename S, typename M, typename F>
 Update<S, M, F> update_of(MomentKind kind) {
-  switch (kind) {
-    case MomentKind::adam: return update_block<MomentKind::adam, kStochastic, S, M, F>;
-    case MomentKind::amsgrad: return update_block<MomentKind::amsgrad, kStochastic, S, M, F>;
-    case MomentKind::square: return update_block<MomentKind::square, kStochastic, S, M, F>;
-    default: return update_block<MomentKind::centered, kStochastic, S, M, F>;
+  switch (vector_bytes()) {
+#define MTLGRAD_CASE(attribute, bytes) \
+  case bytes: return update_of_kind<bytes, kStochastic, S, M, F>(kind);
+    MTLGRAD_BY_WIDTH(MTLGRAD_CASE)
+#undef MTLGRAD_CASE
   }
+  return nullptr;
 }
 
 // ---- the step of all tensors ----------------------------------------------------------------------------------------
