@@ -5,7 +5,7 @@ The moments of a task are accumulated in two [B, D] sums as soon as they are kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +82,7 @@ def sums_precision(batch: Batch, index: int, examples: int) -> bool:
 def own_posterior(batch: Batch, index: int, with_prior: bool = True) -> Posterior:
     """A head's batch posterior of this process's examples, in float64 for exact moments. See :func:`sums_precision`."""
     prior, weight, features = batch.posteriors[index], batch.weights[index], batch.features
-    if prior.exact is not None and has_kernels(features.device) and not batch.is_sampled(index):
+    if prior.exact is not None and not batch.is_sampled(index):
         prior, features = prior.exact, features.double()
         weight = None if weight is None else weight.double()
     return batch_posterior(prior, features, batch.targets[index], weight, batch.task_name(index), with_prior)
@@ -131,12 +131,51 @@ def _tasks_of(head: Head, part: Part) -> slice:
     return slice(0, 1) if head.likelihood == "multiclass" else slice(part.first, part.last)
 
 
+def _by_reference(batch: Batch, index: int, out: Output) -> None:
+    """Where no kernel was compiled for the device: all of a head's tasks at once, in plain PyTorch."""
+    likelihood, features, targets = batch.heads[index].likelihood, batch.features, batch.targets[index]
+    if batch.is_sampled(index):
+        part = next(_parts(batch, index))
+        assert isinstance(part, Sampled)
+        targets = targets if likelihood == "multiclass" else targets.to(features.dtype)
+        mean, variance = reference.sampled_moments(features, targets, part.samples, kind=likelihood)
+    else:
+        posterior = _posterior(batch, index)
+        features = features.to(posterior.mean.dtype)
+        targets = targets if likelihood == "multiclass" else targets.to(features.dtype)
+        compute = getattr(reference, f"{likelihood}_moments")
+        mean, variance = compute(features, targets, posterior.mean, posterior.covariance())
+    if out.power is None:
+        out.first.copy_(mean)
+        out.second.copy_(variance)
+    else:
+        weight = variance.clamp(min=SMALLEST_VARIANCE) ** -out.power.to(variance)[:, None]
+        weight = torch.where(variance < torch.inf, weight, 0.0)
+        out.first.add_((weight * mean).sum(1))
+        out.second.add_(weight.sum(1))
+
+
+def _moments(batch: Batch, index: int, out_of: Callable[[slice], Output]) -> Iterator[tuple[slice, Output]]:
+    """Have the moments of a head's tasks left in ``out_of(tasks)``; yield the tasks, some at a time, when they are."""
+    head = batch.heads[index]
+    if not has_kernels(batch.features.device):
+        tasks = slice(0, head.num_tasks)
+        out = out_of(tasks)
+        _by_reference(batch, index, out)
+        yield tasks, out
+        return
+    for part in _parts(batch, index):
+        tasks = _tasks_of(head, part)
+        out = out_of(tasks)
+        _run(batch, index, part, out)
+        yield tasks, out
+
+
 def _accumulate(batch: Batch) -> tuple[Tensor, Tensor]:
     numerator, denominator = torch.zeros_like(batch.features), torch.zeros_like(batch.features)
-    for index, head in enumerate(batch.heads):
-        for part in _parts(batch, index):
-            power = batch.powers[index][_tasks_of(head, part)]
-            _run(batch, index, part, Output(numerator, denominator, power))
+    for index, powers in enumerate(batch.powers):
+        for _ in _moments(batch, index, lambda tasks: Output(numerator, denominator, powers[tasks])):  # noqa: B023
+            pass
     return numerator, denominator
 
 
@@ -146,31 +185,9 @@ def aggregate(batch: Batch) -> Tensor:
     """The inverse-variance weighted mean of the tasks' gradients, divided by B, [B, D]; with several ranks by all their
     examples, times the number of ranks, whose gradients will be averaged."""
     with torch.autocast(batch.features.device.type, enabled=False):
-        kernels = has_kernels(batch.features.device)
-        result = run_weighted_mean(*_accumulate(batch)) if kernels else _aggregate_by_reference(batch)
+        result = run_weighted_mean(*_accumulate(batch))
         if batch.global_batch is not None and batch.global_batch.share != 1.0:
             result *= batch.global_batch.share
-    return result
-
-
-def _aggregate_by_reference(batch: Batch) -> Tensor:
-    """Where no kernel was compiled for the device: the same in plain PyTorch, all tasks at once."""
-    moments = [_reference_moments(batch, index) for index in range(len(batch.heads))]
-    means, variances = (torch.cat(part, 1) for part in zip(*moments))
-    return reference.precision_mean(means, variances, torch.cat(list(batch.powers)))
-
-
-def _reference_moments(batch: Batch, index: int) -> tuple[Tensor, Tensor]:
-    head, features, targets = batch.heads[index], batch.features, batch.targets[index]
-    if head.likelihood != "multiclass":
-        targets = targets.to(features.dtype)
-    if batch.is_sampled(index):
-        part = next(_parts(batch, index))
-        assert isinstance(part, Sampled)
-        return reference.sampled_moments(features, targets, part.samples, kind=head.likelihood)
-    posterior = _posterior(batch, index)
-    compute = getattr(reference, f"{head.likelihood}_moments")
-    result: tuple[Tensor, Tensor] = compute(features, targets, posterior.mean, posterior.covariance())
     return result
 
 
@@ -181,12 +198,12 @@ def diagnose(batch: Batch) -> tuple[Tensor, Tensor]:
     averaged over the examples that have its label, [T, D]. Computes the moments once more, one task at a time."""
     shares, variances = [], []
     with torch.autocast(batch.features.device.type, enabled=False):
-        if has_kernels(batch.features.device):
-            _, denominator = _accumulate(batch)
-        else:
-            denominator = _reference_denominator(batch)
-        for index, head in enumerate(batch.heads):
-            for variance, power in _written_variances(batch, index, head):
+        _, denominator = _accumulate(batch)
+        for index, powers in enumerate(batch.powers):
+            for tasks, out in _moments(
+                batch, index, lambda tasks: Output.new(batch.features, tasks.stop - tasks.start)
+            ):
+                variance, power = out.second, powers[tasks]
                 labelled = variance < torch.inf
                 weight = variance.clamp(min=SMALLEST_VARIANCE) ** -power.to(variance)[:, None]
                 share = torch.where(labelled, weight, 0.0) / denominator[:, None]
@@ -194,24 +211,3 @@ def diagnose(batch: Batch) -> tuple[Tensor, Tensor]:
                 total = torch.where(labelled, variance, 0.0).sum(0)
                 variances.append(total / labelled.sum(0))
     return torch.cat(shares), torch.cat(variances)
-
-
-def _written_variances(batch: Batch, index: int, head: Head) -> Iterator[tuple[Tensor, Tensor]]:
-    """(variances [B, t, D], powers [t]) of a head's tasks, some at a time."""
-    if not has_kernels(batch.features.device):
-        yield _reference_moments(batch, index)[1], batch.powers[index]
-        return
-    for part in _parts(batch, index):
-        tasks = _tasks_of(head, part)
-        out = Output.new(batch.features, tasks.stop - tasks.start)
-        _run(batch, index, part, out)
-        yield out.second, batch.powers[index][tasks]
-
-
-def _reference_denominator(batch: Batch) -> Tensor:
-    total = torch.zeros_like(batch.features)
-    for index in range(len(batch.heads)):
-        variance = _reference_moments(batch, index)[1]
-        weight = variance.clamp(min=SMALLEST_VARIANCE) ** -batch.powers[index].to(variance)[:, None]
-        total += torch.where(variance < torch.inf, weight, 0.0).sum(1)
-    return total

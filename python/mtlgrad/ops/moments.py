@@ -445,11 +445,16 @@ _precision_mean = Operation(
 )
 
 
-def run_weighted_mean(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return numerator / denominator / B, zero where the denominator is: the end of what `run_*` accumulate."""
-    out = torch.empty_like(numerator)
-    _launch("weighted_mean", out, numerator, denominator, out, *out.shape)
-    return out
+#: numerator / denominator / B, zero where the denominator is: the end of what `run_*` accumulate.
+run_weighted_mean = Operation(
+    "weighted_mean(Tensor numerator, Tensor denominator) -> Tensor",
+    check=lambda numerator, denominator: None,
+    outputs=lambda numerator, denominator: [torch.empty_like(numerator)],
+    kernel=lambda _, *sums: _launch("weighted_mean", sums[0], *sums[:2], *sums[2], *sums[0].shape),
+    reference=lambda numerator, denominator: (
+        torch.where(denominator == 0.0, 0.0, numerator / denominator) / len(numerator)
+    ),
+)
 
 
 def condition_on_batch(cross: Tensor, gram: Tensor, curvature: Tensor, variances: Tensor) -> bool:
