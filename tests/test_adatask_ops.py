@@ -38,7 +38,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, rule: str, state: State, jacobians
     name = f"adatask_{RULES[rule].op}"
     operation = getattr(adatask, name.removeprefix("adatask_").upper())
     with monkeypatch.context() as patch:
-        patch.setattr(operation, "_directly", lambda arguments: found.append(operation._flat(arguments)))
+        patch.setattr(operation, "_directly", lambda _, arguments: found.append(operation._flat(arguments)))
         call(ops, RULES[rule], state, jacobians, **options)
     return getattr(torch.ops.mtlgrad, name).default, found[0]
 
