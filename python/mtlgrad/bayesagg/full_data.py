@@ -11,10 +11,11 @@ from torch import Tensor
 from ..posterior.posteriors import Posterior, empty_posterior, posterior_from_state, sum_over_ranks
 from ..world.alike import check_same
 from ..world.ranks import World
-from .heads import Head
+from .heads import Head, Regression
 
 STATISTICS = ("stored", "streaming")
 ROWS = 8192  # of stored features in float64 at a time
+SMALLEST_NOISE = 1e-6  #: relative to the targets' mean square: a perfect fit is no reason to follow one task alone
 
 
 class FullData:
@@ -29,9 +30,15 @@ class FullData:
         self.targets: list[Tensor] = []
         self.running: Posterior | None = None
         self.count = 0
+        #: Where the noise is estimated: sum of the targets' squares and number of labels, float64 [2, O].
+        self.squares: Tensor | None = None
 
     def clear(self) -> None:
-        self.features, self.targets, self.running, self.count = [], [], None, 0
+        self.features, self.targets, self.running, self.count, self.squares = [], [], None, 0, None
+
+    @property
+    def estimates_noise(self) -> bool:
+        return isinstance(self.head, Regression) and self.head.noise == "estimated"
 
     @property
     def device(self) -> torch.device:
@@ -44,6 +51,10 @@ class FullData:
         """A batch that was checked, and the head's weights in float64 (``streaming``). ``stored`` keeps the tensors,
         which the caller must leave as they are."""
         self.count += features.shape[0]
+        if self.estimates_noise:
+            wide = targets.double()
+            found = torch.stack([wide.square().nansum(0), wide.isfinite().sum(0)])
+            self.squares = found if self.squares is None else found + self.squares.to(found.device)
         if self.statistics == "stored":
             self.features.append(features)
             self.targets.append(targets)
@@ -87,11 +98,36 @@ class FullData:
             "targets": list(self.targets),
             "running": None if self.running is None else self.running.state(),
             "count": self.count,
+            "squares": self.squares,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.features, self.targets, self.count = list(state["features"]), list(state["targets"]), state["count"]
         self.running = None if state["running"] is None else posterior_from_state(state["running"])
+        self.squares = state.get("squares")
+
+    def noise(self, posterior: Posterior, world: World) -> Tensor | None:
+        """Return the variance of all ranks' targets about the full-data posterior's mean, float64 [O]; None: one.
+
+        The sum of squared residuals over the number of labels less that of effective parameters,
+        trace(H'H precision^-1); SMALLEST_NOISE times the targets' mean square at least, and one where all targets are
+        zero. Bytes: 16 an output.
+        """
+        if not isinstance(self.head, Regression) or self.head.noise == 1.0:
+            return None
+        mean = posterior.mean
+        if not self.estimates_noise:
+            return torch.full_like(mean[:, 0], float(self.head.noise))
+        own = mean.new_zeros(2, len(mean)) if self.squares is None else self.squares.to(mean)
+        squares, labels = world.sum_(own.clone())
+        # The prior's mean is zero: precision mean = H'y.
+        by_target, by_prior = posterior.times_precision(mean), mean / posterior.gamma
+        residuals = squares - (mean * (by_target + by_prior)).sum(1)
+        covariance = posterior.covariance()
+        parameters = mean.shape[1] - covariance.diagonal(dim1=-2, dim2=-1).sum(-1) / posterior.gamma
+        floor = SMALLEST_NOISE * squares / labels.clamp(min=1.0)
+        noise = torch.maximum(residuals / (labels - parameters).clamp(min=1.0), floor)
+        return torch.where(squares > 0.0, noise, 1.0)
 
 
 def full_data_posteriors(full_data: Sequence[FullData], number: int, world: World) -> tuple[list[Posterior], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,9 +82,33 @@ class Head:
 
 
 class Regression(Head):
-    """Squared error (w.h - y)^2, each output a task. The posterior has no bias, as published."""
+    """Squared error (w.h - y)^2, each output a task. The posterior has no bias, as published.
+
+    Args:
+        layers, gamma, power: as in :class:`Head`; with another noise than 1 the prior is N(0, gamma noise I).
+        noise: variance of the targets about w.h. 1.0 is the published model; "estimated" is each output's mean squared
+            residual at the full-data posterior's mean, anew with every refresh. The task's gradient is that of
+            (w.h - y)^2 / noise, twice the one of the negative log likelihood: a task that is fitted well weighs more
+            (DESIGN 4.2).
+    """
 
     likelihood = "regression"
+
+    def __init__(
+        self,
+        layers: nn.Linear | Sequence[nn.Linear] | nn.ModuleList,
+        gamma: float = DEFAULT_GAMMA,
+        power: float | Sequence[float] | Tensor = 1.0,
+        noise: float | str = 1.0,
+    ):
+        super().__init__(layers, gamma, power)
+        number = isinstance(noise, (int, float)) and 0 < noise < math.inf
+        if not number and noise != "estimated":
+            raise ValueError(f'Regression: noise: expected "estimated" or a finite variance above 0, found {noise!r}')
+        self.noise = noise
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, noise={self.noise!r})"
 
     def weight(self, like: Tensor) -> None:
         return None

@@ -15,7 +15,7 @@ from ..world.ranks import World, name_of, world_of
 from .aggregation import Batch, aggregate, diagnose
 from .full_data import STATISTICS, FullData, full_data_posteriors
 from .global_batch import gather_batch
-from .heads import Head
+from .heads import Head, Regression
 from .passes import Pass, RecordScale, ReplaceGradient, known_as, record_batch
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class BayesAgg(nn.Module):
         self.num_tasks = sum(head.num_tasks for head in self.heads)
         self._full_data = [FullData(head, covariance, statistics) for head in self.heads]
         self._posteriors: list[Posterior] | None = None
+        self._noise: list[Tensor | None] = [None] * len(self.heads)  # of each head, [O]; None: one
         self._working: list[Posterior] = []  # the posteriors as the batches use them: dtype and device
         self._powers: list[Tensor] = []
         self._number = 0  # of passes; seeds the samples, names the batch in errors
@@ -241,6 +242,7 @@ class BayesAgg(nn.Module):
         for i, posterior in enumerate(posteriors):
             posterior.name = f"BayesAgg.refresh: heads[{i}] ({posterior.likelihood})"
             posterior.covariance()  # where it cannot be had, say so now and not in the next batch
+        self._noise = [full_data.noise(p, world) for full_data, p in zip(self._full_data, posteriors)]
         self._posteriors, self._working, self._agreed = posteriors, [], world
         for full_data in self._full_data:
             full_data.clear()
@@ -250,16 +252,35 @@ class BayesAgg(nn.Module):
         """The full-data posterior of every head, float64; None before the first :meth:`refresh`."""
         return self._posteriors
 
+    @property
+    def noise(self) -> Tensor | None:
+        """[T] float64: the variance of each regression task's targets about its posterior mean, which its gradient is
+        divided by; NaN for the other tasks. None before the first :meth:`refresh`."""
+        if self._posteriors is None:
+            return None
+        parts = []
+        for head, posterior, noise in zip(self.heads, self._posteriors, self._noise):
+            known = 1.0 if head.likelihood == "regression" else torch.nan
+            like = posterior.mean.new_full((head.num_tasks,), known)
+            parts.append(like if noise is None else noise.to(like))
+        return torch.cat(parts)
+
     def _batch(self, rows: Tensor, targets: list[Tensor], weights: Sequence[Tensor | None]) -> Batch:
         assert self._posteriors is not None
         features = rows.to(_working_dtype(rows))
         ready = self._working
         if not ready or ready[0].anchor.dtype != features.dtype or ready[0].anchor.device != features.device:
-            self._working = [posterior.to(features) for posterior in self._posteriors]
+            self._working = [
+                (posterior if noise is None else posterior.in_units_of(noise.sqrt())).to(features)
+                for posterior, noise in zip(self._posteriors, self._noise)
+            ]
             self._powers = [head.power.to(features.device) for head in self.heads]
         return Batch(
             features=features,
-            targets=targets,
+            targets=[
+                target if noise is None else target.to(features) / noise.sqrt().to(features)
+                for target, noise in zip(targets, self._noise)
+            ],
             heads=self.heads,
             weights=[None if weight is None else weight.to(features) for weight in weights],
             posteriors=self._working,
@@ -334,12 +355,17 @@ class BayesAgg(nn.Module):
             "heads": self._signature(),
             "number": self._number,
             "posteriors": None if self._posteriors is None else [p.state() for p in self._posteriors],
+            "noise": list(self._noise),
             "full_data": [full_data.state() for full_data in self._full_data],
         }
 
     def _signature(self) -> list[str]:
         """What a saved state must agree on with the layer."""
         heads = [f"{head.likelihood} {head.width} -> {head.outputs}" for head in self.heads]
+        heads = [
+            f"{text}, noise {head.noise}" if isinstance(head, Regression) and head.noise != 1.0 else text
+            for head, text in zip(self.heads, heads)
+        ]
         return [*heads, f"covariance {self.covariance}", f"statistics {self.statistics}"]
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -353,6 +379,7 @@ class BayesAgg(nn.Module):
         self._number = state["number"]
         posteriors = state["posteriors"]
         self._posteriors = None if posteriors is None else [posterior_from_state(p) for p in posteriors]
+        self._noise = state.get("noise") or [None] * len(self.heads)
         self._working, self._last, self._diagnosis, self._agreed = [], None, None, None
         for full_data, saved in zip(self._full_data, state["full_data"]):
             full_data.load_state(saved)

@@ -190,6 +190,13 @@ class Posterior(ABC):
             copy.exact = self
         return copy
 
+    def in_units_of(self, deviation: Tensor) -> Posterior:
+        """A copy of a regression posterior for targets divided by ``deviation``, [O]: whose noise it makes one."""
+        copy = posterior_from_state(self.state())
+        copy.anchor, copy.residual = (tensor / deviation[:, None] for tensor in (self.anchor, self.residual))
+        copy.__dict__["_cached_covariance"] = self.covariance()
+        return copy
+
     def state(self) -> dict[str, Any]:
         """Tensors and numbers from which :func:`posterior_from_state` makes an equal posterior; later batches change
         the sums in place, but not those handed out here."""
