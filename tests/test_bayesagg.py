@@ -271,6 +271,54 @@ def test_power_of_each_output(kind: str) -> None:
     close(m.aggregate(), combined(parts, powers), 1e-8)
 
 
+@pytest.mark.parametrize("missing", [0.0, 0.4])
+def test_the_sum_is_the_mean_times_the_tasks_that_have_a_label(missing: float) -> None:
+    m, summed = (model(missing=missing, reduction=reduction) for reduction in ("mean", "sum"))
+    for one in (m, summed):
+        one.see()
+        one.layer.refresh()
+    labels = torch.stack(
+        [
+            there
+            for d in m.data
+            for there in ((d.targets != -100)[None] if d.kind == "multiclass" else ~d.targets.isnan().T)
+        ]
+    )
+    assert len(labels) == m.layer.num_tasks
+    close(summed.aggregate(), m.aggregate() * labels.sum(0)[:, None], 1e-12)
+    close(summed.see(), m.see() * labels.sum(0)[:, None], 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["regression", "binary"])
+def test_one_size_in_the_warm_up_and_after(kind: str) -> None:
+    """Equal weights and a posterior that is certain of the heads' own weights: plain summation of the gradients."""
+    m = model((kind,), examples=4000)
+    head = copy.deepcopy(m.heads[0])
+    m.layer = BayesAgg([LAYERS[kind](head, gamma=1e6, power=0.0)], reduction="sum")
+    if kind == "regression":
+        solution = torch.linalg.lstsq(m.data[0].features, m.data[0].targets).solution.T
+        with torch.no_grad():
+            m.heads[0].weight.copy_(solution)
+            m.heads[0].bias.zero_()
+    else:
+        optimizer = torch.optim.LBFGS(m.heads[0].parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = mean_loss(m.data[0], m.heads[0](m.data[0].features))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+        with torch.no_grad():
+            head.weight.copy_(m.heads[0].weight)
+            head.bias.copy_(m.heads[0].bias)
+    warm_up = m.see()
+    m.layer.refresh()
+    found = m.see()
+    assert (found - warm_up).norm() < 0.02 * warm_up.norm()
+
+
 # ---- what the layer tells
 
 

@@ -22,7 +22,7 @@ from ..ops.moments import (
     run_sampled,
     run_weighted_mean,
 )
-from ..posterior.likelihoods import augment
+from ..posterior.likelihoods import IGNORE, augment
 from ..posterior.posteriors import Posterior
 from .conditioning import ALL_ROWS, Conditioned, batch_posterior, condition, moments_of, uses_lemma
 from .heads import Head
@@ -63,6 +63,7 @@ class Batch(NamedTuple):
     num_samples: int  # 0: exact moments
     seed: int
     name: str  # for errors
+    summed: bool  # the mean of the tasks' gradients times how many tasks have a label, [B]
     global_batch: GlobalBatch | None = None  # None: one process
 
     def task_name(self, index: int) -> str:
@@ -179,13 +180,22 @@ def _accumulate(batch: Batch) -> tuple[Tensor, Tensor]:
     return numerator, denominator
 
 
+def _labels(batch: Batch) -> Tensor:
+    """How many tasks have a label, [B]."""
+    classes = [target != IGNORE for target in batch.targets if target.dim() == 1]
+    values = [~target.isnan() for target in batch.targets if target.dim() == 2]
+    return torch.cat([*values, *(there[:, None] for there in classes)], 1).sum(1)
+
+
 @torch.no_grad()
 @hide_from_dynamo
 def aggregate(batch: Batch) -> Tensor:
-    """The inverse-variance weighted mean of the tasks' gradients, divided by B, [B, D]; with several ranks by all their
-    examples, times the number of ranks, whose gradients will be averaged."""
+    """The inverse-variance weighted mean of the tasks' gradients, or that times the number of tasks, divided by B,
+    [B, D]; with several ranks by all their examples, times the number of ranks, whose gradients will be averaged."""
     with torch.autocast(batch.features.device.type, enabled=False):
         result = run_weighted_mean(*_accumulate(batch))
+        if batch.summed:
+            result *= _labels(batch)[:, None].to(result.dtype)
         if batch.global_batch is not None and batch.global_batch.share != 1.0:
             result *= batch.global_batch.share
     return result

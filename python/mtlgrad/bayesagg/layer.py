@@ -50,6 +50,8 @@ class BayesAgg(nn.Module):
             weights of the moment of ``refresh()``; "streaming" keeps sums alone, memory independent of the data set's
             size, and expands each batch at the weights it met.
         seed: of the weight samples.
+        reduction: of the tasks' gradients: "mean", as published, or "sum", the mean times the number of tasks that have
+            a label: with equal variances the plain sum, in size too, as it is in the warm-up.
         process_group: the ranks that train together, each with its part of the batch (``DistributedDataParallel``,
             ``fully_shard``); all, if not given. See below.
 
@@ -82,12 +84,14 @@ class BayesAgg(nn.Module):
         statistics: str = "stored",
         seed: int = 0,
         *,
+        reduction: str = "mean",
         process_group: ProcessGroup | None = None,
     ):
         super().__init__()
         _check_choice("moments", moments, ("exact", "sampled"))
         _check_choice("covariance", covariance, STRUCTURES)
         _check_choice("statistics", statistics, STATISTICS)
+        _check_choice("reduction", reduction, ("mean", "sum"))
         if not isinstance(num_samples, int) or num_samples < 2:
             raise ValueError(f"BayesAgg: num_samples: expected at least 2, found {num_samples!r}")
         if not isinstance(heads, Iterable):
@@ -107,7 +111,7 @@ class BayesAgg(nn.Module):
             raise ValueError(f"BayesAgg: seed: expected an integer, found {seed!r}")
         self.width = widths[0]
         self.moments, self.covariance, self.num_samples, self.seed = moments, covariance, num_samples, seed
-        self.statistics = statistics
+        self.statistics, self.reduction = statistics, reduction
         self.num_tasks = sum(head.num_tasks for head in self.heads)
         self._full_data = [FullData(head, covariance, statistics) for head in self.heads]
         self._posteriors: list[Posterior] | None = None
@@ -288,6 +292,7 @@ class BayesAgg(nn.Module):
             num_samples=self.num_samples if self.moments == "sampled" else 0,
             seed=self.seed * 1_000_003 + self._number,
             name=f"BayesAgg: batch {self._number}",
+            summed=self.reduction == "sum",
         )
 
     def _for_all_ranks(self, batch: Batch, rows: Tensor) -> Batch:
