@@ -34,8 +34,8 @@ __attribute__((noinline)) void serial_for(int64_t begin, int64_t end, const Body
   for (int64_t i = begin; i < end; ++i) body(i);
 }
 
-// body(i) for i in [0, n), a contiguous share for each thread. One thread is no parallel region: libgomp's costs a system
-// call (with an `if` clause too), which on a virtual machine is 5 us and cold caches.
+// body(i) for i in [0, n), a contiguous share for each thread. One thread is no parallel region: libgomp makes a system
+// call for each, with an `if` clause too.
 template <typename Body>
 void parallel_for(int64_t n, [[maybe_unused]] int threads, const Body& body) {
 #ifdef _OPENMP

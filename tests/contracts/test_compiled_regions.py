@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mtlgrad import AlignedMTL, BayesAgg, Binary, Multiclass, Regression, metrics, ops
+from mtlgrad.ops.align import empty_result
 from mtlgrad.traced import copies
 
 pytestmark = [
@@ -497,11 +498,8 @@ def test_every_operation(name: str, region: Function) -> None:
 # ---- out= and result=: arguments, parts of them, what the region made ------------------------------------------------
 
 
-def new_result(tasks: int = 3) -> ops.AlignResult:
-    shapes: list[tuple[int, ...]] = [(tasks,), (tasks,), (), (), (tasks, tasks)]
-    return ops.AlignResult(
-        *(torch.zeros(s, dtype=torch.int64 if i == 2 else torch.float64) for i, s in enumerate(shapes))
-    )
+def new_result() -> ops.AlignResult:
+    return empty_result(3, torch.device("cpu"))
 
 
 def align_twice(rows: Tensor, buffer: Tensor, weights: Tensor) -> list[Tensor]:

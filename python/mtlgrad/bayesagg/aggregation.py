@@ -6,6 +6,7 @@ The moments of a task are accumulated in two [B, D] sums as soon as they are kno
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -134,18 +135,18 @@ def _tasks_of(head: Head, part: Part) -> slice:
 
 def _by_reference(batch: Batch, index: int, out: Output) -> None:
     """Where no kernel was compiled for the device: all of a head's tasks at once, in plain PyTorch."""
-    likelihood, features, targets = batch.heads[index].likelihood, batch.features, batch.targets[index]
+    likelihood, targets = batch.heads[index].likelihood, batch.targets[index]
+    compute: Callable[..., tuple[Tensor, Tensor]]
+    given: tuple[Any, ...]
     if batch.is_sampled(index):
         part = next(_parts(batch, index))
         assert isinstance(part, Sampled)
-        targets = targets if likelihood == "multiclass" else targets.to(features.dtype)
-        mean, variance = reference.sampled_moments(features, targets, part.samples, kind=likelihood)
+        compute, given = partial(reference.sampled_moments, kind=likelihood), (part.samples,)
     else:
         posterior = _posterior(batch, index)
-        features = features.to(posterior.mean.dtype)
-        targets = targets if likelihood == "multiclass" else targets.to(features.dtype)
-        compute = getattr(reference, f"{likelihood}_moments")
-        mean, variance = compute(features, targets, posterior.mean, posterior.covariance())
+        compute, given = getattr(reference, f"{likelihood}_moments"), (posterior.mean, posterior.covariance())
+    features = batch.features.to(given[0].dtype)
+    mean, variance = compute(features, targets if likelihood == "multiclass" else targets.to(features.dtype), *given)
     if out.power is None:
         out.first.copy_(mean)
         out.second.copy_(variance)

@@ -61,6 +61,11 @@ class Head:
     def num_tasks(self) -> int:
         return self.outputs
 
+    @property
+    def signature(self) -> str:
+        """What a saved state must agree on."""
+        return f"{self.likelihood} {self.width} -> {self.outputs}"
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.width} -> {self.outputs}, gamma={self.gamma}, power={self.power.tolist()})"
 
@@ -106,6 +111,10 @@ class Regression(Head):
         if not number and noise != "estimated":
             raise ValueError(f'Regression: noise: expected "estimated" or a finite variance above 0, found {noise!r}')
         self.noise = noise
+
+    @property
+    def signature(self) -> str:
+        return super().signature + (f", noise {self.noise}" if self.noise != 1.0 else "")
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, noise={self.noise!r})"

@@ -15,7 +15,7 @@ from ..world.ranks import World, name_of, world_of
 from .aggregation import Batch, aggregate, diagnose
 from .full_data import STATISTICS, FullData, full_data_posteriors
 from .global_batch import gather_batch
-from .heads import Head, Regression
+from .heads import Head
 from .passes import Pass, RecordScale, ReplaceGradient, known_as, record_batch
 
 if TYPE_CHECKING:
@@ -328,7 +328,8 @@ class BayesAgg(nn.Module):
     @property
     def gradient_variance(self) -> Tensor | None:
         """[T, D]: the variance of each task's gradient in the last aggregated batch, averaged over this rank's examples
-        that have its label (NaN where none has); None before. Computed with :attr:`task_weights`."""
+        that have its label (NaN where none has); None before. Of a regression task's gradient over its noise. Computed
+        with :attr:`task_weights`."""
         return None if self._last is None else self._diagnose()[1]
 
     def _diagnose(self) -> tuple[Tensor, Tensor]:
@@ -366,12 +367,11 @@ class BayesAgg(nn.Module):
 
     def _signature(self) -> list[str]:
         """What a saved state must agree on with the layer."""
-        heads = [f"{head.likelihood} {head.width} -> {head.outputs}" for head in self.heads]
-        heads = [
-            f"{text}, noise {head.noise}" if isinstance(head, Regression) and head.noise != 1.0 else text
-            for head, text in zip(self.heads, heads)
+        return [
+            *(head.signature for head in self.heads),
+            f"covariance {self.covariance}",
+            f"statistics {self.statistics}",
         ]
-        return [*heads, f"covariance {self.covariance}", f"statistics {self.statistics}"]
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         if state.get("version") != 1:

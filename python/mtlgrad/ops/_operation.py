@@ -126,7 +126,7 @@ class Operation:
         whole = ", ".join(_fields(struct) if struct else text for struct, text in zip(self._structs, texts))
         flat = [text.split()[0] for text in whole.split(", ")]
         #: Where tensors are among the flat arguments, and whether in a list.
-        self._tensors = [(i, kind != "Tensor" and kind != "Tensor?") for i, kind in enumerate(flat) if kind in _TENSORS]
+        self._tensors = [(i, kind in ("Tensor[]", "Changed")) for i, kind in enumerate(flat) if kind in _TENSORS]
         self._changed = [i for i, kind in enumerate(flat) if kind == "Changed"]
         expanded = re.sub(r"Changed (\w+)", r"Tensor(\1!)[] \1", whole)
         self._operator = define_operator(f"{self.name}({expanded}) -> {returns}", self._run, self._fake)
