@@ -189,7 +189,7 @@ def build_bayesagg(net: bench_moments.Shape, device: torch.device, small: bool) 
 
     def clear() -> None:
         for full_data in bayes._full_data:  # the epoch so far, which would grow from call to call
-            full_data.clear()
+            full_data.end_epoch()
         for linear in linears:
             linear.zero_grad()
 

@@ -107,7 +107,7 @@ def bayesagg(problem: Problem) -> Contender:
             layer(problem.model.backbone(problem.images).detach().requires_grad_(), targets)
             layer.refresh()
         for full_data in layer._full_data:  # the epoch so far, which would grow from call to call
-            full_data.clear()
+            full_data.end_epoch()
         problem.prepare(problem.adam)
 
     def backward() -> None:

@@ -145,7 +145,7 @@ class Struct : public Tuple<Fields...> {
 
 MTLGRAD_STRUCT(Features, const void*, int64_t, int64_t, int64_t)
 MTLGRAD_STRUCT(Place, int, void*, int)
-MTLGRAD_STRUCT(OutputsPosterior, const void*, const void*, const void*, int64_t, int64_t, int64_t)
+MTLGRAD_STRUCT(OutputsPosterior, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t)
 MTLGRAD_STRUCT(MulticlassPosterior, Structure, const void*, const void*, const void*, const void*, int64_t)
 MTLGRAD_STRUCT(Alignment, double*, double*, int64_t*, double*, double*)
 MTLGRAD_STRUCT(Adam, double, double, bool)
@@ -162,14 +162,14 @@ MTLGRAD_STRUCT(RMSpropMoments, Moments, OptionalMoments, Table<void* const, Per:
 MTLGRAD_STRUCT(AdagradMoments, Moments)
 #undef MTLGRAD_STRUCT
 
-// Two pointers, to mean and variance; with the powers, to numerator and denominator.
+// Two pointers, to mean and variance; with powers and scales, to numerator and denominator.
 template <>
-class Wire<Output> : public Tuple<void*, void*, const double*> {
+class Wire<Output> : public Tuple<void*, void*, const double*, const double*> {
  public:
   using Tuple::Tuple;
   Output value() const {
-    const auto [first, second, power] = values();
-    if (power) return {nullptr, nullptr, first, second, power};
+    const auto [first, second, power, scale] = values();
+    if (power) return {nullptr, nullptr, first, second, power, scale};
     return {first, second, nullptr, nullptr, nullptr};
   }
 };

@@ -13,14 +13,15 @@ namespace mtlgrad {
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
 // Where the moments of T tasks go. Either they are written out, mean and variance [B, T, D]; or they are accumulated at
-// once, numerator += lambda mean and denominator += lambda, [B, D] each, lambda = variance^-power, and no [B, T, D]
-// tensor exists.
+// once, numerator += scale lambda mean and denominator += lambda, [B, D] each, lambda = variance^-power, and no
+// [B, T, D] tensor exists.
 struct Output {
   void* mean = nullptr;
   void* variance = nullptr;
   void* numerator = nullptr;
   void* denominator = nullptr;
   const double* power = nullptr;  // [T], on the kernel's device
+  const double* scale = nullptr;  // [T], likewise
 };
 
 // Last-layer features [B, D], rows `stride` apart.
@@ -32,10 +33,10 @@ struct Features {
 // The posterior of O outputs, apart from one another, of W weights each, at the B examples. One covariance may serve all
 // outputs: then the strides over these are 0.
 struct OutputsPosterior {
-  const void* mean;              // [O, W]
-  const void* cross_covariance;  // [O or 1, B, W] = S h
-  const void* variances;         // [O or 1, W] = diag S
-  int64_t covariance_stride, variance_stride, outputs;
+  const void* mean;                                              // [O, W]
+  const void* cross_covariance;                                  // [O or 1, B, W] = S h
+  const void* variances;                                         // [O or 1, W] = diag S
+  int64_t covariance_stride, variance_stride, outputs, weights;  // weights: W
 };
 
 // How the weights of different classes covary; decides what `cross_covariance` and `variances` hold.
@@ -144,7 +145,7 @@ int64_t multiclass_workspace(Structure, int64_t classes, int64_t points);
 
 namespace cpu {
 
-// targets [B, O] (NaN: no label), a posterior of D weights.
+// targets [B, O] (NaN: no label), a posterior of D weights, or of P, whose h~ has the appended one.
 void regression_moments(DType, Features, const void* targets, OutputsPosterior, Output, Place);
 
 // targets [B, O] (NaN: no label), a posterior of P weights, whose h~ has the appended one; nodes and weights [nodes] of a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,3 +145,18 @@ def combined(parts: Sequence[tuple[Tensor, Tensor]], powers: Sequence[float]) ->
 def expected(m: Model, rows: Any = slice(None), structure: str = "full") -> Tensor:
     parts = [moments(data.rows(rows), data, structure) for data in m.data]
     return combined(parts, [POWERS[data.kind] for data in m.data])
+
+
+# ---- states
+
+
+def unpacked(state: Tensor) -> dict[str, Any]:
+    """What is in the tensor that the layer has in a state_dict."""
+    found: dict[str, Any] = torch.load(io.BytesIO(bytes(state.numpy())), weights_only=True)
+    return found
+
+
+def packed(state: dict[str, Any]) -> Tensor:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bayesagg_cases import mean_loss
 from posterior_cases import Data, make
 from ranks import Pool, by_rank
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 import mtlgrad
 from mtlgrad import BayesAgg, Binary, Multiclass, Regression
+from mtlgrad.world.ranks import world_of
 
 WIDTH = 12
 KINDS: dict[str, type] = {"regression": Regression, "binary": Binary, "multiclass": Multiclass}
@@ -171,7 +173,15 @@ def layers(data: Sequence[Data], **options: Any) -> tuple[list[nn.Linear], Bayes
 
 def see(layer: BayesAgg, batch: Sequence[Data], dtype: torch.dtype | None = None) -> Tensor:
     features = batch[0].features.to(dtype).clone().requires_grad_()
-    layer.total([layer(features, [d.targets for d in batch]).square().sum()]).backward()
+    out = layer(features, [d.targets for d in batch])
+    world = world_of(layer._group)
+    share = len(features) * world.size / float(world.sum_(torch.tensor([float(len(features))])))
+    losses = []
+    for d, head in zip(batch, layer.heads):
+        linear = head.layers[0]
+        assert isinstance(linear, nn.Linear)
+        losses.append(share * mean_loss(d, linear(out.to(linear.weight))))
+    layer.total(losses).backward()
     assert features.grad is not None
     return features.grad
 

@@ -19,6 +19,7 @@ from bayesagg_cases import (
     mean_loss,
     model,
     moments,
+    unpacked,
 )
 from posterior_cases import close
 from torch import Tensor, nn
@@ -60,15 +61,15 @@ def test_where_nothing_trains_the_layer_is_absent(how: str) -> None:
     m = model()
     m.see()
     m.layer.refresh()
-    before = m.layer.get_extra_state()
+    before = unpacked(m.layer.get_extra_state())
     features = m.data[0].features.clone().requires_grad_(how != "frozen")
     m.layer.train(how != "eval")
     with torch.set_grad_enabled(how != "no_grad"):
         out = m.layer(features)
         assert out is features
         total = m.layer.total(m.losses(out))
-    after = m.layer.get_extra_state()
-    assert [part["count"] for part in after["full_data"]] == [0, 0, 0]
+    after = unpacked(m.layer.get_extra_state())
+    assert [part["counts"][0] for part in after["full_data"]] == [0, 0, 0]
     assert before["number"] == after["number"]
     if how == "eval":
         total.backward()
@@ -211,7 +212,7 @@ def test_a_task_without_labels_in_the_batch() -> None:
         part.see()
         part.layer.refresh()
     # The same heads and posteriors for the two that stay, by their states.
-    state = m.layer.get_extra_state()
+    state = unpacked(m.layer.get_extra_state())
     fewer.layer._posteriors = [m.layer.posteriors[i] for i in (0, 2)]  # type: ignore[index]
     with torch.no_grad():
         for mine, theirs in zip(fewer.heads, (m.heads[0], m.heads[2])):
@@ -300,6 +301,7 @@ def test_one_size_in_the_warm_up_and_after(kind: str) -> None:
         with torch.no_grad():
             m.heads[0].weight.copy_(solution)
             m.heads[0].bias.zero_()
+        head.load_state_dict(m.heads[0].state_dict())
     else:
         optimizer = torch.optim.LBFGS(m.heads[0].parameters(), max_iter=100, line_search_fn="strong_wolfe")
 

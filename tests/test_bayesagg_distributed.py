@@ -31,6 +31,7 @@ from ranks import Pool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
 
 import mtlgrad
 from mtlgrad import BayesAgg
@@ -230,10 +231,19 @@ def compiled_gradients(rank: int | None) -> list[Tensor]:
     """The layer and what follows in one graph; the ranks communicate in it."""
     single = rank is not None
     data = dataset(60)
-    _, layer = layers(data)
+    heads, layer = layers(data)
 
-    def loss(features: Tensor, targets: list[Tensor]) -> Tensor:
-        return layer.total([layer(features, targets).square().sum()]) * 2
+    def loss(features: Tensor, targets: list[Tensor], examples: Tensor) -> Tensor:
+        """The losses' sums over all ranks' examples."""
+        out = layer(features, targets)
+        there = [~target.isnan() for target in targets[:2]]
+        known = [target.nan_to_num() for target in targets[:2]]
+        sums = [
+            ((heads[0](out) - known[0]).square() * there[0]).sum(),
+            functional.binary_cross_entropy_with_logits(heads[1](out), known[1], there[1].float(), reduction="sum"),
+            functional.cross_entropy(heads[2](out), targets[2], reduction="sum"),
+        ]
+        return layer.total([one / examples for one in sums]) * 2
 
     call = loss if single else torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     found, at = [], 0
@@ -242,7 +252,8 @@ def compiled_gradients(rank: int | None) -> list[Tensor]:
         at += sum(sizes)
         batch = joined(parts) if single else parts[dist.get_rank()]
         features = batch[0].features.clone().requires_grad_()
-        call(features, [d.targets for d in batch]).backward()
+        examples = torch.tensor(sum(sizes) / (1.0 if single else len(sizes)))
+        call(features, [d.targets for d in batch], examples).backward()
         assert features.grad is not None
         found.append(features.grad)
         if len(found) == 1:

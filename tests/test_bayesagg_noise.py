@@ -64,7 +64,9 @@ def expected(features: Tensor, targets: Tensor, noise: Tensor, batch: int) -> Te
         missing = targets[:batch, o].isnan()[:, None]
         means.append(torch.stack([e for e, _ in pairs]).masked_fill(missing, 0.0) / q)
         variances.append(torch.stack([v for _, v in pairs]).masked_fill(missing, torch.inf) / q**2)
-    return combined([(torch.stack(means, 1), torch.stack(variances, 1))], [0.5])
+    deviation = noise.sqrt()
+    balance = deviation.sum() / (1.0 / deviation).sum()
+    return balance * combined([(torch.stack(means, 1), torch.stack(variances, 1))], [0.5])
 
 
 @pytest.mark.parametrize("missing", [False, True])
@@ -105,23 +107,24 @@ def test_the_backward_sends_back_the_aggregate_and_the_step_after_knows_new_nois
         assert bayes.noise is not None
         close(bayes.noise, factor**2 * exact_noise(features, targets), 1e-10)
         leaf = features[:6].clone().requires_grad_()
-        bayes.total([bayes(leaf, [factor * targets[:6]]).sum()]).backward()
+        loss = (bayes.heads[0].predict(bayes(leaf, [factor * targets[:6]])) - factor * targets[:6]).square().sum() / 6
+        loss.backward()
         assert leaf.grad is not None
         close(leaf.grad, expected(features, factor * targets, bayes.noise, 6), 1e-8)
         for full_data in bayes._full_data:
-            full_data.clear()
+            full_data.end_epoch()
 
 
 def test_units_do_not_matter() -> None:
-    """Of targets in millimetres or metres the aggregate of one task is the same but for the unit."""
+    """Of targets in millimetres or metres the aggregate is the same but for the unit of the squared error."""
     features, targets = problem()
     found = []
     for unit in (1.0, 1000.0):
         bayes = layer("estimated")
         see(bayes, features, targets * unit)
         bayes.refresh()
-        found.append(bayes.aggregate(features[:7], [targets[:7] * unit]) * unit)
-    close(found[0], found[1] / 1000.0, 1e-9)
+        found.append(bayes.aggregate(features[:7], [targets[:7] * unit]) / unit**2)
+    close(found[0], found[1], 1e-9)
 
 
 def test_beside_other_heads_float32_and_published() -> None:

@@ -184,7 +184,7 @@ def test_aggregate(kinds: tuple[str, ...], batch: int, monkeypatch: pytest.Monke
             law = published.batch_posterior(group, features, target, prior)
             samples[group.kind] = published.draw_weights(law, group.outputs, SAMPLES, kind=group.kind)
     layer = make_layer(problems, "sampled")
-    monkeypatch.setattr(posterior.Posterior, "sample", lambda self, n, generator=None: samples[self.likelihood])
+    monkeypatch.setattr(posterior.Posterior, "sample", lambda self, n, generator=None: samples[self.likelihood.name])
     close(layer.aggregate(features, targets), expected)
 
 

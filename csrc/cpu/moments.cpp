@@ -7,11 +7,13 @@ namespace {
 
 // One example of one regression output: two dot products, then one pass over the features.
 template <typename T>
-MTLGRAD_INLINE void regression_row(const T* h, T target, const T* m, const T* c, const T* s, int64_t width,
+MTLGRAD_INLINE void regression_row(const T* h, T target, const T* m, const T* c, const T* s, bool bias, int64_t width,
                                    const OutputRow<T>& out) {
   if (target != target) return emit_no_label(out, 0, width);
-  const T r = static_cast<T>(dot(m, h, width) - static_cast<double>(target));
-  const auto z = math::logit_variance(static_cast<T>(dot(c, h, width)), noise_scale(h, s, width));
+  const T m1 = bias ? m[width] : T(0), c1 = bias ? c[width] : T(0), s1 = bias ? s[width] : T(0);
+  const T r = static_cast<T>(dot(m, h, width) + (static_cast<double>(m1) - static_cast<double>(target)));
+  const T v = static_cast<T>(dot(c, h, width) + static_cast<double>(c1));
+  const auto z = math::logit_variance(v, noise_scale(h, s, width) + std::sqrt(s1));
   emit(out, 0, width,
        [=](int64_t d) __attribute__((always_inline)) { return math::regression(m[d], c[d], s[d], r, z); });
 }
@@ -62,9 +64,9 @@ MTLGRAD_INLINE void precision_mean_row(const T* means, const T* variances, const
 }
 
 #define MTLGRAD_ROWS(T)                                                                                            \
-  MTLGRAD_CLONES void regression_row_of(const T* h, T target, const T* m, const T* c, const T* s, int64_t width,   \
-                                        const OutputRow<T>& out) {                                                 \
-    regression_row(h, target, m, c, s, width, out);                                                                \
+  MTLGRAD_CLONES void regression_row_of(const T* h, T target, const T* m, const T* c, const T* s, bool bias,       \
+                                        int64_t width, const OutputRow<T>& out) {                                  \
+    regression_row(h, target, m, c, s, bias, width, out);                                                          \
   }                                                                                                                \
   MTLGRAD_CLONES void binary_row_of(const T* h, T target, const T* m, const T* k, const T* s, const T* nodes,      \
                                     const T* weights, int64_t num_nodes, int64_t width, const OutputRow<T>& out) { \
@@ -87,9 +89,10 @@ void regression_moments(DType dtype, Features features, const void* targets, Out
     parallel_for(features.batch, place.threads, [&](int64_t b) {
       const T* h = static_cast<const T*>(features.data) + b * features.stride;
       for (int64_t o = 0; o < posterior.outputs; ++o) {
-        const auto at = math::posterior_row<T>(posterior, o, b, width);
+        const auto at = math::posterior_row<T>(posterior, o, b);
         regression_row_of(h, static_cast<const T*>(targets)[b * posterior.outputs + o], at.mean, at.cross_covariance,
-                          at.variances, width, output_row<T>(output, b, o, posterior.outputs, width));
+                          at.variances, posterior.weights > width, width,
+                          output_row<T>(output, b, o, posterior.outputs, width));
       }
     });
   });
@@ -103,7 +106,7 @@ void binary_moments(DType dtype, Features features, const void* targets, Outputs
     parallel_for(features.batch, place.threads, [&](int64_t b) {
       const T* h = static_cast<const T*>(features.data) + b * features.stride;
       for (int64_t o = 0; o < posterior.outputs; ++o) {
-        const auto at = math::posterior_row<T>(posterior, o, b, width + 1);
+        const auto at = math::posterior_row<T>(posterior, o, b);
         binary_row_of(h, static_cast<const T*>(targets)[b * posterior.outputs + o], at.mean, at.cross_covariance,
                       at.variances, static_cast<const T*>(nodes), static_cast<const T*>(weights), num_nodes, width,
                       output_row<T>(output, b, o, posterior.outputs, width));

@@ -9,27 +9,32 @@ template <typename T>
 struct OutputRow {
   T *mean, *variance;          // write here, or
   T *numerator, *denominator;  // add here
-  double power;
+  double power, scale;
 };
 
 template <typename T>
 inline OutputRow<T> output_row(const Output& output, int64_t example, int64_t task, int64_t tasks, int64_t width) {
   const int64_t row = (example * tasks + task) * width;
   if (output.numerator)
-    return {nullptr, nullptr, static_cast<T*>(output.numerator) + example * width,
-            static_cast<T*>(output.denominator) + example * width, output.power[task]};
-  return {static_cast<T*>(output.mean) + row, static_cast<T*>(output.variance) + row, nullptr, nullptr, 1.0};
+    return {nullptr,
+            nullptr,
+            static_cast<T*>(output.numerator) + example * width,
+            static_cast<T*>(output.denominator) + example * width,
+            output.power[task],
+            output.scale[task]};
+  return {static_cast<T*>(output.mean) + row, static_cast<T*>(output.variance) + row, nullptr, nullptr, 1.0, 1.0};
 }
 
 template <typename T, typename F, typename W>
 MTLGRAD_INLINE void accumulate(const OutputRow<T>& row, int64_t begin, int64_t end, const F& moments_at,
                                const W& weight_of) {
   T* __restrict__ numerator = row.numerator, * __restrict__ denominator = row.denominator;
+  const T scale = static_cast<T>(row.scale);
 #pragma omp simd
   for (int64_t d = begin; d < end; ++d) {
     const math::Moments<T> m = moments_at(d);
     const T weight = weight_of(m.variance);
-    numerator[d] += weight * m.mean, denominator[d] += weight;
+    numerator[d] += weight * (scale * m.mean), denominator[d] += weight;
   }
 }
 

@@ -14,10 +14,11 @@ template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     regression_kernel(Features features, const T* __restrict__ targets, OutputsPosterior posterior, Output output) {
   const int64_t b = blockIdx.x, width = features.width, outputs = posterior.outputs;
+  const bool bias = posterior.weights > width;
   const T* h = static_cast<const T*>(features.data) + b * features.stride;
   for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
     const T target = targets[b * outputs + o];
-    const auto row = math::posterior_row<T>(posterior, o, b, width);
+    const auto row = math::posterior_row<T>(posterior, o, b);
     const T* __restrict__ m = row.mean, * __restrict__ c = row.cross_covariance, * __restrict__ s = row.variances;
     const math::Power<T> power = power_of<T>(output, o);
     T prediction = 0, v = 0, scale = 0;
@@ -27,9 +28,10 @@ __global__ void __launch_bounds__(kThreads)
       scale += fabs(h[d]) * sqrt(s[d]);
     }
     // Every thread takes part in the sums, also where there is no label: the barriers in them are the block's.
-    const T r = block_sum(prediction) - target;
-    const T variance = block_sum(v);
-    const math::LogitVariance<T> z = math::logit_variance(variance, block_sum(scale));
+    const T r = block_sum(prediction) + ((bias ? m[width] : T(0)) - target);
+    const T variance = block_sum(v) + (bias ? c[width] : T(0));
+    const T noise = block_sum(scale) + (bias ? T(sqrt(s[width])) : T(0));
+    const math::LogitVariance<T> z = math::logit_variance(variance, noise);
     for (int64_t d = threadIdx.x; d < width; d += kThreads)
       emit(output, b, o, outputs, d, width, power,
            target != target ? math::no_label<T>() : math::regression(m[d], c[d], s[d], r, z));
@@ -45,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* h = static_cast<const T*>(features.data) + b * features.stride;
   for (int64_t o = blockIdx.y; o < outputs; o += gridDim.y) {
     const T target = targets[b * outputs + o];
-    const auto row = math::posterior_row<T>(posterior, o, b, width + 1);
+    const auto row = math::posterior_row<T>(posterior, o, b);
     const T* __restrict__ m = row.mean, * __restrict__ k = row.cross_covariance, * __restrict__ s = row.variances;
     T logit = 0, v = 0, scale = 0;
     for (int64_t d = threadIdx.x; d < width; d += kThreads) {

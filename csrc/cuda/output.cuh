@@ -15,7 +15,7 @@ __device__ __forceinline__ void emit(const Output& output, int64_t example, int6
   if (output.numerator) {
     const T weight = math::precision_weight(m.variance, power);
     const int64_t i = example * width + d;
-    static_cast<T*>(output.numerator)[i] += weight * m.mean;
+    static_cast<T*>(output.numerator)[i] += weight * (static_cast<T>(output.scale[task]) * m.mean);
     static_cast<T*>(output.denominator)[i] += weight;
   } else {
     const int64_t i = (example * tasks + task) * width + d;

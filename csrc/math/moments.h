@@ -19,10 +19,9 @@ struct PosteriorRow {
 };
 
 template <typename T>
-MTLGRAD_INLINE PosteriorRow<T> posterior_row(const OutputsPosterior& at, int64_t output, int64_t example,
-                                             int64_t weights) {
-  return {static_cast<const T*>(at.mean) + output * weights,
-          static_cast<const T*>(at.cross_covariance) + output * at.covariance_stride + example * weights,
+MTLGRAD_INLINE PosteriorRow<T> posterior_row(const OutputsPosterior& at, int64_t output, int64_t example) {
+  return {static_cast<const T*>(at.mean) + output * at.weights,
+          static_cast<const T*>(at.cross_covariance) + output * at.covariance_stride + example * at.weights,
           static_cast<const T*>(at.variances) + output * at.variance_stride};
 }
 

@@ -74,28 +74,29 @@ void both(const char* name, int64_t batch, int64_t tasks, int64_t width, const R
   compare(name, mean, mean_cpu, tolerance_of<T>);
   compare(name, variance, variance_cpu, tolerance_of<T>);
 
-  Array<double> power(tasks);
-  for (int64_t t = 0; t < tasks; ++t) power[t] = t % 2 ? 1.0 : 0.3;
+  Array<double> power(tasks), scale(tasks);
+  for (int64_t t = 0; t < tasks; ++t) power[t] = t % 2 ? 1.0 : 0.3, scale[t] = t % 3 ? 1.0 : -0.5;
   Array<T> numerator(batch * width, T(0)), denominator(batch * width, T(0));
   Array<T> numerator_cpu(batch * width, T(0)), denominator_cpu(batch * width, T(0));
-  run(true, Output{nullptr, nullptr, numerator.get(), denominator.get(), power.get()});
-  run(false, Output{nullptr, nullptr, numerator_cpu.get(), denominator_cpu.get(), power.get()});
+  run(true, Output{nullptr, nullptr, numerator.get(), denominator.get(), power.get(), scale.get()});
+  run(false, Output{nullptr, nullptr, numerator_cpu.get(), denominator_cpu.get(), power.get(), scale.get()});
   Array<T> out(batch * width), out_cpu(batch * width);
   cuda::weighted_mean(dtype_of<T>, numerator.get(), denominator.get(), out.get(), batch, width, {});
   cpu::weighted_mean(dtype_of<T>, numerator_cpu.get(), denominator_cpu.get(), out_cpu.get(), batch, width, {});
   compare(name, out, out_cpu, 10 * tolerance_of<T>);
 
   Array<T> again(batch * width);  // the same from the moments that were written
+  for (size_t i = 0; i < mean.size; ++i) mean[i] *= static_cast<T>(scale[i / width % tasks]);
   cuda::precision_mean(dtype_of<T>, mean.get(), variance.get(), power.get(), again.get(), batch, tasks, width, {});
   compare(name, again, out_cpu, 10 * tolerance_of<T>);
 }
 
 template <typename T>
-void rows(int64_t batch, int64_t outputs, int64_t width, int64_t padding, bool bias) {
+void rows(int64_t batch, int64_t outputs, int64_t width, int64_t padding, bool bias, bool binary) {
   const int64_t stride = width + padding, size = width + bias;
   const auto features = normal<T>(batch ? (batch - 1) * stride + width : 0);
   auto targets = normal<T>(batch * outputs);
-  if (bias)
+  if (binary)
     for (size_t i = 0; i < targets.size; ++i) targets[i] = targets[i] > 0;
   if (targets.size > 2) targets[2] = std::numeric_limits<T>::quiet_NaN();
   const auto mean = normal<T>(outputs * size, 0.3);
@@ -111,8 +112,8 @@ void rows(int64_t batch, int64_t outputs, int64_t width, int64_t padding, bool b
       }
   }
   const Features h{features.get(), stride, batch, width};
-  const OutputsPosterior posterior{mean.get(), cross.get(), spread.get(), batch * size, size, outputs};
-  if (!bias) {
+  const OutputsPosterior posterior{mean.get(), cross.get(), spread.get(), batch * size, size, outputs, size};
+  if (!binary) {
     both<T>("regression", batch, outputs, width, [&](bool device, Output output) {
       (device ? cuda::regression_moments : cpu::regression_moments)(dtype_of<T>, h, targets.get(), posterior, output,
                                                                     {});
@@ -199,8 +200,9 @@ template <typename T>
 void all() {
   for (const int64_t width : {1, 31, 32, 33, 130})
     for (const int64_t batch : {1, 3})
-      for (const bool bias : {false, true}) rows<T>(batch, 2, width, width % 3, bias);
-  rows<T>(2, 0, 5, 0, true);
+      for (const bool bias : {false, true})
+        for (const bool binary : {false, bias}) rows<T>(batch, 2, width, width % 3, bias, binary);
+  rows<T>(2, 0, 5, 0, true, true);
   for (const Structure structure : {Structure::full, Structure::block, Structure::kron}) {
     multiclass<T>(structure, 3, 3, 33, 37, 2);
     multiclass<T>(structure, 2, 1, 1, 5, 1);

@@ -28,16 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.moments import (
-    BatchPosterior,
-    binary_posterior,
-    class_variances,
-    condition_on_batch,
-    multiclass_posterior,
-    regression_posterior,
-)
+from ..ops.moments import BatchPosterior, class_variances, condition_on_batch
 from ..posterior.cholesky import checked_cholesky
-from ..posterior.likelihoods import terms_of
 from ..posterior.posteriors import BlockPosterior, JointPosterior, Posterior, empty_posterior
 
 LARGEST_TRACE = 4e3  # of M in float32; an ordinary batch has about one an example
@@ -85,7 +77,7 @@ def batch_posterior(
     posterior = empty_posterior(prior.likelihood, anchor, prior, prior.gamma, prior.structure)
     posterior.name = name or posterior.name
     if not with_prior:
-        posterior.forget_prior()
+        posterior.scale(0.0)
     return posterior.add(features, targets, None if from_weight else weight)
 
 
@@ -110,7 +102,7 @@ def condition(
 
     Args:
         prior: the full-data posterior, in the dtype and on the device of the features.
-        features: [B, D]; ``hidden`` is :func:`mtlgrad.posterior.likelihoods.augment` of them, [B, W].
+        features: [B, D]; ``hidden`` is :meth:`mtlgrad.posterior.likelihoods.Likelihood.augment` of them, [B, W].
         weight: [R, W], where to expand (classification); None for regression.
         name: of the task and the batch, for errors.
         rows: of the examples, those whose cross covariances are wanted.
@@ -132,23 +124,8 @@ def condition(
 def moments_of(posterior: Posterior, features: Tensor) -> Iterator[Conditioned]:
     """A batch posterior at the batch's examples, or some of them; computed in its dtype."""
     wide = features.to(posterior.anchor)
-    yield from (part.to(features) for part in _moments_of(posterior, wide))
-
-
-def _moments_of(posterior: Posterior, features: Tensor) -> Iterator[Conditioned]:
-    mean = posterior.mean
-    covariance = posterior.contrasts
-    if posterior.likelihood == "multiclass":
-        classes, covariance = covariance if isinstance(covariance, tuple) else (None, covariance)
-        yield Conditioned(0, len(mean), multiclass_posterior(features, mean, covariance, classes))
-    elif posterior.likelihood == "binary":
-        for o in range(len(mean)):
-            yield Conditioned(o, o + 1, binary_posterior(features, mean[o : o + 1], covariance[o : o + 1]))
-    elif covariance.dim() == 2:
-        yield Conditioned(0, len(mean), regression_posterior(features, mean, covariance))
-    else:
-        for o in range(len(mean)):
-            yield Conditioned(o, o + 1, regression_posterior(features, mean[o : o + 1], covariance[o]))
+    for part in posterior.likelihood.at(wide, posterior.mean, posterior.contrasts):
+        yield Conditioned(*part).to(features)
 
 
 def _condition_blocks(
@@ -161,7 +138,7 @@ def _condition_blocks(
     start: int = 0,
 ) -> Iterator[Conditioned]:
     anchor = prior.mean if weight is None else weight
-    terms = terms_of(prior.likelihood, hidden, targets, anchor)
+    terms = prior.likelihood.terms(hidden, targets, anchor)
     blocks = prior.covariance()
     blocks = blocks[None] if blocks.dim() == 2 else blocks
     batch, width = hidden.shape
@@ -174,7 +151,7 @@ def _condition_blocks(
     else:
         chunk = max(1, rows // 8 * 2)
     innovation = (terms.curved(hidden @ (anchor - prior.mean).T) - terms.residual).T
-    together = prior.likelihood == "multiclass"  # block structure: the classes meet in one softmax
+    together = prior.likelihood.is_joint  # block structure: the classes meet in one softmax
     parts = []
     for first in range(start, rows, chunk):
         last = min(first + chunk, rows)
@@ -258,7 +235,7 @@ def _condition_joint(
 ) -> Iterator[Conditioned]:
     """As for the rows, with C - 1 pseudo-examples for every example: the factor of its C x C curvature."""
     anchor = prior.mean if weight is None else weight
-    terms = terms_of("multiclass", hidden, targets, anchor)
+    terms = prior.likelihood.terms(hidden, targets, anchor)
     classes, width = anchor.shape
     batch, rank = hidden.shape[0], classes - 1
     covariance = prior.contrasts

@@ -1,4 +1,4 @@
-"""What one head has seen in an epoch, and the full-data posteriors of what all heads on all ranks have."""
+"""What one head has seen, and the full-data posteriors of what all heads on all ranks have."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from ..world.alike import check_same
 from ..world.ranks import World
 from .heads import Head, Regression
 
-STATISTICS = ("stored", "streaming")
+STATISTICS = ("stored", "streaming", "moving")
 ROWS = 8192  # of stored features in float64 at a time
 SMALLEST_NOISE = 1e-6  #: relative to the targets' mean square: a perfect fit is no reason to follow one task alone
 
 
 class FullData:
-    """``stored``: the features and targets themselves, as published; ``streaming``: sums, in a posterior that is
-    updated batch by batch and expanded at the weights that each batch met. Both end in float64."""
+    """``stored``: the features and targets themselves, as published; ``streaming``: sums, in a posterior without prior
+    that is updated batch by batch and expanded at the weights that each batch met; ``moving``: these sums, of which
+    half is left after ``half_life`` batches. All end in float64."""
 
-    def __init__(self, head: Head, structure: str, statistics: str):
+    def __init__(self, head: Head, structure: str, statistics: str, half_life: float):
         self.head = head
         self.structure = structure
         self.statistics = statistics
+        self.decay = 0.5 ** (1.0 / half_life) if statistics == "moving" else 1.0
         self.features: list[Tensor] = []
         self.targets: list[Tensor] = []
         self.running: Posterior | None = None
-        self.count = 0
+        self.count = 0  # of examples since the last refresh
+        self.weight = 0.0  # of examples in the sums
+        self.epoch = 0  # examples between the last two refreshes: what moving sums stand for; 0: not known
         #: Where the noise is estimated: sum of the targets' squares and number of labels, float64 [2, O].
         self.squares: Tensor | None = None
 
-    def clear(self) -> None:
-        self.features, self.targets, self.running, self.count, self.squares = [], [], None, 0, None
+    def end_epoch(self) -> None:
+        self.epoch, self.count = self.count, 0
+        if self.statistics != "moving":
+            self.features, self.targets, self.running, self.weight, self.squares = [], [], None, 0.0, None
 
     @property
     def estimates_noise(self) -> bool:
@@ -48,13 +54,14 @@ class FullData:
         return self.features[-1].device if self.features else self.head.layers[0].weight.device
 
     def add(self, features: Tensor, targets: Tensor, weight: Tensor | None) -> None:
-        """A batch that was checked, and the head's weights in float64 (``streaming``). ``stored`` keeps the tensors,
-        which the caller must leave as they are."""
+        """Take in a batch that was checked, and the head's weights in float64 (not needed where the posterior is exact,
+        nor by ``stored``, which keeps the tensors: the caller must leave them as they are)."""
         self.count += features.shape[0]
+        self.weight = self.decay * self.weight + features.shape[0]
         if self.estimates_noise:
             wide = targets.double()
             found = torch.stack([wide.square().nansum(0), wide.isfinite().sum(0)])
-            self.squares = found if self.squares is None else found + self.squares.to(found.device)
+            self.squares = found if self.squares is None else found + self.decay * self.squares.to(found.device)
         if self.statistics == "stored":
             self.features.append(features)
             self.targets.append(targets)
@@ -64,54 +71,62 @@ class FullData:
             self.running = self.empty(self._anchor(features, weight))
         elif self.running.anchor.device != features.device:  # resumed from a checkpoint that was mapped elsewhere
             self.running = posterior_from_state(self.running.state(), features)
-        self.running.add(features, targets, weight)
+        if self.decay < 1.0:
+            self.running.scale(self.decay)
+        self.running.add(features, targets, None if self.head.likelihood.is_exact else weight)
 
-    def posterior(self, anchor: Tensor) -> Posterior:
-        """Return a new one, or that of streaming itself, to be copied by those who change it."""
+    def sums(self, anchor: Tensor) -> Posterior:
+        """Return a new posterior of the data alone, without prior."""
         if self.running is not None:
-            return self.running
+            return posterior_from_state(self.running.state())
         posterior = self.empty(anchor)
         if not self.count:
             return posterior
         device = self.device
         features = torch.cat([rows.to(device) for rows in self.features])
-        targets = torch.cat([labels.to(device) for labels in self.targets])
-        for rows, labels in zip(features.split(ROWS), targets.split(ROWS)):
-            posterior.add(rows.double(), labels)
+        targets = torch.cat([rows.to(device) for rows in self.targets])
+        for some, theirs in zip(features.split(ROWS), targets.split(ROWS)):
+            posterior.add(some.double(), theirs)
         return posterior
 
     def anchor(self) -> Tensor:
         """Return the head's weights as they stand, float64 [R, W]; zeros for regression, which is exact anywhere."""
         like = torch.empty(0, dtype=torch.float64, device=self.device)
-        return self._anchor(like, self.head.weight(like))
+        return self._anchor(like, None if self.head.likelihood.is_exact else self.head.weight(like))
 
     def _anchor(self, like: Tensor, weight: Tensor | None) -> Tensor:
-        return like.new_zeros(self.head.outputs, self.head.width) if weight is None else weight.double()
+        if self.head.likelihood.is_exact:
+            return like.new_zeros(self.head.outputs, self.head.likelihood.width(self.head.width))
+        assert weight is not None
+        return weight.double()
 
     def empty(self, anchor: Tensor) -> Posterior:
-        """Return that of no data."""
-        return empty_posterior(self.head.likelihood, anchor, None, self.head.gamma, self.structure)
+        """Return that of no data, without prior."""
+        posterior = empty_posterior(self.head.likelihood, anchor, None, self.head.gamma, self.structure)
+        posterior.scale(0.0)
+        return posterior
 
     def state(self) -> dict[str, Any]:
         return {
             "features": list(self.features),
             "targets": list(self.targets),
             "running": None if self.running is None else self.running.state(),
-            "count": self.count,
+            "counts": (self.count, self.weight, self.epoch),
             "squares": self.squares,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.features, self.targets, self.count = list(state["features"]), list(state["targets"]), state["count"]
+        self.features, self.targets = list(state["features"]), list(state["targets"])
+        self.count, self.weight, self.epoch = state["counts"]
         self.running = None if state["running"] is None else posterior_from_state(state["running"])
-        self.squares = state.get("squares")
+        self.squares = state["squares"]
 
-    def noise(self, posterior: Posterior, world: World) -> Tensor | None:
+    def noise(self, posterior: Posterior, factor: float, world: World) -> Tensor | None:
         """Return the variance of all ranks' targets about the full-data posterior's mean, float64 [O]; None: one.
 
         The sum of squared residuals over the number of labels less that of effective parameters,
         trace(H'H precision^-1); SMALLEST_NOISE times the targets' mean square at least, and one where all targets are
-        zero. Bytes: 16 an output.
+        zero. ``factor`` is how many times the sums count. Bytes: 16 an output.
         """
         if not isinstance(self.head, Regression) or self.head.noise == 1.0:
             return None
@@ -119,7 +134,7 @@ class FullData:
         if not self.estimates_noise:
             return torch.full_like(mean[:, 0], float(self.head.noise))
         own = mean.new_zeros(2, len(mean)) if self.squares is None else self.squares.to(mean)
-        squares, labels = world.sum_(own.clone())
+        squares, labels = world.sum_(own.clone()) * factor
         # The prior's mean is zero: precision mean = H'y.
         by_target, by_prior = posterior.times_precision(mean), mean / posterior.gamma
         residuals = squares - (mean * (by_target + by_prior)).sum(1)
@@ -130,14 +145,19 @@ class FullData:
         return torch.where(squares > 0.0, noise, 1.0)
 
 
-def full_data_posteriors(full_data: Sequence[FullData], number: int, world: World) -> tuple[list[Posterior], int]:
-    """Return the posteriors of all ranks' examples, and the largest of the ranks' pass numbers.
+def full_data_posteriors(
+    full_data: Sequence[FullData], number: int, world: World
+) -> tuple[list[Posterior], list[Tensor | None], int]:
+    """Return the posteriors of all ranks' examples, the variances of their regressions' targets, and the largest of the
+    ranks' pass numbers.
 
-    Bytes: 24 a rank; the sums (:func:`sum_over_ranks`); streaming: the classifiers' weights in float64.
+    Bytes: 24 a rank; the sums (:func:`sum_over_ranks`); streaming and moving: the classifiers' weights in float64;
+    moving: 16; and those of :meth:`FullData.noise`.
     """
-    device = full_data[0].device
-    counts, numbers = map(list, zip(*world.gather_numbers([full_data[0].count, number], device)))
-    if not any(counts):
+    first = full_data[0]
+    device = first.device
+    seen, numbers = map(list, zip(*world.gather_numbers([int(first.weight > 0.0), number], device)))
+    if not any(seen):
         raise RuntimeError(
             "BayesAgg.refresh: expected at least one training batch since the last refresh, found none on any rank"
         )
@@ -145,29 +165,32 @@ def full_data_posteriors(full_data: Sequence[FullData], number: int, world: Worl
     norms = ", ".join(repr(float(anchor.norm())) for anchor in anchors)
     hint = "train the model in DistributedDataParallel, or give process_group= the ranks that train together"
     check_same("BayesAgg.refresh", "weights of the heads", f"weights of norm {norms}", hint, world, device)
-    posteriors = [part.posterior(anchor) for part, anchor in zip(full_data, anchors)]
-    if world.size == 1:
-        return posteriors, number
-    # A copy of streaming's own: a refresh that fails leaves the epoch's sums as they are.
-    posteriors = [
-        posterior_from_state(posterior.state()) if posterior is part.running else posterior
-        for posterior, part in zip(posteriors, full_data)
-    ]
-    if full_data[0].statistics == "streaming":
-        _share_anchors(posteriors, counts, world)
-    if not world.is_rank0:  # the prior counts once
-        for posterior, part in zip(posteriors, full_data):
-            posterior.subtract(part.empty(posterior.anchor))
-    sum_over_ranks(posteriors, world)
-    return posteriors, max(numbers)
+    posteriors = [part.sums(anchor) for part, anchor in zip(full_data, anchors)]
+    factor = 1.0
+    if first.statistics == "moving":
+        epoch, weight = world.sum_(
+            torch.tensor([first.epoch, first.weight], dtype=torch.float64, device=device)
+        ).tolist()
+        factor = epoch / weight if epoch else 1.0
+    if world.size > 1:
+        if first.statistics != "stored":
+            _share_anchors(posteriors, seen, world)
+        sum_over_ranks(posteriors, world)
+    for i, (posterior, part) in enumerate(zip(posteriors, full_data)):
+        posterior.name = f"BayesAgg.refresh: heads[{i}] ({part.head.likelihood})"
+        posterior.scale(factor)
+        posterior.add_prior()
+        posterior.covariance()  # where it cannot be had, say so now and not in the next batch
+    noise = [part.noise(posterior, factor, world) for part, posterior in zip(full_data, posteriors)]
+    return posteriors, noise, max(numbers)
 
 
-def _share_anchors(posteriors: Sequence[Posterior], counts: Sequence[int], world: World) -> None:
+def _share_anchors(posteriors: Sequence[Posterior], there: Sequence[int], world: World) -> None:
     """Sums in deviations from a point add up where that point is one: that of the first rank with examples."""
-    classifiers = [p for p in posteriors if p.likelihood != "regression"]
+    classifiers = [p for p in posteriors if not p.likelihood.is_exact]
     if not classifiers:
         return
-    first = next(rank for rank, count in enumerate(counts) if count)
+    first = there.index(1)
     flat = torch.cat([p.anchor.reshape(-1) for p in classifiers])
     world.sum_(flat if world.rank == first else flat.zero_())
     for posterior, anchor in zip(classifiers, flat.split([p.anchor.numel() for p in classifiers])):

@@ -36,7 +36,7 @@ def gather_batch(
             "BayesAgg: expected no CUDA graph to be captured while several ranks train together, found one: the "
             "ranks' batch sizes are read by the host; capture the backbone alone"
         )
-    kinds = f"{rows.dtype} and {', '.join(str(target.dtype) for target in batch.targets)}"
+    kinds = f"{rows.dtype} and {', '.join(str(target.dtype) for target in batch.scaled)}"
     every = world.gather_numbers([number, len(rows), digest(kinds), agreed], device)
     numbers, sizes, digests, agreements = map(list, zip(*every))
     if not all(agreements):
@@ -54,7 +54,7 @@ def gather_batch(
     targets: list[Tensor | None] = [None for _ in heads]
     gathered = [i for i in heads if i not in summing]
     if gathered:
-        all_rows, *found = _gather_together([rows, *(batch.targets[i] for i in gathered)], sizes, world)
+        all_rows, *found = _gather_together([rows, *(batch.scaled[i] for i in gathered)], sizes, world)
         features = all_rows.to(batch.features.dtype)
         for i, target in zip(gathered, found):
             targets[i] = target

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ..ops.checks import check_same_device
 from ..ops.moments import power_tensor
-from ..posterior.likelihoods import Likelihood, check_batch
+from ..posterior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ..posterior.posteriors import DEFAULT_GAMMA, check_gamma
 from ..world.shards import full
 
@@ -45,7 +45,7 @@ class Head:
                 raise ValueError(f"{name}: layers: expected nn.Linear, found {type(layer).__name__}")
             if layer.out_features < 1 or layer.in_features < 1:
                 raise ValueError(f"{name}: layers: expected at least one feature and one output, found {layer}")
-            if layer.bias is None and self.likelihood != "regression":
+            if layer.bias is None and not self.likelihood.is_exact:
                 raise ValueError(f"{name}: layers: expected a bias, which the logit's posterior has, found bias=False")
         widths = {layer.in_features for layer in self.layers}
         if len(widths) > 1:
@@ -69,17 +69,17 @@ class Head:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.width} -> {self.outputs}, gamma={self.gamma}, power={self.power.tolist()})"
 
-    def weight(self, like: Tensor) -> Tensor | None:
-        """A copy [R, P] of the weights, bias last, in the dtype of ``like``; None for regression, whose posterior is
-        exact."""
-        rows = [torch.cat([full(layer.weight), full(layer.bias)[:, None]], 1) for layer in self.layers]
-        return torch.cat(rows).to(like)
+    def weight(self, like: Tensor) -> Tensor:
+        """Return a copy [R, P] of the weights, bias (zero where there is none) last, in the dtype of ``like``."""
+        rows = [full(layer.weight) for layer in self.layers]
+        biases = [row.new_zeros(len(row)) if x.bias is None else full(x.bias) for x, row in zip(self.layers, rows)]
+        return torch.cat([torch.cat(rows), torch.cat(biases)[:, None]], 1).to(like)
 
     def check(self, op: str, features: Tensor, targets: Tensor) -> Tensor:
         """The targets, [B, O] or [B] for classes, or an error that names what is wrong with them."""
         check_same_device(op, "features", features=features, **{"the head's weight": self.layers[0].weight})
-        width = self.width + (self.likelihood != "regression")
-        return check_batch(op, self.likelihood, features, targets, (self.outputs, width)).detach()
+        weight_shape = (self.outputs, self.likelihood.width(self.width))
+        return self.likelihood.check(op, features, targets, weight_shape).detach()
 
     def predict(self, features: Tensor) -> Tensor:
         layers = [(full(layer.weight), None if layer.bias is None else full(layer.bias)) for layer in self.layers]
@@ -87,7 +87,7 @@ class Head:
 
 
 class Regression(Head):
-    """Squared error (w.h - y)^2, each output a task. The posterior has no bias, as published.
+    """Squared error (w.h - y)^2, each output a task.
 
     Args:
         layers, gamma, power: as in :class:`Head`; with another noise than 1 the prior is N(0, gamma noise I).
@@ -95,9 +95,9 @@ class Regression(Head):
             residual at the full-data posterior's mean, anew with every refresh. The task's gradient is that of
             (w.h - y)^2 / noise, twice the one of the negative log likelihood: a task that is fitted well weighs more
             (DESIGN 4.2).
+        bias: whether the posterior's weights have one, as a classifier's. False is the published model, for targets
+            whose mean is zero.
     """
-
-    likelihood = "regression"
 
     def __init__(
         self,
@@ -105,7 +105,9 @@ class Regression(Head):
         gamma: float = DEFAULT_GAMMA,
         power: float | Sequence[float] | Tensor = 1.0,
         noise: float | str = 1.0,
+        bias: bool = False,
     ):
+        self.likelihood = Gaussian(bias)
         super().__init__(layers, gamma, power)
         number = isinstance(noise, (int, float)) and 0 < noise < math.inf
         if not number and noise != "estimated":
@@ -114,25 +116,23 @@ class Regression(Head):
 
     @property
     def signature(self) -> str:
-        return super().signature + (f", noise {self.noise}" if self.noise != 1.0 else "")
+        noise, bias = f", noise {self.noise}" if self.noise != 1.0 else "", ", bias" if self.likelihood.bias else ""
+        return super().signature + noise + bias
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, noise={self.noise!r})"
-
-    def weight(self, like: Tensor) -> None:
-        return None
+        return f"{super().__repr__()[:-1]}, noise={self.noise!r}, bias={self.likelihood.bias})"
 
 
 class Binary(Head):
     """Binary cross entropy with logits, each output a task."""
 
-    likelihood = "binary"
+    likelihood = Bernoulli()
 
 
 class Multiclass(Head):
     """Softmax cross entropy; all classes are one task."""
 
-    likelihood = "multiclass"
+    likelihood = Categorical()
 
     @property
     def num_tasks(self) -> int:

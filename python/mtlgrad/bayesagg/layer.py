@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import check_ordinary_autograd
-from ..ops.checks import check_shape
+from ..ops.checks import refuse, shape_of
 from ..posterior.posteriors import STRUCTURES, Posterior, posterior_from_state
+from ..reference.moments import IGNORE
 from ..world.ranks import World, name_of, world_of
 from .aggregation import Batch, aggregate, diagnose
 from .full_data import STATISTICS, FullData, full_data_posteriors
 from .global_batch import gather_batch
 from .heads import Head
+from .incoming import WAYS_OUT, Own, as_published, find_foreign, read
 from .passes import Pass, RecordScale, ReplaceGradient, known_as, record_batch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+FORGOTTEN = 5000  # passes without a posterior after which it is said that none was made
 
 
 class BayesAgg(nn.Module):
@@ -27,15 +34,20 @@ class BayesAgg(nn.Module):
 
     A Gaussian posterior over each head's weights induces a distribution over the task's gradient at the shared
     features; each dimension of the gradient is averaged over the tasks by inverse variance. Heads get their ordinary
-    gradients. Until :meth:`refresh` is first called the layer is plain summation (warm-up), and so it is in evaluation
-    mode, under ``no_grad``, and for features that need no gradient.
+    gradients. Until there is a full-data posterior (:meth:`refresh`) the layer is plain summation (warm-up), and so it
+    is in evaluation mode, under ``no_grad``, and for features that need no gradient.
+
+    What arrives at the layer is read: what each task's loss was multiplied by (:attr:`loss_weights`; the scale of
+    ``GradScaler``, accumulation, a reversed or stopped gradient) multiplies the task's part of the aggregate, and what
+    is not a registered task's (penalties, other heads) goes on into the backbone as it is. So does the part of a head
+    whose loss or layer is not the registered one, with a warning.
 
     Example::
 
         bayes = BayesAgg([Regression(age_head), Multiclass(race_head)])
         for features, targets in ...:
             features = bayes(backbone(inputs), targets)
-            bayes.total([mse(age_head(features), age), cross_entropy(race_head(features), race)]).backward()
+            (mse(age_head(features), age) + cross_entropy(race_head(features), race)).backward()
         bayes.refresh()  # once per epoch
 
     Args:
@@ -48,20 +60,19 @@ class BayesAgg(nn.Module):
         num_samples: of the weights, for ``moments="sampled"``.
         statistics: for the full-data posterior: "stored" keeps the epoch's features, as published, and expands at the
             weights of the moment of ``refresh()``; "streaming" keeps sums alone, memory independent of the data set's
-            size, and expands each batch at the weights it met.
+            size, and expands each batch at the weights it met; "moving" has these sums decay and makes the posterior
+            anew as it goes, without ``refresh()``, which tells it how many examples an epoch has.
         seed: of the weight samples.
         reduction: of the tasks' gradients: "mean", as published, or "sum", the mean times the number of tasks that have
             a label: with equal variances the plain sum, in size too, as it is in the warm-up.
+        half_life: of moving statistics, in batches.
         process_group: the ranks that train together, each with its part of the batch (``DistributedDataParallel``,
             ``fully_shard``); all, if not given. See below.
-
-    The scale of the loss (``GradScaler``, division for gradient accumulation) reaches the aggregated gradient through
-    :meth:`total`; without it a scale of one is assumed.
 
     Labels that are NaN (multiclass: -100) contribute nothing; an example without any has a zero gradient.
 
     With several ranks, posteriors are those of all ranks' examples, and each rank gets its rows of the gradient of all
-    of them in one batch, times the number of ranks, since these average gradients. So the losses must be such, too
+    of them in one batch, times the number of ranks, since these average gradients, where the losses are such, too
     (:func:`mtlgrad.distributed.global_means`). From the first :meth:`refresh` on every rank must make the same calls of
     the layer in training, :meth:`aggregate` and :meth:`refresh`, which communicate; the backward does not, nor does the
     warm-up. A state is a rank's own, and one for all right after :meth:`refresh`.
@@ -85,6 +96,7 @@ class BayesAgg(nn.Module):
         seed: int = 0,
         *,
         reduction: str = "mean",
+        half_life: float = 10.0,
         process_group: ProcessGroup | None = None,
     ):
         super().__init__()
@@ -92,6 +104,8 @@ class BayesAgg(nn.Module):
         _check_choice("covariance", covariance, STRUCTURES)
         _check_choice("statistics", statistics, STATISTICS)
         _check_choice("reduction", reduction, ("mean", "sum"))
+        if not (isinstance(half_life, (int, float)) and half_life > 0):
+            raise ValueError(f"BayesAgg: half_life: expected a number of batches above 0, found {half_life!r}")
         if not isinstance(num_samples, int) or num_samples < 2:
             raise ValueError(f"BayesAgg: num_samples: expected at least 2, found {num_samples!r}")
         if not isinstance(heads, Iterable):
@@ -111,14 +125,22 @@ class BayesAgg(nn.Module):
             raise ValueError(f"BayesAgg: seed: expected an integer, found {seed!r}")
         self.width = widths[0]
         self.moments, self.covariance, self.num_samples, self.seed = moments, covariance, num_samples, seed
-        self.statistics, self.reduction = statistics, reduction
+        self.statistics, self.reduction, self.half_life = statistics, reduction, float(half_life)
         self.num_tasks = sum(head.num_tasks for head in self.heads)
-        self._full_data = [FullData(head, covariance, statistics) for head in self.heads]
+        self._full_data = [FullData(head, covariance, statistics, half_life) for head in self.heads]
         self._posteriors: list[Posterior] | None = None
         self._noise: list[Tensor | None] = [None] * len(self.heads)  # of each head, [O]; None: one
         self._working: list[Posterior] = []  # the posteriors as the batches use them: dtype and device
         self._powers: list[Tensor] = []
+        self._groups = torch.zeros(0)  # [T, K] float64, which rows of the heads' weights are a task's
+        self._balance = 1.0
         self._number = 0  # of passes; seeds the samples, names the batch in errors
+        self._since = 0  # passes since the posterior was made
+        self._look = True  # for such heads, in the next backward
+        self._foreign: dict[int, str] = {}  # heads whose gradient is not that of their plain loss
+        self._told: set[str] = set()  # what was warned of
+        self._evaluations = 0  # how often training was left without a posterior
+        self._unseen: dict[str, int] = {}  # calls that left no batch, by reason
         self._group = name_of("BayesAgg", process_group)
         self._agreed: World | None = None  # whose ranks are known to have the same posteriors
         # Which pass was the last one, for total(): a tensor, since traced code may read and write nothing else that
@@ -126,6 +148,7 @@ class BayesAgg(nn.Module):
         self._latest = torch.zeros((), dtype=torch.int64, device="cpu")
         self._handle = known_as(self)
         self._last: Batch | None = None  # what task_weights and gradient_variance tell of
+        self._loss_weights: Tensor | None = None
         self._diagnosis: tuple[Tensor, Tensor] | None = None
 
     def extra_repr(self) -> str:
@@ -133,45 +156,122 @@ class BayesAgg(nn.Module):
 
     # ---- forward and backward
 
-    def forward(self, features: Tensor, targets: Sequence[Tensor] | None = None) -> Tensor:
-        """The features themselves, [B, D].
+    def forward(self, features: Tensor, targets: Sequence[Tensor | None] | None = None, count: bool = True) -> Tensor:
+        """Return the features themselves.
 
         Args:
-            features: [B, D], the backbone's output.
-            targets: one tensor per head: Regression and Binary [B, O] (or [B]) float, Multiclass [B] int64. Not looked
-                at, and may be left out, where the layer is plain identity.
+            features: [B, D], the backbone's output; or [B, L, D] or [B, D, H, W], whose positions are the examples.
+            targets: one tensor per head: Regression and Binary [B, O] (or [B]) float, Multiclass [B] int64; for more
+                dimensions of the features [B, L, O], [B, O, H, W] and [B, L], [B, H, W]. None for a head without any
+                label here. Not looked at, and may be left out, where the layer is plain identity.
+            count: whether the batch enters the statistics. False for a second pass of the same examples.
         """
         if not (self.training and torch.is_grad_enabled() and features.requires_grad):
+            if not torch.compiler.is_compiling():
+                self._note_unseen(features)
             return features
         check_ordinary_autograd("BayesAgg")
-        token = record_batch(features, self._listed(targets), self._latest, self._handle)
-        return ReplaceGradient.apply(features, token)
+        rows, listed = self._rows(features), self._listed(features, targets)
+        token = record_batch(rows, listed, self._latest, self._handle, count)
+        out: Tensor = ReplaceGradient.apply(rows, token)
+        if features.dim() == 2:
+            return out
+        if features.dim() == 4:
+            return out.unflatten(0, (features.shape[0], *features.shape[2:])).movedim(-1, 1)
+        return out.view(features.shape)
 
-    def _listed(self, targets: Sequence[Tensor] | None) -> list[Tensor]:
+    def _note_unseen(self, features: Tensor) -> None:
+        reason = "in evaluation mode" if not self.training else "under no_grad"
+        if self.training and torch.is_grad_enabled():
+            reason = "with features that need no gradient (a frozen backbone)"
+        self._unseen[reason] = self._unseen.get(reason, 0) + 1
+
+    def _rows(self, features: Tensor) -> Tensor:
+        """Return the features, [B, D], of as many examples as there are positions."""
+        if features.dim() not in (2, 3, 4) or features.shape[1 if features.dim() == 4 else -1] != self.width:
+            expected = f"[B, {self.width}], [B, L, {self.width}] or [B, {self.width}, H, W]"
+            refuse(f"BayesAgg: features: expected shape {expected}, found {shape_of(features)}")
+        if features.dim() == 2:
+            return features
+        return (features.movedim(1, -1) if features.dim() == 4 else features).reshape(-1, self.width)
+
+    def _listed(self, features: Tensor, targets: Sequence[Tensor | None] | None) -> list[Tensor]:
+        """Return a tensor for each head, one row an example."""
         if targets is None or isinstance(targets, Tensor) or len(targets) != len(self.heads):
             found = "none" if targets is None else "one tensor" if isinstance(targets, Tensor) else str(len(targets))
             expected = f"a sequence of {len(self.heads)}, one per head"
             raise ValueError(f"BayesAgg: targets: expected {expected}, found {found}")
-        return list(targets)
+        dims = features.dim()
+        positions = [*features.shape[:1], *features.shape[2:]] if dims == 4 else [*features.shape[:-1]]
+        listed = []
+        for i, (head, target) in enumerate(zip(self.heads, targets)):
+            if target is None:
+                if head.likelihood.is_joint:
+                    target = features.new_full(positions, IGNORE, dtype=torch.int64)
+                else:
+                    target = features.new_full([*positions, head.outputs], torch.nan)
+            elif dims > 2 and isinstance(target, Tensor):
+                has_outputs = target.dim() == dims and not head.likelihood.is_joint
+                target = target.movedim(1, -1) if has_outputs and dims == 4 else target
+                if list(target.shape[:-1] if has_outputs else target.shape) != positions:
+                    last = "" if head.likelihood.is_joint else f", or {head.outputs} numbers at each"
+                    refuse(
+                        f"BayesAgg: heads[{i}]: targets: expected shape {positions} like the features{last}, "
+                        f"found {shape_of(targets[i])}"  # type: ignore[arg-type]
+                    )
+            listed.append(target)
+        if dims == 2:
+            return listed
+        joint = [head.likelihood.is_joint or t.dim() == len(positions) for head, t in zip(self.heads, listed)]
+        return [t.reshape(-1) if flat else t.reshape(-1, t.shape[-1]) for t, flat in zip(listed, joint)]
 
     @torch.no_grad()
-    def _record_batch(self, features: Tensor, targets: list[Tensor], borrowed: bool) -> Pass:
+    def _record_batch(self, features: Tensor, targets: list[Tensor], borrowed: bool, count: bool) -> Pass:
         """``borrowed``: the tensors' memory is the caller's own again after this."""
         self._check_place(features)
         checked = self._check(features, targets)
         self._number += 1
+        if self.statistics == "moving" and self._is_due():
+            self._make_posteriors()
+        if self._posteriors is None and self._number == FORGOTTEN:
+            self._tell(
+                "BayesAgg: expected refresh() after each epoch, found none in 5,000 batches; until then the layer "
+                "is the plain sum"
+            )
         # Copies: the batch may be a view of something much larger, or a buffer that the next one overwrites.
-        stored = self.statistics == "stored"
+        stored, known = self.statistics == "stored", self._posteriors is not None
         rows = features.clone() if stored or borrowed else features.detach()
         kept = [target.clone() for target in checked] if stored or borrowed else checked
         with torch.autocast(features.device.type, enabled=False):
             wide = features.new_empty(0, dtype=_working_dtype(features) if stored else torch.float64)
-            known = self._posteriors is not None
-            weights = [None if stored and not known else head.weight(wide) for head in self.heads]
+            # Needed where a batch posterior or a sum is expanded; under fully_shard they cost a gather.
+            needed = [known or not (stored or head.likelihood.is_exact) for head in self.heads]
+            weights = [head.weight(wide) if need else wide for head, need in zip(self.heads, needed)]
             batch = self._for_all_ranks(self._batch(rows, kept, weights), rows) if known else None
             for full_data, target, weight in zip(self._full_data, kept, weights):
-                full_data.add(rows, target, weight)
-            return Pass(self._number, batch)
+                if count:
+                    full_data.add(rows, target, weight)
+        self._since += 1
+        return Pass(self._number, batch)
+
+    def _is_due(self) -> bool:
+        """Whether moving statistics are far enough from those that the posterior was made of."""
+        return self._since >= (self.half_life if self._posteriors is None else max(1.0, self.half_life / 4))
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=3)
+
+    def train(self, mode: bool = True) -> BayesAgg:
+        if self.training and not mode and self._full_data[0].count and self._posteriors is None:
+            self._evaluations += 1
+            if self._evaluations == 2 and self.statistics != "moving":
+                self._tell(
+                    "BayesAgg: expected refresh() after each epoch, found none before the second evaluation; until "
+                    "then the layer is the plain sum"
+                )
+        return super().train(mode)
 
     @staticmethod
     def _check_place(features: Tensor) -> None:
@@ -188,15 +288,14 @@ class BayesAgg(nn.Module):
             )
 
     def _check(self, features: Tensor, targets: list[Tensor]) -> list[Tensor]:
-        check_shape("BayesAgg", "features", features, ("B", self.width))
         pairs = enumerate(zip(self.heads, targets))
         return [head.check(f"BayesAgg: heads[{i}]", features, target) for i, (head, target) in pairs]
 
     def total(self, losses: Iterable[Tensor] | Mapping[Any, Tensor]) -> Tensor:
-        """The sum of the task losses, through which the scale of the loss reaches this layer's backward.
+        """Return the sum of the task losses, and tell the layer what it is multiplied by before ``backward()``.
 
-        Belongs to the last call of the layer; whatever the sum is multiplied by before ``backward()`` multiplies the
-        aggregated gradient.
+        Not needed where the losses of the registered heads are all that arrives. Where more does, the scale is exact
+        with it, and else taken from the gradient. Belongs to the last call of the layer.
         """
         if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
             raise ValueError(f"BayesAgg.total: losses: expected a sequence or a dict, found {type(losses).__name__}")
@@ -213,20 +312,57 @@ class BayesAgg(nn.Module):
         total = torch.stack([loss.reshape(()) for loss in values]).sum()
         return RecordScale.apply(total, self._latest) if total.requires_grad else total
 
+    @torch.no_grad()
     def _replacement(self, recorded: Pass, gradient: Tensor) -> Tensor:
-        if recorded.batch is None:
+        batch = recorded.batch
+        if batch is None:
             return gradient
-        result = aggregate(recorded.batch)
-        self._refuse_nan(result, recorded.number)
-        self._last, self._diagnosis = recorded.batch, None
-        if recorded.scale is not None:
-            result = result * recorded.scale.to(result.dtype)
-        return result.to(gradient.dtype)
+        if recorded.done:
+            raise RuntimeError(
+                f"BayesAgg: batch {recorded.number}: expected one backward through a call of the layer, found a "
+                "second; add the losses and call backward() once, or call the layer again, with count=False"
+            )
+        recorded.done = True
+        with torch.autocast(gradient.device.type, enabled=False):
+            own = Own.of(self.heads, batch.features, batch.targets, batch.weights, self._groups)
+            foreign = None
+            if self._look or self._foreign:
+                foreign = self._find_foreign(gradient, own, recorded, batch.share)
+            incoming = read(gradient, own, recorded.scale, batch.share, foreign)
+            scales = incoming.scales
+            if recorded.scale is not None and not batch.summed:
+                outputs = [head.num_tasks for head in self.heads for _ in range(head.num_tasks)]
+                scales = as_published(scales, recorded.scale * batch.share, outputs)
+        result = aggregate(batch, scales, self._foreign)
+        self._refuse_nan(result, recorded.number, gradient)
+        self._last, self._diagnosis, self._loss_weights = batch, None, incoming.scales
+        return result.add_(incoming.rest).to(gradient.dtype)
+
+    def _find_foreign(self, gradient: Tensor, own: Own, recorded: Pass, share: float) -> Tensor | None:
+        """Return the rows of the heads whose gradient is not that of their plain loss, [K] bool; None: there are none.
+        Looks in the first batch after the posterior was made."""
+        if self._look:
+            self._look = False
+            explained = bool(read(gradient, own, recorded.scale, share).explained)
+            self._foreign = {} if explained else find_foreign(gradient, own, self.heads)
+            for i, what in self._foreign.items():
+                self._tell(
+                    f"BayesAgg: heads[{i}] ({self.heads[i].likelihood}): expected the gradient of its plain loss, "
+                    f"found that of {what}; it goes on as it is, not aggregated: {WAYS_OUT[what]}"
+                )
+        if not self._foreign:
+            return None
+        return torch.cat([torch.full((head.outputs,), i in self._foreign) for i, head in enumerate(self.heads)]).to(
+            gradient.device
+        )
 
     @staticmethod
-    def _refuse_nan(result: Tensor, number: int) -> None:
-        """On the CPU. Reading a device's values would hold up its queue: there NaN goes on into the gradients."""
+    def _refuse_nan(result: Tensor, number: int, gradient: Tensor | None = None) -> None:
+        """On the CPU, unless the gradient that arrived has them (a loss scale that overflowed). Reading a device's
+        values would hold up its queue: there NaN goes on into the gradients."""
         if result.device.type == "cpu" and bool(result.sum().isnan()) and bool(result.isnan().any()):
+            if gradient is not None and not bool(gradient.isfinite().all()):
+                return
             at = torch.nonzero(result.isnan())[0].tolist()
             raise ValueError(
                 f"BayesAgg: batch {number}: expected finite moments of the gradients, found NaN at [example, "
@@ -237,19 +373,30 @@ class BayesAgg(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes the full-data posterior, the prior of every batch's, from the batches since the last call; float64.
+        """Make the full-data posterior, the prior of every batch's, from the batches since the last call; float64.
 
-        Call it once per epoch, after the last step; on all ranks, also on those that had no batch.
+        Call it once per epoch, after the last step; on all ranks, also on those that had no batch. With moving
+        statistics it need not be called; where it is, it tells how many examples an epoch has.
         """
+        if self._unseen and not self._full_data[0].count and world_of(self._group).size == 1:
+            calls = ", ".join(f"{count} {reason}" for reason, count in self._unseen.items())
+            raise RuntimeError(
+                "BayesAgg.refresh: expected at least one training batch since the last refresh, found none, but calls "
+                f"of the layer: {calls}"
+            )
+        if self.statistics == "moving":
+            for full_data in self._full_data:
+                full_data.end_epoch()
+        self._make_posteriors()
+        if self.statistics != "moving":
+            for full_data in self._full_data:
+                full_data.end_epoch()
+        self._unseen = {}
+
+    def _make_posteriors(self) -> None:
         world = world_of(self._group)
-        posteriors, self._number = full_data_posteriors(self._full_data, self._number, world)
-        for i, posterior in enumerate(posteriors):
-            posterior.name = f"BayesAgg.refresh: heads[{i}] ({posterior.likelihood})"
-            posterior.covariance()  # where it cannot be had, say so now and not in the next batch
-        self._noise = [full_data.noise(p, world) for full_data, p in zip(self._full_data, posteriors)]
-        self._posteriors, self._working, self._agreed = posteriors, [], world
-        for full_data in self._full_data:
-            full_data.clear()
+        self._posteriors, self._noise, self._number = full_data_posteriors(self._full_data, self._number, world)
+        self._working, self._agreed, self._since, self._look = [], world, 0, True
 
     @property
     def posteriors(self) -> list[Posterior] | None:
@@ -264,36 +411,56 @@ class BayesAgg(nn.Module):
             return None
         parts = []
         for head, posterior, noise in zip(self.heads, self._posteriors, self._noise):
-            known = 1.0 if head.likelihood == "regression" else torch.nan
+            known = 1.0 if head.likelihood.is_exact else torch.nan
             like = posterior.mean.new_full((head.num_tasks,), known)
             parts.append(like if noise is None else noise.to(like))
         return torch.cat(parts)
 
-    def _batch(self, rows: Tensor, targets: list[Tensor], weights: Sequence[Tensor | None]) -> Batch:
+    def _batch(self, rows: Tensor, targets: list[Tensor], weights: Sequence[Tensor]) -> Batch:
         assert self._posteriors is not None
         features = rows.to(_working_dtype(rows))
         ready = self._working
         if not ready or ready[0].anchor.dtype != features.dtype or ready[0].anchor.device != features.device:
-            self._working = [
-                (posterior if noise is None else posterior.in_units_of(noise.sqrt())).to(features)
-                for posterior, noise in zip(self._posteriors, self._noise)
-            ]
-            self._powers = [head.power.to(features.device) for head in self.heads]
+            self._prepare(features)
         return Batch(
             features=features,
-            targets=[
+            targets=targets,
+            scaled=[
                 target if noise is None else target.to(features) / noise.sqrt().to(features)
                 for target, noise in zip(targets, self._noise)
             ],
             heads=self.heads,
-            weights=[None if weight is None else weight.to(features) for weight in weights],
+            weights=[weight.to(features) for weight in weights],
             posteriors=self._working,
             powers=self._powers,
+            balance=self._balance,
             num_samples=self.num_samples if self.moments == "sampled" else 0,
             seed=self.seed * 1_000_003 + self._number,
             name=f"BayesAgg: batch {self._number}",
             summed=self.reduction == "sum",
         )
+
+    def _prepare(self, like: Tensor) -> None:
+        """Make what batches of features like these use of the posteriors."""
+        assert self._posteriors is not None
+        self._working = [
+            (posterior if noise is None else posterior.in_units_of(noise.sqrt())).to(like)
+            for posterior, noise in zip(self._posteriors, self._noise)
+        ]
+        self._powers = [head.power.to(like.device) for head in self.heads]
+        blocks = [
+            like.new_ones(1, head.outputs, dtype=torch.float64)
+            if head.likelihood.is_joint
+            else torch.eye(head.outputs, dtype=torch.float64, device=like.device)
+            for head in self.heads
+        ]
+        self._groups = torch.block_diag(*blocks)
+        # Residuals are as large as the noise lets them be. So, of gradients that are divided by it, the sum has the
+        # size of the plain losses' sum; a classifier's noise is one.
+        noise = self.noise
+        assert noise is not None
+        deviations = noise.nan_to_num(1.0).sqrt()
+        self._balance = float(deviations.sum() / (1.0 / deviations).sum())
 
     def _for_all_ranks(self, batch: Batch, rows: Tensor) -> Batch:
         assert self._posteriors is not None
@@ -311,7 +478,8 @@ class BayesAgg(nn.Module):
         if self._posteriors is None:
             raise RuntimeError("BayesAgg.aggregate: expected a full-data posterior, found none; call refresh() first")
         rows = features.detach()
-        checked = self._check(rows, self._listed(targets))
+        rows, listed = self._rows(rows), self._listed(rows, targets)
+        checked = self._check(rows, listed)
         with torch.autocast(rows.device.type, enabled=False):
             weights = [head.weight(rows.new_empty(0, dtype=_working_dtype(rows))) for head in self.heads]
             batch = self._for_all_ranks(self._batch(rows, checked, weights), rows)
@@ -324,6 +492,12 @@ class BayesAgg(nn.Module):
         """[T]: each task's share of the weights in the last aggregated batch, averaged over this rank's examples and
         the dimensions; None before. Computed when it is read, at about the cost of two aggregations."""
         return None if self._last is None else self._diagnose()[0]
+
+    @property
+    def loss_weights(self) -> Tensor | None:
+        """[T] float64: what each task's loss, as a mean over the batch, was multiplied by in the last aggregated batch,
+        read off the gradient that arrived; None before. Zero for a head whose gradient is not that of its loss."""
+        return self._loss_weights
 
     @property
     def gradient_variance(self) -> Tensor | None:
@@ -344,50 +518,68 @@ class BayesAgg(nn.Module):
         published (no bias), else by the head."""
         outputs = []
         for i, head in enumerate(self.heads):
-            if self._posteriors is not None and head.likelihood == "regression":
-                outputs.append(features @ self._posteriors[i].mean.to(features).T)
+            if self._posteriors is not None and head.likelihood.is_exact:
+                outputs.append(head.likelihood.augment(features) @ self._posteriors[i].mean.to(features).T)
             else:
                 outputs.append(head.predict(features))
         return outputs
 
     # ---- state
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The posteriors, the epoch's statistics so far and the pass number: a resumed run repeats an uninterrupted one
-        bit for bit. The statistics are those of this rank's examples: within an epoch every rank needs its own state,
-        after :meth:`refresh` they are the same, and any number of ranks may go on with one."""
-        return {
-            "version": 1,
+    def get_extra_state(self) -> Tensor:
+        """Return posteriors, the epoch's statistics so far and the pass number as one tensor of bytes: a resumed run
+        repeats an uninterrupted one bit for bit. The statistics are those of this rank's examples: within an epoch
+        every rank needs its own state, after :meth:`refresh` they are the same, and any number of ranks may go on with
+        one. A layer that has seen nothing has no state, and one may be loaded from a checkpoint without it."""
+        state = {
+            "version": 2,
             "heads": self._signature(),
             "number": self._number,
+            "since": self._since,
             "posteriors": None if self._posteriors is None else [p.state() for p in self._posteriors],
             "noise": list(self._noise),
             "full_data": [full_data.state() for full_data in self._full_data],
         }
+        file = io.BytesIO()
+        torch.save(state, file)
+        return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._posteriors is not None or self._full_data[0].count:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        missing = others[2]
+        if f"{prefix}_extra_state" in missing:
+            missing.remove(f"{prefix}_extra_state")
 
     def _signature(self) -> list[str]:
         """What a saved state must agree on with the layer."""
         return [
             *(head.signature for head in self.heads),
             f"covariance {self.covariance}",
-            f"statistics {self.statistics}",
+            f"statistics {self.statistics}" + (f" {self.half_life}" if self.statistics == "moving" else ""),
         ]
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        if state.get("version") != 1:
-            raise ValueError(f"BayesAgg.load_state_dict: expected version 1, found {state.get('version')}")
+    def set_extra_state(self, saved: Tensor) -> None:
+        file = io.BytesIO(bytes(saved.cpu().numpy()))
+        state = torch.load(file, map_location=self.heads[0].layers[0].weight.device, weights_only=True)
+        if state.get("version") != 2:
+            raise ValueError(f"BayesAgg.load_state_dict: expected version 2, found {state.get('version')}")
         if state["heads"] != self._signature():
             raise ValueError(
                 f"BayesAgg.load_state_dict: expected a state of {', '.join(self._signature())}; found one of "
                 f"{', '.join(state['heads'])}"
             )
-        self._number = state["number"]
+        self._number, self._since = state["number"], state["since"]
         posteriors = state["posteriors"]
         self._posteriors = None if posteriors is None else [posterior_from_state(p) for p in posteriors]
-        self._noise = state.get("noise") or [None] * len(self.heads)
-        self._working, self._last, self._diagnosis, self._agreed = [], None, None, None
-        for full_data, saved in zip(self._full_data, state["full_data"]):
-            full_data.load_state(saved)
+        self._noise = state["noise"]
+        self._working, self._last, self._diagnosis, self._agreed, self._loss_weights = [], None, None, None, None
+        self._look, self._foreign = True, {}
+        for full_data, part in zip(self._full_data, state["full_data"]):
+            full_data.load_state(part)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy's passes are its own."""

@@ -34,6 +34,7 @@ class Pass:
     def __init__(self, number: int, batch: Batch | None):
         self.number = number
         self.batch = batch  # None: the gradient stays as it is (warm-up)
+        self.done = False  # its backward ran
         self.scale: Tensor | None = None  # what BayesAgg.total's sum was multiplied by
         self.layer: BayesAgg | None = None
 
@@ -47,9 +48,9 @@ def known_as(layer: BayesAgg) -> int:
 
 @hide_from_dynamo
 def _record_batch(
-    features: Tensor, targets: Sequence[Tensor], latest: Tensor, layer: int, borrowed: bool = True
+    features: Tensor, targets: Sequence[Tensor], latest: Tensor, layer: int, count: bool, borrowed: bool = True
 ) -> Tensor:
-    recorded = _LAYERS[layer]._record_batch(features, list(targets), borrowed)
+    recorded = _LAYERS[layer]._record_batch(features, list(targets), borrowed, count)
     recorded.layer = _LAYERS[layer]
     number = next(_tokens)
     latest.fill_(number)
@@ -84,9 +85,9 @@ def _record_scale(gradient: Tensor, token: Tensor) -> Tensor:
 
 # Operators: results must be new tensors, and what they keep must be theirs.
 _record_batch_op = define_operator(
-    "bayesagg_record_batch(Tensor features, Tensor[] targets, Tensor(a!) latest, int layer) -> Tensor",
+    "bayesagg_record_batch(Tensor features, Tensor[] targets, Tensor(a!) latest, int layer, bool count) -> Tensor",
     _record_batch,
-    lambda features, targets, latest, layer: torch.empty_like(latest),
+    lambda features, targets, latest, layer, count: torch.empty_like(latest),
 )
 _replace_op = define_operator(
     "bayesagg_replace(Tensor gradient, Tensor token) -> Tensor",
@@ -100,12 +101,14 @@ _record_scale_op = define_operator(
 )
 
 
-def record_batch(features: Tensor, targets: list[Tensor], latest: Tensor, layer: int) -> Tensor:
+def record_batch(features: Tensor, targets: list[Tensor], latest: Tensor, layer: int, count: bool) -> Tensor:
     """Return the token of a new pass."""
     if torch.compiler.is_compiling():
-        token: Tensor = _record_batch_op(features.detach(), [target.detach() for target in targets], latest, layer)
+        token: Tensor = _record_batch_op(
+            features.detach(), [target.detach() for target in targets], latest, layer, count
+        )
         return token
-    return _record_batch(features, targets, latest, layer, borrowed=False)
+    return _record_batch(features, targets, latest, layer, count, borrowed=False)
 
 
 class ReplaceGradient(torch.autograd.Function):

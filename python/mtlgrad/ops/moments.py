@@ -52,7 +52,8 @@ class Output(NamedTuple):
 
     first: Tensor  #: mean [B, T, D], or numerator [B, D]
     second: Tensor  #: variance [B, T, D], or denominator [B, D]
-    power: Tensor | None = None  #: [T] float64: numerator += lambda mean, denominator += lambda = variance^-power
+    power: Tensor | None = None  #: [T] float64: numerator += scale lambda mean, denominator += lambda = variance^-power
+    scale: Tensor | None = None  #: [T] float64, with the power
 
     @staticmethod
     def new(features: Tensor, tasks: int, dtype: torch.dtype | None = None) -> Output:
@@ -78,7 +79,19 @@ class BatchPosterior(NamedTuple):
         if self.structure != "rows":
             return STRUCTURES.index(self.structure), *self[1:], len(self.mean)
         strides = [0 if len(t) == 1 else t.stride(0) for t in (self.cross_covariance, self.variances)]
-        return *self[1:4], *strides, len(self.mean)
+        return *self[1:4], *strides, *self.mean.shape
+
+    @property
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean, cross covariances and variances, those of classes as of structure "full"."""
+        cross, variances = self.cross_covariance, self.variances
+        if self.structure == "block":
+            cross = torch.diag_embed(cross.movedim(0, -1), dim1=0, dim2=2)
+            variances = torch.diag_embed(variances.T, dim1=0, dim2=1)
+        elif self.structure == "kron":
+            cross = torch.einsum("ck,bd->kbcd", self.classes, cross)
+            variances = torch.einsum("ck,d->ckd", self.classes, variances)
+        return self.mean, cross, variances
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -96,6 +109,27 @@ def _launch(name: str, like: Tensor, *arguments: Any) -> Any:
     kernels = KERNELS.get(like.device.type)
     assert kernels is not None, f"no kernels for {like.device}"
     return getattr(kernels, name)(DTYPE_CODES[like.dtype], *map(wire, arguments), launch_place(like.device))
+
+
+def _or_reference(refer: Callable[..., Moments], run: Callable[..., None]) -> Callable[..., None]:
+    """Return ``run(features, targets, at, out, ...)``, which leaves the moments in ``out``, or, where no kernel was
+    compiled for the device, does it with ``refer(features, targets, *at, ...)``."""
+
+    def either(features: Tensor, targets: Tensor, at: Any, out: Output, *others: Any) -> None:
+        if has_kernels(features.device):
+            return run(features, targets, at, out, *others)
+        mean, variance = refer(features, targets, *(at.dense if isinstance(at, BatchPosterior) else [at]), *others)
+        if out.power is None:
+            out.first.copy_(mean)
+            out.second.copy_(variance)
+        else:
+            weight = variance.clamp(min=reference.moments.SMALLEST_VARIANCE) ** -out.power.to(variance)[:, None]
+            weight = torch.where(variance < torch.inf, weight, 0.0)
+            assert out.scale is not None
+            out.first.add_((weight * mean * out.scale.to(mean)[:, None]).sum(1))
+            out.second.add_(weight.sum(1))
+
+    return either
 
 
 def _run(name: str, features: Tensor, targets: Tensor, at: BatchPosterior, out: Output, *others: Any) -> None:
@@ -164,8 +198,8 @@ def regression_moments(features: Tensor, targets: Tensor, mean: Tensor, covarian
 
     Args:
         features, targets: [B, D] and [B, O], NaN where there is no label.
-        mean: [O, D].
-        covariance: [D, D], shared by the outputs, or [O, D, D]; symmetric.
+        mean: [O, D], or [O, P] of heads with a bias, last.
+        covariance: [D, D], shared by the outputs, or [O, D, D]; or P for D likewise; symmetric.
 
     Source: arXiv 2402.04005, section 4 (Isserlis' theorem); DESIGN 4.1.
     """
@@ -173,18 +207,21 @@ def regression_moments(features: Tensor, targets: Tensor, mean: Tensor, covarian
 
 
 def regression_posterior(features: Tensor, mean: Tensor, covariance: Tensor) -> BatchPosterior:
-    """Return cross covariance S h, [1 or O, B, D], and variances, [1 or O, D]."""
+    """Return cross covariance S h, [1 or O, B, D], and variances, [1 or O, D]; or P for D, of S h~."""
     covariance = covariance if covariance.dim() == 3 else covariance[None]
+    if covariance.shape[-1] > features.shape[1]:
+        return binary_posterior(features, mean, covariance)
     cross = torch.matmul(features, covariance.mT)
     return BatchPosterior("rows", mean, cross, covariance.diagonal(dim1=-2, dim2=-1))
 
 
-run_regression = partial(_run, "regression_moments")
+run_regression = _or_reference(reference.moments.regression_at, partial(_run, "regression_moments"))
 
 
 def _check_regression(features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor) -> None:
-    first = {"features": (features, "B! D"), "mean": (mean, "O D"), "targets": (targets, "B O")}
-    shape = "O D D" if covariance.dim() == 3 else "D D"
+    size = "P" if mean.dim() == 2 and mean.shape[1] == features.shape[-1] + 1 else "D"
+    first = {"features": (features, "B! D"), "mean": (mean, f"O {size}"), "targets": (targets, "B O")}
+    shape = f"O {size} {size}" if covariance.dim() == 3 else f"{size} {size}"
     check_tensors("regression_moments", {}, **first, covariance=(covariance, shape))
 
 
@@ -229,9 +266,12 @@ def _hermite_on(nodes: int, device: torch.device, dtype: torch.dtype) -> list[Te
     return [t.to(device, dtype) for t in gauss_hermite(nodes)]
 
 
-def run_binary(features: Tensor, targets: Tensor, at: BatchPosterior, out: Output, nodes: int = 32) -> None:
+def _run_binary(features: Tensor, targets: Tensor, at: BatchPosterior, out: Output, nodes: int = 32) -> None:
     rule = _hermite_on(nodes, features.device, features.dtype)
     _run("binary_moments", features, targets, at, out, *rule, nodes)
+
+
+run_binary = _or_reference(reference.moments.binary_at, _run_binary)
 
 
 def _check_binary(features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor, nodes: int) -> None:
@@ -287,7 +327,7 @@ def multiclass_posterior(
     # Block k of rows, by symmetry the columns of class k: [P, C*P] for each k.
     rows = covariance.view(classes, size, -1)
     cross = torch.baddbmm(rows[:, size - 1 :], features.expand(classes, -1, -1), rows[:, : size - 1])
-    return BatchPosterior("full", mean, cross, class_variances(covariance, classes))
+    return BatchPosterior("full", mean, cross.unflatten(2, (classes, size)), class_variances(covariance, classes))
 
 
 def class_variances(covariance: Tensor, classes: int) -> Tensor:
@@ -301,7 +341,7 @@ def _sobol_on(num_points: int, dimension: int, seed: int, device: torch.device) 
     return sobol_normal(num_points, dimension, seed).to(device)
 
 
-def run_multiclass(
+def _run_multiclass(
     features: Tensor, targets: Tensor, at: BatchPosterior, out: Output, num_points: int = 256, seed: int = 0
 ) -> None:
     classes, device = len(at.mean), features.device
@@ -311,6 +351,9 @@ def run_multiclass(
     workspace = torch.empty(slots * slot, dtype=torch.float64, device=device)
     points = _sobol_on(num_points, classes, seed, device)
     _run("multiclass_moments", features, targets, at, out, points, num_points, workspace, slots)
+
+
+run_multiclass = _or_reference(reference.moments.multiclass_at, _run_multiclass)
 
 
 def _check_multiclass(
@@ -370,7 +413,7 @@ def sampled_moments(features: Tensor, targets: Tensor, samples: Tensor, *, kind:
     return _sampled(features, targets, samples, kind)
 
 
-def run_sampled(features: Tensor, targets: Tensor, samples: Tensor, out: Output, kind: str) -> None:
+def _run_sampled(features: Tensor, targets: Tensor, samples: Tensor, out: Output, kind: str) -> None:
     targets, samples = targets.contiguous(), samples.contiguous()
     (num_samples, classes, _), (batch, width) = samples.shape, features.shape
     if kind == "multiclass":  # [B, S, C]
@@ -382,6 +425,13 @@ def run_sampled(features: Tensor, targets: Tensor, samples: Tensor, out: Output,
     likelihood, sizes = KINDS.index(kind), (batch, num_samples, classes)
     _launch("sample_residuals", features, likelihood, logits, targets, *sizes)
     _launch("sampled_moments", features, likelihood, logits, samples, *sizes, width, tuple(out))
+
+
+def _refer_sampled(features: Tensor, targets: Tensor, samples: Tensor, kind: str) -> Moments:
+    return reference.sampled_moments(features, targets, samples, kind=kind)
+
+
+run_sampled = _or_reference(_refer_sampled, _run_sampled)
 
 
 def _check_sampled(features: Tensor, targets: Tensor, samples: Tensor, kind: str) -> None:

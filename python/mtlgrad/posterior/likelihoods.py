@@ -1,18 +1,20 @@
-"""What each kind of head contributes to a posterior: the gradient and curvature of its loss in the last layer."""
+"""What each kind of head contributes: its terms of a posterior, its checks, and the moments of its gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..ops import moments
 from ..ops.checks import check_class_range, check_finite, check_tensors
-
-Likelihood = Literal["regression", "binary", "multiclass"]
-IGNORE = -100
+from ..ops.moments import BatchPosterior, Output
+from ..reference.moments import IGNORE
 
 
 class Terms(NamedTuple):
@@ -42,73 +44,200 @@ class Terms(NamedTuple):
         return self.curvature.T @ hidden**2
 
 
-def augment(features: Tensor, likelihood: Likelihood) -> Tensor:
-    """Classification heads have a bias: a one is appended. Regression posteriors have none, as published."""
-    return features if likelihood == "regression" else functional.pad(features, (0, 1), value=1.0)
+@dataclass(frozen=True)
+class Likelihood(ABC):
+    """Common to the three kinds. ``bias``: whether the weights [R, W] have one, last: W is P = D + 1 then, else D."""
+
+    bias: bool = True
+    name: ClassVar[str]
+    #: Whether the outputs are one task, whose targets are classes [B]; else each is one, with a column of [B, O].
+    is_joint: ClassVar[bool] = False
+    #: Whether the posterior does not depend on where it is expanded.
+    is_exact: ClassVar[bool] = False
+    letter: ClassVar[str] = "O"  # of the number of rows, in errors
+    targets_like: ClassVar[str] = "B O!"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def width(self, features: int) -> int:
+        return features + self.bias
+
+    def augment(self, features: Tensor) -> Tensor:
+        """Return the features with a one appended for the bias, [B, W]."""
+        return functional.pad(features, (0, 1), value=1.0) if self.bias else features
+
+    def check(
+        self,
+        op: str,
+        features: Tensor,
+        targets: Tensor,
+        weight_shape: Sequence[int] | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Check shapes, dtypes, devices and, on the CPU, values. Return the targets with their column of outputs.
+
+        ``weight_shape`` is the posterior's [R, W] where that is known, ``weight`` where to expand."""
+        needed: dict[str, object] = {"features": features, "targets": targets}
+        if weight is not None or (weight_shape is None and not self.is_exact):
+            needed["weight"] = weight
+        for name, tensor in needed.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{op}: {name}: expected a tensor, found {type(tensor).__name__}")
+        sizes = {}
+        if weight_shape is not None:
+            sizes = {self.letter: weight_shape[0], "D": weight_shape[1] - self.bias}
+        if not self.is_joint and targets.dim() == 1:
+            targets = targets[:, None]
+        weights = {} if weight is None else {"weight": (weight, f"{self.letter}! P")}
+        check_tensors(op, sizes, features=(features, "B! D!"), **weights, targets=(targets, self.targets_like))
+        if features.device.type == "cpu":
+            check_finite(op, features=features)
+            if weight is not None:
+                check_finite(op, weight=weight)
+            self.check_values(op, targets, sizes[self.letter])
+        return targets
+
+    def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
+        """Read values: host tensors only."""
+        outside = self.outside(targets)
+        if bool(outside.any()):
+            at = torch.nonzero(outside)[0].tolist()
+            found = targets[tuple(at)].item()
+            raise ValueError(f"{op}: targets: expected {self.values}, or NaN for no label, found {found:g} at {at}")
+
+    values: ClassVar[str]
+
+    @staticmethod
+    def outside(targets: Tensor) -> Tensor:
+        """Return where no target should be."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        """Return the derivatives of each example's loss in the logits, [B, R], zero without a label; and how much these
+        change with a logit at most."""
+
+    @abstractmethod
+    def terms(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
+        """Return those at ``weight`` [R, W], ``hidden`` [B, W] being :meth:`augment` of the features."""
+
+    @abstractmethod
+    def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
+        """Yield the posterior at the examples, rows [first, last) at a time."""
+
+    @abstractmethod
+    def moments(self, features: Tensor, targets: Tensor, at: BatchPosterior | Tensor, out: Output) -> None:
+        """Have the moments of the gradient left in ``out``, for some rows of a posterior, or of weight samples
+        [S, R, W], and these rows' targets."""
 
 
-def check_batch(
-    op: str,
-    likelihood: Likelihood,
-    features: Tensor,
-    targets: Tensor,
-    weight_shape: Sequence[int] | None = None,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Shapes, dtypes, devices and, on the CPU, values. Returns the targets with their column of outputs.
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Regression: the squared error; the terms are those of half of it, the negative log likelihood of unit noise."""
 
-    ``weight_shape`` is the posterior's [R, W] where that is known, ``weight`` where to expand."""
-    needed: dict[str, object] = {"features": features, "targets": targets}
-    if weight is not None or (weight_shape is None and likelihood != "regression"):
-        needed["weight"] = weight
-    for name, tensor in needed.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{op}: {name}: expected a tensor, found {type(tensor).__name__}")
-    outputs, targets_like = ("C", "int64 B") if likelihood == "multiclass" else ("O", "B O!")
-    sizes = {}
-    if weight_shape is not None:
-        sizes = {outputs: weight_shape[0], "D": weight_shape[1] - (likelihood != "regression")}
-    if likelihood != "multiclass" and targets.dim() == 1:
-        targets = targets[:, None]
-    weights = {} if weight is None else {"weight": (weight, f"{outputs}! P")}
-    check_tensors(op, sizes, features=(features, "B! D!"), **weights, targets=(targets, targets_like))
-    if features.device.type == "cpu":
-        check_finite(op, features=features)
-        if weight is not None:
-            check_finite(op, weight=weight)
-        _check_target_values(op, likelihood, targets, sizes[outputs])
-    return targets
+    bias: bool = False
+    name = "regression"
+    is_exact = True
+    values = "finite values"
+
+    @staticmethod
+    def outside(targets: Tensor) -> Tensor:
+        return targets.isinf()
+
+    def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        targets = _columns(targets, logits)
+        return (2.0 * (logits - targets)).masked_fill(targets.isnan(), 0.0), 2.0
+
+    def terms(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
+        targets, nothing = _columns(targets, hidden), hidden.new_empty(0)
+        missing = targets.isnan()
+        residual = (hidden @ weight.T - targets).masked_fill(missing, 0.0)
+        return Terms(residual, _shared_curvature(missing, hidden), nothing, nothing)
+
+    def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
+        if covariance.dim() == 2:
+            yield 0, len(mean), moments.regression_posterior(features, mean, covariance)
+            return
+        for o in range(len(mean)):
+            yield o, o + 1, moments.regression_posterior(features, mean[o : o + 1], covariance[o])
+
+    def moments(self, features: Tensor, targets: Tensor, at: BatchPosterior | Tensor, out: Output) -> None:
+        assert isinstance(at, BatchPosterior), "a closed form: never sampled"
+        moments.run_regression(features, targets.to(features), at, out)
 
 
-def _check_target_values(op: str, likelihood: Likelihood, targets: Tensor, outputs: int) -> None:
-    """Reads values: host tensors only."""
-    if likelihood == "multiclass":
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Binary cross entropy with logits."""
+
+    name = "binary"
+    values = "values from 0 to 1"
+
+    @staticmethod
+    def outside(targets: Tensor) -> Tensor:
+        return (targets < 0) | (targets > 1)
+
+    def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        targets = _columns(targets, logits)
+        return (torch.sigmoid(logits) - targets).masked_fill(targets.isnan(), 0.0), 0.25
+
+    def terms(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
+        targets, nothing = _columns(targets, hidden), hidden.new_empty(0)
+        missing, p = targets.isnan(), torch.sigmoid(hidden @ weight.T)
+        return Terms((p - targets).masked_fill(missing, 0.0), (p * (1 - p)).masked_fill(missing, 0.0), nothing, nothing)
+
+    def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
+        for o in range(len(mean)):
+            yield o, o + 1, moments.binary_posterior(features, mean[o : o + 1], covariance[o : o + 1])
+
+    def moments(self, features: Tensor, targets: Tensor, at: BatchPosterior | Tensor, out: Output) -> None:
+        targets = targets.to(features)
+        if isinstance(at, Tensor):
+            moments.run_sampled(features, targets, at, out, self.name)
+        else:
+            moments.run_binary(features, targets, at, out)
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """Softmax cross entropy."""
+
+    name = "multiclass"
+    is_joint = True
+    letter = "C"
+    targets_like = "int64 B"
+
+    def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
         check_class_range(op, targets, outputs, IGNORE)
-        return
-    outside = targets.isinf() if likelihood == "regression" else (targets < 0) | (targets > 1)
-    if bool(outside.any()):
-        at = torch.nonzero(outside)[0].tolist()
-        expected = "finite values" if likelihood == "regression" else "values from 0 to 1"
-        raise ValueError(
-            f"{op}: targets: expected {expected}, or NaN for no label, found {targets[tuple(at)].item():g} at {at}"
-        )
 
+    def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        labelled = (targets != IGNORE)[:, None]
+        onehot = functional.one_hot(targets.clamp(min=0), logits.shape[1])
+        return (torch.softmax(logits, 1) - onehot) * labelled, 0.5
 
-def terms_of(likelihood: Likelihood, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
-    """``hidden`` [B, W] is :func:`augment` of the features, ``weight`` [R, W]."""
-    logits = hidden @ weight.T
-    nothing = hidden.new_empty(0)
-    if likelihood == "multiclass":
+    def terms(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
         labelled = targets != IGNORE
-        probability = torch.softmax(logits, 1) * labelled[:, None]
+        probability = torch.softmax(hidden @ weight.T, 1) * labelled[:, None]
         onehot = functional.one_hot(targets.masked_fill(~labelled, 0), weight.shape[0]) * labelled[:, None]
         return Terms(probability - onehot, probability * (1 - probability), probability, labelled)
-    targets = (targets[:, None] if targets.dim() == 1 else targets).to(hidden)
-    missing = targets.isnan()
-    if likelihood == "regression":
-        return Terms((logits - targets).masked_fill(missing, 0.0), _shared_curvature(missing, hidden), nothing, nothing)
-    p = torch.sigmoid(logits)
-    return Terms((p - targets).masked_fill(missing, 0.0), (p * (1 - p)).masked_fill(missing, 0.0), nothing, nothing)
+
+    def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
+        classes, covariance = covariance if isinstance(covariance, tuple) else (None, covariance)
+        yield 0, len(mean), moments.multiclass_posterior(features, mean, covariance, classes)
+
+    def moments(self, features: Tensor, targets: Tensor, at: BatchPosterior | Tensor, out: Output) -> None:
+        if isinstance(at, Tensor):
+            moments.run_sampled(features, targets, at, out, self.name)
+        else:
+            moments.run_multiclass(features, targets, at, out)
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {kind.name: kind for kind in (Gaussian, Bernoulli, Categorical)}
+
+
+def _columns(targets: Tensor, like: Tensor) -> Tensor:
+    return (targets[:, None] if targets.dim() == 1 else targets).to(like)
 
 
 def _shared_curvature(missing: Tensor, hidden: Tensor) -> Tensor | None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..ops.checks import check_same_device
 from ..world.ranks import World
 from .cholesky import checked_cholesky
-from .likelihoods import Likelihood, Terms, augment, check_batch, terms_of
+from .likelihoods import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood, Terms
 
 STRUCTURES = ("full", "block", "kron", "diag")
 DEFAULT_GAMMA = 0.005  # prior variance, the published experiments' value
@@ -41,7 +41,7 @@ class Posterior(ABC):
         mean: [R, W].
         precision: regression [D, D], or [O, D, D] once labels were missing for some outputs only; binary [O, P, P];
             multiclass full [C*P, C*P] (class-major), block [C, P, P], kron the pair ([C, C], [P, P]); diag [R, W].
-        likelihood: "regression", "binary" or "multiclass".
+        likelihood: :class:`mtlgrad.posterior.likelihoods.Likelihood`, with its ``name``.
         structure: "full", "block", "kron" or "diag".
     """
 
@@ -134,18 +134,18 @@ class Posterior(ABC):
         Raises:
             As the function that made this posterior.
         """
-        if weight is not None and self.likelihood == "regression":
+        if weight is not None and self.likelihood.is_exact:
             raise ValueError("update: weight: expected none, a regression posterior is exact wherever expanded")
-        targets = check_batch("update", self.likelihood, features, targets, self.anchor.shape, weight)
+        targets = self.likelihood.check("update", features, targets, self.anchor.shape, weight)
         check_same_device("update", "posterior", posterior=self.anchor, features=features)
         return self.add(features, targets, weight)
 
     def add(self, features: Tensor, targets: Tensor, weight: Tensor | None = None) -> Posterior:
         """:meth:`update` for a batch that was checked."""
         with torch.autocast(features.device.type, enabled=False):
-            hidden = augment(features.to(self.anchor), self.likelihood)
+            hidden = self.likelihood.augment(features.to(self.anchor))
             at = self.anchor if weight is None else weight.detach().to(self.anchor)
-            terms = terms_of(self.likelihood, hidden, targets, at)
+            terms = self.likelihood.terms(hidden, targets, at)
             self._add(hidden, terms)
             moved = self._curvature_times(hidden, terms, self.anchor - at) if weight is not None else 0.0
             self.residual = self.residual + terms.gradient(hidden) + moved
@@ -156,24 +156,30 @@ class Posterior(ABC):
         for name in ("mean", "_cached_covariance", "contrasts", "factor"):
             self.__dict__.pop(name, None)
 
-    # ---- of data on several ranks: what each has of them is a sum, and sums add up
+    # ---- of the data alone: what each rank, or each batch, has of them is a sum, and sums add up
 
-    def forget_prior(self) -> None:
-        """Leave nothing of a posterior without data: on all ranks but one, so that the sum has the prior once."""
-        self.residual = torch.zeros_like(self.residual)
+    def scale(self, factor: float) -> None:
+        """Count what was added so far so many times; 0 of an empty posterior leaves no prior either."""
+        self.residual = self.residual * factor
         for value in self._sums().values():
-            value.zero_()
+            value.mul_(factor)
+        self._forget()
 
-    def subtract(self, start: Posterior) -> None:
-        """Leave what was added since ``start``, a posterior with the same anchor."""
-        self.residual = self.residual - start.residual
+    def add_prior(self) -> None:
+        """Add the prior N(0, gamma I) to sums of data alone."""
+        start = type(self)(self.likelihood, self.anchor, None, self.gamma)
+        self.residual = self.residual + start.residual
         for name, value in start._sums().items():
-            self._sums()[name].sub_(value)
+            self._sums()[name].add_(value)
+        self._forget()
 
     def move(self, anchor: Tensor) -> None:
-        """Count deviations from another point. Of a Kronecker posterior the mean changes a little."""
-        self.residual = self.residual + self.times_precision(anchor - self.anchor)
+        """Count deviations of data alone from another point. Of a Kronecker posterior the mean changes a little."""
+        self.residual = self.residual + self._data_times(anchor - self.anchor)
         self.anchor = anchor
+
+    def _data_times(self, direction: Tensor) -> Tensor:
+        return self.times_precision(direction)
 
     # ---- copies
 
@@ -201,7 +207,8 @@ class Posterior(ABC):
         """Tensors and numbers from which :func:`posterior_from_state` makes an equal posterior; later batches change
         the sums in place, but not those handed out here."""
         return {
-            "likelihood": self.likelihood,
+            "likelihood": self.likelihood.name,
+            "bias": self.likelihood.bias,
             "structure": self.structure,
             "gamma": self.gamma,
             "anchor": self.anchor,
@@ -227,7 +234,7 @@ class BlockPosterior(Posterior):
         if prior is not None:
             self.blocks = prior.blocks.to(self.anchor).clone()  # type: ignore[attr-defined]
             return
-        shared = 1 if self.likelihood == "regression" else rows
+        shared = 1 if self.likelihood.is_exact else rows
         self.blocks = torch.eye(width).to(self.anchor).div(self.gamma).repeat(shared, 1, 1)
 
     def _add(self, hidden: Tensor, terms: Terms) -> None:
@@ -262,7 +269,7 @@ class BlockPosterior(Posterior):
         return self._public(torch.cholesky_inverse(self.factor))
 
     def _public(self, blocks: Tensor) -> Tensor:
-        return blocks[0] if self.likelihood == "regression" and blocks.shape[0] == 1 else blocks
+        return blocks[0] if self.likelihood.is_exact and blocks.shape[0] == 1 else blocks
 
     def _sample(self, noise: Tensor) -> Tensor:
         # precision = L L': L^-T noise has the inverse as covariance
@@ -409,6 +416,9 @@ class KroneckerPosterior(Posterior):
         # Exact, not of the batch's factors: a sum over the examples, whichever batches (or ranks) they come in.
         return terms.jointly_curved(hidden @ direction.T).T @ hidden
 
+    def _data_times(self, direction: Tensor) -> Tensor:
+        return self.curvature @ direction @ self.gram / self.count.clamp(min=1)
+
     @property
     def precision(self) -> tuple[Tensor, Tensor]:
         classes, width = self.anchor.shape
@@ -479,9 +489,7 @@ def sum_over_ranks(posteriors: Sequence[Posterior], world: World) -> None:
 
 def _part_alike(posteriors: Sequence[Posterior], world: World) -> None:
     """Outputs whose labels are missing for some only have precisions of their own; so they must on all ranks."""
-    several = [
-        p for p in posteriors if p.likelihood == "regression" and isinstance(p, BlockPosterior) and len(p.anchor) > 1
-    ]
+    several = [p for p in posteriors if p.likelihood.is_exact and isinstance(p, BlockPosterior) and len(p.anchor) > 1]
     if not several:
         return
     found = world.gather_numbers([len(p.blocks) for p in several], several[0].anchor.device)
@@ -493,11 +501,11 @@ def _part_alike(posteriors: Sequence[Posterior], world: World) -> None:
 def _class_for(likelihood: Likelihood, structure: str) -> type[Posterior]:
     if structure not in STRUCTURES:
         raise ValueError(f"structure: expected one of {', '.join(STRUCTURES)}, found {structure!r}")
-    if likelihood == "regression":
-        return BlockPosterior  # exact and shared by the outputs: less structure would save little and cost the mean
+    if likelihood.is_exact:
+        return BlockPosterior  # shared by the outputs: less structure would save little and cost the mean
     if structure == "diag":
         return DiagonalPosterior
-    if likelihood == "binary":
+    if not likelihood.is_joint:
         return BlockPosterior  # nothing couples one-output tasks: block and kron are full
     return {"full": JointPosterior, "block": ClassBlockPosterior, "kron": KroneckerPosterior}[structure]
 
@@ -527,9 +535,10 @@ def empty_posterior(
 
 def posterior_from_state(state: dict[str, Any], like: Tensor | None = None) -> Posterior:
     """The inverse of :meth:`Posterior.state`, in the dtype and on the device of ``like`` where it is given."""
-    kind = _class_for(state["likelihood"], state["structure"])
+    likelihood = LIKELIHOODS[state["likelihood"]](state["bias"])
+    kind = _class_for(likelihood, state["structure"])
     anchor = state["anchor"] if like is None else state["anchor"].to(like)
-    posterior = kind(state["likelihood"], anchor, None, state["gamma"])
+    posterior = kind(likelihood, anchor, None, state["gamma"])
     posterior.residual = state["residual"].to(anchor)
     posterior._load_sums(state["sums"])
     return posterior
@@ -554,13 +563,14 @@ def regression_posterior(
     Raises:
         RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
     """
-    targets = check_batch("regression_posterior", "regression", features, targets)
+    likelihood = Gaussian()
+    targets = likelihood.check("regression_posterior", features, targets)
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     zero = torch.zeros(targets.shape[1], features.shape[1], dtype=dtype, device=features.device)
     anchor = zero
     if isinstance(prior, Posterior) and prior.anchor.shape == zero.shape:
         anchor = prior.mean.to(zero)
-    return empty_posterior("regression", anchor, prior, gamma, "full").add(features, targets)
+    return empty_posterior(likelihood, anchor, prior, gamma, "full").add(features, targets)
 
 
 def _classification_posterior(
@@ -572,7 +582,7 @@ def _classification_posterior(
     gamma: float,
     structure: str,
 ) -> Posterior:
-    targets = check_batch(f"{likelihood}_posterior", likelihood, features, targets, weight=weight)
+    targets = likelihood.check(f"{likelihood}_posterior", features, targets, weight=weight)
     dtype = torch.float64 if torch.float64 in (features.dtype, weight.dtype) else torch.float32
     anchor = weight.detach().to(dtype, copy=True)  # the caller's weights go on training
     return empty_posterior(likelihood, anchor, prior, gamma, structure).add(features, targets)
@@ -601,7 +611,7 @@ def binary_posterior(
     Raises:
         RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
     """
-    return _classification_posterior("binary", features, targets, weight, prior, gamma, structure)
+    return _classification_posterior(Bernoulli(), features, targets, weight, prior, gamma, structure)
 
 
 @torch.no_grad()
@@ -627,4 +637,4 @@ def multiclass_posterior(
     Raises:
         RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
     """
-    return _classification_posterior("multiclass", features, targets, weight, prior, gamma, structure)
+    return _classification_posterior(Categorical(), features, targets, weight, prior, gamma, structure)

@@ -36,19 +36,36 @@ def _dense(covariance: Tensor) -> Tensor:
     return torch.diag_embed(covariance) if covariance.dim() == 2 else covariance
 
 
+def _cross(features: Tensor, covariance: Tensor) -> Tensor:
+    """Return S h, [O or 1, B, W], of covariances [O, W, W] or [W, W]."""
+    return torch.einsum("ode,be->obd", covariance if covariance.dim() == 3 else covariance[None], features)
+
+
 def regression_moments(features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`regression_at`."""
+    hidden = features if mean.shape[1] == features.shape[1] else _augment(features)
+    variances = covariance.diagonal(dim1=-2, dim2=-1)
+    return regression_at(features, targets, mean, _cross(hidden, covariance), variances)
+
+
+def regression_at(
+    features: Tensor, targets: Tensor, mean: Tensor, cross: Tensor, variances: Tensor
+) -> tuple[Tensor, Tensor]:
     """Loss (w.h - y)^2, w ~ N(m, S); with c = S h, v = h.c, r = m.h - y::
 
     E[g_d] = 2 (m_d r + c_d)
     Var[g_d] = 4 (m_d^2 v + 2 m_d r c_d + S_dd r^2 + S_dd v + c_d^2)
+
+    at the D features; with a bias, w~ and h~ for w and h. ``cross`` is S h, [O or 1, B, W], ``variances`` S_dd.
     """
-    missing = targets.isnan()
+    missing, width = targets.isnan(), features.shape[1]
     h, y, m = features, targets.masked_fill(missing, 0.0), mean
-    s = covariance.expand(mean.shape[0], -1, -1)
-    c = torch.einsum("ode,be->bod", s, h)
+    if mean.shape[1] > width:
+        h = _augment(h)
+    c = cross.transpose(0, 1)
     v = torch.einsum("bod,bd->bo", c, h)[..., None]
     r = (torch.einsum("od,bd->bo", m, h) - y)[..., None]
-    s_dd = s.diagonal(dim1=-2, dim2=-1)
+    m, c, s_dd = m[:, :width], c[..., :width], variances[..., :width]
     expectation = 2 * (m * r + c)
     variance = 4 * (m**2 * v + 2 * m * r * c + s_dd * r**2 + s_dd * v + c**2)
     return _without_label(expectation, variance, missing[..., None])
@@ -57,6 +74,15 @@ def regression_moments(features: Tensor, targets: Tensor, mean: Tensor, covarian
 def binary_moments(
     features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor, *, nodes: int = 32
 ) -> tuple[Tensor, Tensor]:
+    """See :func:`binary_at`."""
+    covariance = _dense(covariance)
+    variances = covariance.diagonal(dim1=-2, dim2=-1)
+    return binary_at(features, targets, mean, _cross(_augment(features), covariance), variances, nodes)
+
+
+def binary_at(
+    features: Tensor, targets: Tensor, mean: Tensor, cross: Tensor, variances: Tensor, nodes: int = 32
+) -> tuple[Tensor, Tensor]:
     """Binary cross entropy with logit z = w~.h~, w~ ~ N(m, S). z is Gaussian, and w given z is Gaussian::
 
     z = mu + sqrt(v) u,  w_d | u ~ N(m_d + k_d u, S_dd - k_d^2),  k = S h~ / sqrt(v)
@@ -64,11 +90,11 @@ def binary_moments(
     Var[g_d] = m_d^2 Var[r] + 2 m_d k_d Cov[r, r u] + k_d^2 Var[r u] + E[r^2] (S_dd - k_d^2)
 
     with r(u) = sigmoid(z) - y and the expectations over u by Gauss-Hermite quadrature, centred before squaring.
+    ``cross`` is S h~, [O, B, P], ``variances`` S_dd, [O, P].
     """
-    covariance = _dense(covariance)
     missing = targets.isnan()
     h, y = _augment(features), targets.masked_fill(missing, 0.0)
-    c = torch.einsum("ope,be->bop", covariance, h)
+    c = cross.transpose(0, 1)
     v = torch.einsum("bop,bp->bo", c, h)[..., None]
     none = v == 0  # no variance along h~: k = 0 too
     deviation = v.masked_fill(none, 1.0).sqrt()
@@ -82,7 +108,7 @@ def binary_moments(
         return (weight * x).sum(-1, keepdim=True)
 
     r_centred, ru_centred = r - expect(r), r * u - expect(r * u)
-    m, s_dd = mean[:, :-1], covariance.diagonal(dim1=-2, dim2=-1)[:, :-1]
+    m, s_dd = mean[:, :-1], variances[:, :-1]
     expectation = m * expect(r) + k * expect(r * u)
     variance = (
         m**2 * expect(r_centred**2)
@@ -130,6 +156,22 @@ def multiclass_moments(
     num_points: int = 256,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    """See :func:`multiclass_at`."""
+    classes, augmented = mean.shape
+    s = dense_multiclass_covariance(covariance, classes).reshape(classes, augmented, classes, augmented)
+    cross = torch.einsum("cdke,be->kbcd", s, _augment(features))
+    return multiclass_at(features, targets, mean, cross, s.diagonal(dim1=1, dim2=3), num_points, seed)
+
+
+def multiclass_at(
+    features: Tensor,
+    targets: Tensor,
+    mean: Tensor,
+    cross: Tensor,
+    variances: Tensor,
+    num_points: int = 256,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Cross entropy over C classes, w~ [C, P] jointly Gaussian. The C logits are integrated over, not the weights::
 
     z = mu + L u,  L L' = V,  V_ck = h~.S_ck h~
@@ -137,12 +179,12 @@ def multiclass_moments(
     g_d | u has mean sum_c r_c (m_cd + k_cd.u) and variance r' (S_d - k_d k_d') r
 
     with r = softmax(z) - onehot(y); the average over u is over scrambled Sobol points, centred before squaring.
+    ``cross`` is K, [C(k), B, C, P], ``variances`` S_d, [C, C, P].
     """
-    classes, augmented = mean.shape
+    classes = len(mean)
     missing = targets == IGNORE
     h = _augment(features)
-    s = dense_multiclass_covariance(covariance, classes).reshape(classes, augmented, classes, augmented)
-    cross = torch.einsum("cdke,be->bcdk", s, h)
+    cross = cross.permute(1, 2, 3, 0)
     factor = _semidefinite_cholesky(torch.einsum("bcdk,bd->bck", cross, h))
     # k = L^-1 K by forward substitution, skipping directions without variance
     k: list[Tensor] = []
@@ -161,7 +203,7 @@ def multiclass_moments(
     conditional = torch.einsum("bsc,cd->bsd", r, mean[:, :-1])
     for j in range(classes):
         conditional = conditional + torch.einsum("bsc,s,bcd->bsd", r, u[:, j], k_cd[..., j])
-    s_d = s.diagonal(dim1=1, dim2=3)[..., :-1]  # [C, C, D]
+    s_d = variances[..., :-1]  # [C, C, D]
     residual = s_d - torch.einsum("bcdj,bkdj->bckd", k_cd, k_cd)
     products = torch.einsum("bsc,bsk->bck", r, r) / num_points
     expectation = conditional.mean(1, keepdim=True)

@@ -1,0 +1,184 @@
+"""What arrives at the layer, taken apart: what each task's loss was multiplied by, and everything else (DESIGN 4.3).
+
+The gradient of task t's plain loss at the heads' own weights is e_t = R_t W_t: the derivatives of the mean loss in the
+logits, [B, K_t], times the head's weights, [K_t, D]. What arrives is g = sum_t s_t e_t + rest. Products of these small
+factors make the T x T system <e_t, e_u> s_u = <e_t, g>, in float64, with a ridge towards the common scale. Where the
+tasks explain g up to rounding, its solution is s, and nothing is left over. Where they do not, something else arrived,
+which tilts the solution: then s is what ``total`` was multiplied by, or the common scale, and the rest goes on into the
+backbone as it is. Nothing here waits for a device but :func:`find_foreign`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .heads import Head
+
+#: So many times the rounding error that :class:`Own` expects are nothing; it was 0.4 to 0.6 of it for all dtypes.
+ROUNDINGS = 1.5
+SMALLEST_RIDGE = 1e-13  # of float64 products
+HALF_EPS = 2.0**-8  # of bfloat16: autocast rounds on the way, whatever the features' dtype
+NEAR = (1e-10, 1e-2)  # a scale that is as near to a power of two is one: at least, and at most
+SAME = 1e-3  # scales that are as near are the same
+COMMON_IS_NEAR = 0.125  # the same of the common scale where something else arrived
+ROUGH_IS_NEAR = 0.05  # a scale found through half precision, as near to the common one or to total's, is that one
+OTHER_LOSS = 0.02  # a head's gradient that is as far from any multiple of its plain loss's is that of another loss
+OTHER_LAYER = 0.1  # weights that are as far from the space of the gradients had no part in them
+NO_RANK = 10.0  # singular values below so many roundings of the largest
+
+#: What a head's gradient may come from, and what to do about it.
+WAYS_OUT = {
+    "another loss": "use the registered one, or leave the head out",
+    "another layer": "register the one that is used",
+}
+
+
+class Own(NamedTuple):
+    """The tasks' own gradients as factors, float64; K rows of weights, T tasks."""
+
+    slopes: Tensor  # [B, K]
+    weights: Tensor  # [K, D]
+    noise: Tensor  # [K], squared norms of the errors that rounding leaves in each row's gradient, over eps^2
+    groups: Tensor  # [T, K], one where the row is the task's
+
+    @staticmethod
+    def of(
+        heads: Sequence[Head], features: Tensor, targets: Sequence[Tensor], weights: Sequence[Tensor], groups: Tensor
+    ) -> Own:
+        """Return them for features [B, D], targets as the losses have them, and weights [K, P], bias last."""
+        batch, hidden = len(features), functional.pad(features.double(), (0, 1), value=1.0)
+        weight = torch.cat([w.to(hidden) for w in weights])
+        logits = (hidden @ weight.T).split([len(w) for w in weights], 1)
+        squares = (hidden.square() @ weight.T.square()).split([len(w) for w in weights], 1)
+        slopes, noise = [], []
+        for head, target, z, square in zip(heads, targets, logits, squares):
+            slope, steepness = head.likelihood.slopes(z, target)
+            largest = z.square() if head.likelihood.is_joint else z.square() + target.to(z).nan_to_num().square()
+            slopes.append(slope)
+            noise.append((square + largest).sum(0) * steepness**2)
+        rows = weight[:, :-1]
+        return Own(torch.cat(slopes, 1) / batch, rows, torch.cat(noise) * rows.square().sum(1) / batch**2, groups)
+
+    def gradient(self, scales: Tensor) -> Tensor:
+        """Return sum_t s_t e_t, [B, D]."""
+        return (self.slopes * (scales @ self.groups)) @ self.weights
+
+
+class Incoming(NamedTuple):
+    scales: Tensor  # [T] float64: s
+    rest: Tensor  # [B, D] float64
+    explained: Tensor  # bool: whether the tasks explain what arrived, if half precision was on the way
+
+
+def read(
+    gradient: Tensor, own: Own, total: Tensor | None = None, share: float = 1.0, foreign: Tensor | None = None
+) -> Incoming:
+    """Take apart what arrived.
+
+    Args:
+        gradient: [B, D], in the dtype of the features.
+        total: what the sum of the losses was multiplied by, a scalar, where that is known.
+        share: with several ranks, W times this rank's examples over all: by which the losses may have been multiplied.
+        foreign: [K] bool, rows of heads whose gradient is not that of the plain loss: their scale is zero.
+    """
+    g, eps = gradient.double(), min(torch.finfo(gradient.dtype).eps, HALF_EPS)
+    slopes, weights, seen = own.slopes, own.weights, g
+    if foreign is not None:  # look where these heads cannot reach
+        basis = torch.linalg.qr(weights[foreign].T).Q
+        seen, weights = (x - (x @ basis) @ basis.T for x in (g, weights))
+        slopes = slopes * ~foreign
+    gram = own.groups @ ((slopes.T @ slopes) * (weights @ weights.T)) @ own.groups.T
+    products = own.groups @ (slopes * (seen @ weights.T)).sum(0)
+    norms = gram.diagonal().sqrt()
+    norms = torch.where(norms > 0.0, norms, 1.0)
+    everything = gram.sum()
+    common = torch.where(everything > 0.0, products.sum() / everything, 1.0 if total is None else total.double())
+    # Two solutions: for a gradient that was computed in its dtype, and for one that passed through half precision.
+    ridges = norms.new_tensor([max((4.0 * e) ** 2, SMALLEST_RIDGE) for e in (eps, HALF_EPS)])[:, None]
+    systems = gram / torch.outer(norms, norms) + torch.diag_embed(ridges.expand(-1, len(norms)))
+    solutions = torch.linalg.solve_ex(systems, products / norms + ridges * norms * common)[0] / norms
+    exact = _rounded(solutions[0], min(max(64.0 * eps, NEAR[0]), NEAR[1]))
+    otherwise = _rounded(common, COMMON_IS_NEAR) if total is None else total.double()
+    if total is not None and share != 1.0:
+        shared = otherwise * share
+        otherwise = torch.where((common - shared).abs() < (common - otherwise).abs(), shared, otherwise)
+    rough = torch.where((solutions[1] - otherwise).abs() <= ROUGH_IS_NEAR * otherwise.abs(), otherwise, solutions[1])
+    scales, fits = otherwise.expand_as(exact), []
+    for solution, e in ((rough, HALF_EPS), (exact, eps), (otherwise.expand_as(exact), eps)):  # the last that fits
+        by_row = solution @ own.groups
+        left = seen - (slopes * by_row) @ weights
+        rounding = seen.square().sum() + (by_row.square() * own.noise).sum()
+        fits.append(left.square().sum() <= (ROUNDINGS * e) ** 2 * rounding)
+        scales = torch.where(fits[-1], solution, scales)
+    if foreign is not None:
+        scales = scales * (own.groups @ (~foreign).to(g) > 0.0)
+    rest = g - own.gradient(scales)
+    if foreign is None:
+        rest = torch.where(fits[1] | fits[2], 0.0, rest)
+    return Incoming(scales, rest, fits[0] | fits[1] | fits[2])
+
+
+def as_published(scales: Tensor, total: Tensor, outputs: Sequence[int]) -> Tensor:
+    """Return what the mean over the tasks is multiplied by, which is the same for a sum and for a mean over a head's
+    outputs: where the loss is such a mean, ``total``. ``outputs``: for each task the number of its head's."""
+    number = torch.tensor(outputs, dtype=torch.float64, device=scales.device)
+    total = total.double()
+    return torch.where((scales * number - total).abs() <= SAME * total.abs(), total, scales)
+
+
+def _rounded(scales: Tensor, near: float) -> Tensor:
+    """Return the scales, those near a power of two (loss scales are, and one is) exactly."""
+    power = torch.exp2(scales.abs().log2().round())
+    return torch.where((scales.abs() - power).abs() <= near * power, power.copysign(scales), scales)
+
+
+def find_foreign(gradient: Tensor, own: Own, heads: Sequence[Head]) -> dict[int, str]:
+    """Return, by the index of the head, what is wrong with heads whose gradient is not that of their plain loss.
+
+    For a gradient that the tasks do not explain. If its rows lie in the space of the weights, they tell the derivatives
+    of the loss in each logit, and so which head has another loss. If not, but they span no more than the heads could,
+    then some head is not the one that is registered: the one whose weights are not in their space. In all other cases
+    something else was added to the losses, and nothing can be said of the heads. Reads the device.
+    """
+    g, eps, found = gradient.double(), torch.finfo(gradient.dtype).eps, dict[int, str]()
+    weights, rows = own.weights, own.weights.split([head.outputs for head in heads])
+    if not bool(g.isfinite().all()) or not bool(g.any()):
+        return found
+    if len(weights) <= g.shape[1]:
+        inverse = torch.linalg.pinv(weights)  # [D, K]
+        slopes, sizes = g @ inverse, [head.outputs for head in heads]
+        rounding = ROUNDINGS * HALF_EPS * (g.square().sum() + own.noise.sum()).sqrt()
+        if bool((g - slopes @ weights).norm() <= rounding):
+            errors = 4.0 * rounding * inverse.norm(dim=0)  # of each column of the derivatives
+            parts = zip(heads, slopes.split(sizes, 1), own.slopes.split(sizes, 1), errors.split(sizes))
+            for i, (head, mine, plain, error) in enumerate(parts):
+                if head.likelihood.is_joint:  # all logits moved alike change nothing
+                    mine = mine - mine.mean(1, keepdim=True)
+                    mine, plain, error = mine.reshape(-1, 1), plain.reshape(-1, 1), error.norm()[None]
+                if any(_differ(a, b, e) for a, b, e in zip(mine.T, plain.T, error)):
+                    found[i] = "another loss"
+            return found
+    _, values, space = torch.linalg.svd(g, full_matrices=False)
+    rank = int((values > NO_RANK * eps * values[0]).sum())
+    if rank > len(weights) or rank >= min(g.shape):
+        return found
+    basis = space[:rank]
+    for i, (head, w) in enumerate(zip(heads, rows)):
+        if head.likelihood.is_joint:
+            w = w - w.mean(0)
+        far = (w - (w @ basis.T) @ basis).norm()
+        if bool(far > OTHER_LAYER * w.norm()):
+            found[i] = "another layer"
+    return found
+
+
+def _differ(slopes: Tensor, plain: Tensor, error: Tensor) -> bool:
+    """Whether derivatives are no multiple of those of the plain loss."""
+    norm = plain.norm().clamp(min=torch.finfo(plain.dtype).tiny)
+    left = (slopes - (slopes @ plain) / norm**2 * plain).norm()
+    return bool(left > OTHER_LOSS * slopes.norm()) and bool(left > error)
