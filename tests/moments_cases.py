@@ -30,15 +30,21 @@ def spd(g: torch.Generator, *batch: int, size: int) -> Tensor:
 
 
 def regression(
-    seed: int, batch: int, width: int, outputs: int = 3, scale: float = 1.0, per_output: bool = False
+    seed: int,
+    batch: int,
+    width: int,
+    outputs: int = 3,
+    scale: float = 1.0,
+    per_output: bool = False,
+    bias: bool = False,
 ) -> Case:
     g = generator(seed)
     shape = (outputs,) if per_output else ()
     return Case(
         normal(g, batch, width),
         normal(g, batch, outputs),
-        normal(g, outputs, width),
-        scale * spd(g, *shape, size=width),
+        normal(g, outputs, width + bias),
+        scale * spd(g, *shape, size=width + bias),
     )
 
 

@@ -59,8 +59,20 @@ def regression_terms(case: Case) -> tuple[Tensor, Tensor]:
 def test_regression(size: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     tight = 1e-3 if dtype == torch.float16 else 1e-6  # float16 has no 1e-8
     for scale, per_output in ((tight, False), (tight, True), (1.0, True), (1e2, False)):
-        case = regression(1, *size, scale=scale, per_output=per_output)
-        compare("regression_moments", case, dtype, device, regression_terms(cast(case, dtype)))
+        for bias in (False, True):
+            case = regression(1, *size, scale=scale, per_output=per_output, bias=bias)
+            compare("regression_moments", case, dtype, device, regression_terms(cast(case, dtype)))
+
+
+def test_regression_with_a_bias_is_one_with_another_feature(device: str) -> None:
+    """Of a one, last, whose own gradient is left out."""
+    features, targets, mean, covariance = regression(1, 5, 9, bias=True)
+    assert isinstance(covariance, Tensor)
+    hidden = torch.cat([features, torch.ones(5, 1).double()], 1)
+    want = reference.regression_moments(hidden, targets, mean, covariance)
+    got = ops.regression_moments(*on(device, features, targets, mean, covariance))
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs[..., :-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -81,6 +93,23 @@ def check_binary(size: tuple[int, int], scale: float, diagonal: bool, dtype: tor
     else:
         case = binary(2, *size, scale=scale, outputs=outputs, diagonal=diagonal)
     compare("binary_moments", case, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("logit", [39.9, 40.1, 88.0, 120.0, 300.0, 399.0, 401.0, 800.0])
+def test_binary_far_from_the_middle(logit: float, dtype: torch.dtype, device: str) -> None:
+    """Logits whose smaller probability leaves the dtype's range, and deviations that bring it back."""
+    for sign in (-1.0, 1.0):
+        for deviation in (1e-3, 1.0, 30.0, 100.0, 300.0):
+            mean = torch.tensor([[sign * logit, 0.0]] * 2, dtype=torch.float64)
+            covariance = torch.diag(torch.tensor([deviation**2, 1e-3], dtype=torch.float64)).expand(2, 2, 2)
+            targets = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+            case = cast(Case(torch.ones(1, 1).double(), targets, mean, covariance), dtype)
+            want, got = reference.binary_moments(*wide(case)), ops.binary_moments(*on(device, *case))
+            # A residual is at most one: relative to the weight, and its second moment.
+            second = logit**2 + deviation**2
+            assert (got[0].cpu() - want[0]).abs().max() <= EPS[dtype] * second**0.5
+            assert (got[1].cpu() - want[1]).abs().max() <= 10 * EPS[dtype] * second
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

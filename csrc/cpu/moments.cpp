@@ -18,6 +18,19 @@ MTLGRAD_INLINE void regression_row(const T* h, T target, const T* m, const T* c,
        [=](int64_t d) __attribute__((always_inline)) { return math::regression(m[d], c[d], s[d], r, z); });
 }
 
+template <bool kSaturated, typename T>
+MTLGRAD_INLINE math::BinarySums<T> binary_sums(math::Logistic<T> at, T deviation, const T* nodes, const T* weights,
+                                               int64_t num_nodes) {
+  T d = 0, du = 0, dh = 0, dd = 0, ddu = 0, ddh = 0;
+#pragma omp simd reduction(+ : d, du, dh, dd, ddu, ddh)
+  for (int64_t i = 0; i < num_nodes; ++i) {
+    math::BinarySums<T> one{};
+    math::add_node<kSaturated>(one, at, deviation, nodes[i], weights[i]);
+    d += one.d, du += one.du, dh += one.dh, dd += one.dd, ddu += one.ddu, ddh += one.ddh;
+  }
+  return {d, du, dh, dd, ddu, ddh};
+}
+
 // One example of one binary output: two dot products, the quadrature, one pass over the features.
 template <typename T>
 MTLGRAD_INLINE void binary_row(const T* h, T target, const T* m, const T* k, const T* s, const T* nodes,
@@ -28,15 +41,9 @@ MTLGRAD_INLINE void binary_row(const T* h, T target, const T* m, const T* k, con
   const auto z = math::logit_variance(static_cast<T>(dot(k, h, width) + static_cast<double>(k[width])), scale);
   const math::Logistic<T> at = math::logistic(mu);
   const T deviation = std::sqrt(z.v);
-  T d = 0, du = 0, dh = 0, dd = 0, ddu = 0, ddh = 0;
-#pragma omp simd reduction(+ : d, du, dh, dd, ddu, ddh)
-  for (int64_t i = 0; i < num_nodes; ++i) {
-    math::BinarySums<T> one{};
-    math::add_node(one, at, deviation, nodes[i], weights[i]);
-    d += one.d, du += one.du, dh += one.dh, dd += one.dd, ddu += one.ddu, ddh += one.ddh;
-  }
-  const T r0 = math::binary_residual(at, target);
-  const auto c = math::binary_coefficients(math::BinarySums<T>{d, du, dh, dd, ddu, ddh}, r0, z);
+  const auto sums = math::is_saturated(at) ? binary_sums<true>(at, deviation, nodes, weights, num_nodes)
+                                           : binary_sums<false>(at, deviation, nodes, weights, num_nodes);
+  const auto c = math::binary_coefficients(sums, math::binary_residual(at, target), z);
   emit(out, 0, width, [=](int64_t i) __attribute__((always_inline)) { return math::binary(c, m[i], k[i], s[i]); });
 }
 

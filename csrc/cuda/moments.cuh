@@ -60,8 +60,10 @@ __global__ void __launch_bounds__(kThreads)
     const math::LogitVariance<T> z = math::logit_variance(variance, block_sum(scale) + T(sqrt(s[width])));
     const T deviation = sqrt(z.v);
     math::BinarySums<T> sums{};
+    const bool saturated = math::is_saturated(at);  // for the whole block
     for (int64_t i = threadIdx.x % kWarp; i < num_nodes; i += kWarp)
-      math::add_node(sums, at, deviation, nodes[i], weights[i]);
+      saturated ? math::add_node<true>(sums, at, deviation, nodes[i], weights[i])
+                : math::add_node<false>(sums, at, deviation, nodes[i], weights[i]);
     sums.d = warp_sum(sums.d), sums.du = warp_sum(sums.du), sums.dh = warp_sum(sums.dh);
     sums.dd = warp_sum(sums.dd), sums.ddu = warp_sum(sums.ddu), sums.ddh = warp_sum(sums.ddh);
     const math::Power<T> power = power_of<T>(output, o);

@@ -94,9 +94,9 @@ struct BinarySums {
   T dd, ddu, ddh;  // the same with delta^2
 };
 
-template <typename T>
+template <bool kSaturated, typename T>
 MTLGRAD_INLINE void add_node(BinarySums<T>& sums, Logistic<T> at, T deviation, T node, T weight) {
-  const T delta = logistic_step(at, deviation * node);
+  const T delta = logistic_step<kSaturated>(at, deviation * node);
   const T h = node * node - T(1);
   const T wd = weight * delta, wdd = wd * delta;
   sums.d += wd, sums.du += wd * node, sums.dh += wd * h;

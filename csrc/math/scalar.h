@@ -153,22 +153,32 @@ MTLGRAD_INLINE double inverse_power(double x, double power) { return pow(x, -pow
 template <typename T>
 struct Logistic {
   T p, q;  // q = 1 - p
+  T x;
 };
 
 template <typename T>
 MTLGRAD_INLINE Logistic<T> logistic(T x) {
   const T e = exp_pair(x < T(0) ? x : -x).exp;  // e^-|x|
   const T small = e / (T(1) + e), large = T(1) / (T(1) + e);
-  return {x < T(0) ? small : large, x < T(0) ? large : small};
+  return {x < T(0) ? small : large, x < T(0) ? large : small, x};
+}
+
+// Where the smaller of p and q, and the factor by which a step changes it, may leave the range of T both; the larger is
+// one there.
+template <typename T>
+MTLGRAD_INLINE bool is_saturated(Logistic<T> at) {
+  return (at.x < T(0) ? -at.x : at.x) > (sizeof(T) == 4 ? T(40) : T(400));
 }
 
 // logistic(x + delta) - logistic(x), given the logistic at x: no cancellation however small delta is.
-template <typename T>
+template <bool kSaturated, typename T>
 MTLGRAD_INLINE T logistic_step(Logistic<T> at, T delta) {
   const bool up = delta > T(0);
   const ExpPair<T> e = exp_pair(up ? -delta : delta);
   const T towards = up ? at.q : at.p, away = up ? at.p : at.q;
-  const T step = at.p * at.q * -e.expm1 / (away + towards * e.exp);
+  T step = at.p * at.q * -e.expm1 / (away + towards * e.exp);
+  if (kSaturated && up == (at.x < T(0)))  // back to the middle: away / (away + e) is that of a logit between the two
+    step = -e.expm1 * logistic(up ? delta + at.x : -delta - at.x).p;
   return up ? step : -step;
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..ops.checks import check_same_device
 from ..ops.moments import power_tensor
@@ -16,12 +17,26 @@ from ..posterior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ..posterior.posteriors import DEFAULT_GAMMA, check_gamma
 from ..world.shards import full
 
+Layers = nn.Linear | nn.Conv2d | Sequence[nn.Linear | nn.Conv2d] | nn.ModuleList
+
+
+def _sizes(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels
+    return layer.in_features, layer.out_features
+
+
+def _is_linear(layer: nn.Conv2d) -> bool:
+    same = (layer.kernel_size, layer.stride, layer.dilation) == ((1, 1),) * 3
+    return same and layer.padding in ((0, 0), "valid", "same") and layer.groups == 1
+
 
 class Head:
     """Common to the three kinds.
 
     Args:
-        layers: one ``nn.Linear(D, O)``, or several (a sequence or ``nn.ModuleList``), whose outputs are stacked.
+        layers: one ``nn.Linear(D, O)``, or several (a sequence or ``nn.ModuleList``), whose outputs are stacked; of
+            positions also ``nn.Conv2d(D, O, 1)``. What they return must be x W' + b, without hooks that change it.
         gamma: variance of the weights' prior N(0, gamma I).
         power: exponent of the task's inverse variance in the weighted mean; 1 is the equation's, the published code's
             experiments use 0.1 to 0.5. One number, or one for each output.
@@ -31,27 +46,34 @@ class Head:
 
     def __init__(
         self,
-        layers: nn.Linear | Sequence[nn.Linear] | nn.ModuleList,
+        layers: Layers,
         gamma: float = DEFAULT_GAMMA,
         power: float | Sequence[float] | Tensor = 1.0,
     ):
         name = type(self).__name__
         listed: Any = layers if isinstance(layers, (Sequence, nn.ModuleList)) else (layers,)
-        self.layers: tuple[nn.Linear, ...] = tuple(listed)
+        self.layers: tuple[nn.Linear | nn.Conv2d, ...] = tuple(listed)
         if not self.layers:
             raise ValueError(f"{name}: layers: expected at least one nn.Linear, found none")
         for layer in self.layers:
-            if not isinstance(layer, nn.Linear):
+            if not isinstance(layer, (nn.Linear, nn.Conv2d)):
                 raise ValueError(f"{name}: layers: expected nn.Linear, found {type(layer).__name__}")
-            if layer.out_features < 1 or layer.in_features < 1:
+            if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+                raise ValueError(
+                    f"{name}: layers: expected weights, found a {type(layer).__name__} without any; run a forward first"
+                )
+            if isinstance(layer, nn.Conv2d) and not _is_linear(layer):
+                raise ValueError(f"{name}: layers: expected nn.Linear or a convolution of 1 x 1, found {layer}")
+            if min(_sizes(layer)) < 1:
                 raise ValueError(f"{name}: layers: expected at least one feature and one output, found {layer}")
             if layer.bias is None and not self.likelihood.is_exact:
                 raise ValueError(f"{name}: layers: expected a bias, which the logit's posterior has, found bias=False")
-        widths = {layer.in_features for layer in self.layers}
+        widths = {_sizes(layer)[0] for layer in self.layers}
         if len(widths) > 1:
             raise ValueError(f"{name}: layers: expected one number of input features, found {sorted(widths)}")
         self.width = widths.pop()
-        self.outputs = sum(layer.out_features for layer in self.layers)
+        self.outputs = sum(_sizes(layer)[1] for layer in self.layers)
+        self.probe(name)
         check_gamma(gamma)
         self.gamma = float(gamma)
         values = power.tolist() if isinstance(power, Tensor) else power
@@ -71,7 +93,7 @@ class Head:
 
     def weight(self, like: Tensor) -> Tensor:
         """Return a copy [R, P] of the weights, bias (zero where there is none) last, in the dtype of ``like``."""
-        rows = [full(layer.weight) for layer in self.layers]
+        rows = [full(layer.weight).flatten(1) for layer in self.layers]
         biases = [row.new_zeros(len(row)) if x.bias is None else full(x.bias) for x, row in zip(self.layers, rows)]
         return torch.cat([torch.cat(rows), torch.cat(biases)[:, None]], 1).to(like)
 
@@ -81,8 +103,27 @@ class Head:
         weight_shape = (self.outputs, self.likelihood.width(self.width))
         return self.likelihood.check(op, features, targets, weight_shape).detach()
 
+    @torch.no_grad()
+    def probe(self, op: str) -> None:
+        """Refuse layers whose forward is another than x W' + b: adapters, hooks, quantised weights."""
+        for layer in self.layers:
+            plain = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
+            if (plain and not layer._forward_hooks and not layer._forward_pre_hooks) or layer.weight.is_meta:
+                continue
+            x = torch.linspace(-1.0, 1.0, 2 * _sizes(layer)[0], dtype=layer.weight.dtype, device=layer.weight.device)
+            x = x.view(2, -1, *([1, 1] if isinstance(layer, nn.Conv2d) else []))
+            found, bias = layer(x), None if layer.bias is None else full(layer.bias)
+            want = functional.linear(x.flatten(1), full(layer.weight).flatten(1), bias)
+            if not isinstance(found, Tensor) or not torch.allclose(found.flatten(1), want, rtol=1e-2, atol=1e-2):
+                raise ValueError(
+                    f"{op}: layers: expected a forward of x W' + b, found a {type(layer).__name__} with another one; "
+                    "merge the adapter into its weight, take away its hooks, or leave the head out"
+                )
+
     def predict(self, features: Tensor) -> Tensor:
-        layers = [(full(layer.weight), None if layer.bias is None else full(layer.bias)) for layer in self.layers]
+        layers = [
+            (full(layer.weight).flatten(1), None if layer.bias is None else full(layer.bias)) for layer in self.layers
+        ]
         return torch.cat([functional.linear(features, weight, bias) for weight, bias in layers], -1)
 
 
@@ -101,7 +142,7 @@ class Regression(Head):
 
     def __init__(
         self,
-        layers: nn.Linear | Sequence[nn.Linear] | nn.ModuleList,
+        layers: Layers,
         gamma: float = DEFAULT_GAMMA,
         power: float | Sequence[float] | Tensor = 1.0,
         noise: float | str = 1.0,

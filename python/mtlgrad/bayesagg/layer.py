@@ -133,7 +133,7 @@ class BayesAgg(nn.Module):
         self._working: list[Posterior] = []  # the posteriors as the batches use them: dtype and device
         self._powers: list[Tensor] = []
         self._groups = torch.zeros(0)  # [T, K] float64, which rows of the heads' weights are a task's
-        self._balance = 1.0
+        self._balance: float | None = None  # see _make_posteriors
         self._number = 0  # of passes; seeds the samples, names the batch in errors
         self._since = 0  # passes since the posterior was made
         self._look = True  # for such heads, in the next backward
@@ -397,6 +397,16 @@ class BayesAgg(nn.Module):
         world = world_of(self._group)
         self._posteriors, self._noise, self._number = full_data_posteriors(self._full_data, self._number, world)
         self._working, self._agreed, self._since, self._look = [], world, 0, True
+        for i, head in enumerate(self.heads):
+            head.probe(f"BayesAgg: heads[{i}]")
+        if self._balance is None:
+            # Residuals are as large as the noise lets them be. So, of gradients that are divided by it, the sum has at
+            # first the size of the plain losses' sum; a classifier's noise is one. From then on gradients grow as the
+            # noise falls, as those of the losses' logarithms do.
+            noise = self.noise
+            assert noise is not None
+            deviations = noise.nan_to_num(1.0).sqrt()
+            self._balance = float(deviations.sum() / (1.0 / deviations).sum())
 
     @property
     def posteriors(self) -> list[Posterior] | None:
@@ -433,7 +443,7 @@ class BayesAgg(nn.Module):
             weights=[weight.to(features) for weight in weights],
             posteriors=self._working,
             powers=self._powers,
-            balance=self._balance,
+            balance=self._balance or 1.0,
             num_samples=self.num_samples if self.moments == "sampled" else 0,
             seed=self.seed * 1_000_003 + self._number,
             name=f"BayesAgg: batch {self._number}",
@@ -455,12 +465,6 @@ class BayesAgg(nn.Module):
             for head in self.heads
         ]
         self._groups = torch.block_diag(*blocks)
-        # Residuals are as large as the noise lets them be. So, of gradients that are divided by it, the sum has the
-        # size of the plain losses' sum; a classifier's noise is one.
-        noise = self.noise
-        assert noise is not None
-        deviations = noise.nan_to_num(1.0).sqrt()
-        self._balance = float(deviations.sum() / (1.0 / deviations).sum())
 
     def _for_all_ranks(self, batch: Batch, rows: Tensor) -> Batch:
         assert self._posteriors is not None
@@ -536,6 +540,7 @@ class BayesAgg(nn.Module):
             "heads": self._signature(),
             "number": self._number,
             "since": self._since,
+            "balance": self._balance,
             "posteriors": None if self._posteriors is None else [p.state() for p in self._posteriors],
             "noise": list(self._noise),
             "full_data": [full_data.state() for full_data in self._full_data],
@@ -572,7 +577,7 @@ class BayesAgg(nn.Module):
                 f"BayesAgg.load_state_dict: expected a state of {', '.join(self._signature())}; found one of "
                 f"{', '.join(state['heads'])}"
             )
-        self._number, self._since = state["number"], state["since"]
+        self._number, self._since, self._balance = state["number"], state["since"], state["balance"]
         posteriors = state["posteriors"]
         self._posteriors = None if posteriors is None else [posterior_from_state(p) for p in posteriors]
         self._noise = state["noise"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..ops import moments
-from ..ops.checks import check_class_range, check_finite, check_tensors
+from ..ops.checks import check_class_range, check_finite, check_tensors, refuse, shape_of
 from ..ops.moments import BatchPosterior, Output
 from ..reference.moments import IGNORE
 
@@ -84,6 +84,13 @@ class Likelihood(ABC):
         for name, tensor in needed.items():
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{op}: {name}: expected a tensor, found {type(tensor).__name__}")
+        if not self.is_joint and not targets.is_floating_point():
+            refuse(f"{op}: targets: expected floating values, found {targets.dtype}; use targets.float()")
+        if self.is_joint and targets.dim() == 2 and targets.is_floating_point():
+            refuse(
+                f"{op}: targets: expected class indices [B] int64, found {targets.dtype} {shape_of(targets)}: of soft "
+                "labels there is no posterior here; use targets.argmax(1), or leave the head out"
+            )
         sizes = {}
         if weight_shape is not None:
             sizes = {self.letter: weight_shape[0], "D": weight_shape[1] - self.bias}
