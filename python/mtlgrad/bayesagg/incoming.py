@@ -4,8 +4,8 @@ The gradient of task t's plain loss at the heads' own weights is e_t = R_t W_t: 
 logits, [B, K_t], times the head's weights, [K_t, D]. What arrives is g = sum_t s_t e_t + rest. Products of these small
 factors make the T x T system <e_t, e_u> s_u = <e_t, g>, in float64, with a ridge towards the common scale. Where the
 tasks explain g up to rounding, its solution is s, and nothing is left over. Where they do not, something else arrived,
-which tilts the solution: then s is what ``total`` was multiplied by, or the common scale, and the rest goes on into the
-backbone as it is. Nothing here waits for a device but :func:`find_foreign`.
+which tilts the solution: then s is what ``total`` was multiplied by, or the power of two next to the common scale, and
+the rest goes on into the backbone as it is. Nothing here waits for a device but :func:`find_foreign`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .heads import Head
 #: So many times the rounding error that :class:`Own` expects are nothing; it was 0.4 to 0.6 of it for all dtypes.
 ROUNDINGS = 1.5
 SMALLEST_RIDGE = 1e-13  # of float64 products
+SMALLEST_EPS = 1e-11  # what is left of these
 HALF_EPS = 2.0**-8  # of bfloat16: autocast rounds on the way, whatever the features' dtype
 NEAR = (1e-10, 1e-2)  # a scale that is as near to a power of two is one: at least, and at most
 SAME = 1e-3  # scales that are as near are the same
-COMMON_IS_NEAR = 0.125  # the same of the common scale where something else arrived
 ROUGH_IS_NEAR = 0.05  # a scale found through half precision, as near to the common one or to total's, is that one
 OTHER_LOSS = 0.02  # a head's gradient that is as far from any multiple of its plain loss's is that of another loss
 OTHER_LAYER = 0.1  # weights that are as far from the space of the gradients had no part in them
@@ -86,7 +86,7 @@ def read(
         share: with several ranks, W times this rank's examples over all: by which the losses may have been multiplied.
         foreign: [K] bool, rows of heads whose gradient is not that of the plain loss: their scale is zero.
     """
-    g, eps = gradient.double(), min(torch.finfo(gradient.dtype).eps, HALF_EPS)
+    g, eps = gradient.double(), _eps(gradient)
     slopes, weights, seen = own.slopes, own.weights, g
     if foreign is not None:  # look where these heads cannot reach
         basis = torch.linalg.qr(weights[foreign].T).Q
@@ -102,8 +102,12 @@ def read(
     ridges = norms.new_tensor([max((4.0 * e) ** 2, SMALLEST_RIDGE) for e in (eps, HALF_EPS)])[:, None]
     systems = gram / torch.outer(norms, norms) + torch.diag_embed(ridges.expand(-1, len(norms)))
     solutions = torch.linalg.solve_ex(systems, products / norms + ridges * norms * common)[0] / norms
+    # Once more for what the ridge left over.
+    solutions = solutions + torch.linalg.solve_ex(systems, (products - solutions @ gram) / norms)[0] / norms
     exact = _rounded(solutions[0], min(max(64.0 * eps, NEAR[0]), NEAR[1]))
-    otherwise = _rounded(common, COMMON_IS_NEAR) if total is None else total.double()
+    # Tilted by what else arrived; but a loss scale is a power of two.
+    power = torch.where(common > 0.0, torch.exp2(common.clamp(min=1e-300).log2().round()), 1.0)
+    otherwise = power if total is None else total.double()
     if total is not None and share != 1.0:
         shared = otherwise * share
         otherwise = torch.where((common - shared).abs() < (common - otherwise).abs(), shared, otherwise)
@@ -131,6 +135,10 @@ def as_published(scales: Tensor, total: Tensor, outputs: Sequence[int]) -> Tenso
     return torch.where((scales * number - total).abs() <= SAME * total.abs(), total, scales)
 
 
+def _eps(gradient: Tensor) -> float:
+    return min(max(torch.finfo(gradient.dtype).eps, SMALLEST_EPS), HALF_EPS)
+
+
 def _rounded(scales: Tensor, near: float) -> Tensor:
     """Return the scales, those near a power of two (loss scales are, and one is) exactly."""
     power = torch.exp2(scales.abs().log2().round())
@@ -145,16 +153,18 @@ def find_foreign(gradient: Tensor, own: Own, heads: Sequence[Head]) -> dict[int,
     then some head is not the one that is registered: the one whose weights are not in their space. In all other cases
     something else was added to the losses, and nothing can be said of the heads. Reads the device.
     """
-    g, eps, found = gradient.double(), torch.finfo(gradient.dtype).eps, dict[int, str]()
+    g, eps, found = gradient.double(), _eps(gradient), dict[int, str]()
     weights, rows = own.weights, own.weights.split([head.outputs for head in heads])
     if not bool(g.isfinite().all()) or not bool(g.any()):
         return found
-    if len(weights) <= g.shape[1]:
+    if 2 * len(weights) <= g.shape[1]:  # else an addition might lie there by chance
         inverse = torch.linalg.pinv(weights)  # [D, K]
         slopes, sizes = g @ inverse, [head.outputs for head in heads]
-        rounding = ROUNDINGS * HALF_EPS * (g.square().sum() + own.noise.sum()).sqrt()
-        if bool((g - slopes @ weights).norm() <= rounding):
-            errors = 4.0 * rounding * inverse.norm(dim=0)  # of each column of the derivatives
+        outside, size = (g - slopes @ weights).norm(), (g.square().sum() + own.noise.sum()).sqrt()
+        levels = (eps, HALF_EPS) if gradient.dtype != torch.float64 else (eps,)
+        inside = [e for e in levels if bool(outside <= ROUNDINGS * e * size)]
+        if inside:
+            errors = 8.0 * inside[0] * size * inverse.norm(dim=0)  # of each column of the derivatives
             parts = zip(heads, slopes.split(sizes, 1), own.slopes.split(sizes, 1), errors.split(sizes))
             for i, (head, mine, plain, error) in enumerate(parts):
                 if head.likelihood.is_joint:  # all logits moved alike change nothing
