@@ -33,14 +33,18 @@ def dataset(examples: int, width: int = WIDTH, missing: float = 0.1) -> list[Dat
 class Net(nn.Module):
     """A backbone, a head of each kind, and the layer between."""
 
-    def __init__(self, data: Sequence[Data], **options: Any):
+    def __init__(self, data: Sequence[Data], noise: float | str = 1.0, bias: bool = False, **options: Any):
         super().__init__()
         torch.manual_seed(0)
         width = data[0].features.shape[1]
         self.backbone = nn.Sequential(nn.Linear(width, 10), nn.Tanh(), nn.Linear(10, width))
         self.heads = nn.ModuleList([nn.Linear(width, len(d.weight)) for d in data])
         powers = {"regression": 0.5, "binary": 1.0, "multiclass": 0.7}
-        listed = [KINDS[d.kind](head, gamma=0.3, power=powers[d.kind]) for d, head in zip(data, self.heads)]
+        more: dict[str, dict[str, Any]] = {"regression": {"noise": noise, "bias": bias}}
+        listed = [
+            KINDS[d.kind](head, gamma=0.3, power=powers[d.kind], **more.get(d.kind, {}))
+            for d, head in zip(data, self.heads)
+        ]
         self.layer = BayesAgg(listed, **options)
 
     def forward(self, inputs: Tensor, targets: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -74,11 +74,14 @@ FOUR: list[Step | None] = [
 PLANS = {"small": SMALL, "large": LARGE}
 
 
-@pytest.mark.parametrize("statistics", ["stored", "streaming"])
+@pytest.mark.parametrize("noise", [1.0, "estimated"])
+@pytest.mark.parametrize("statistics", ["stored", "streaming", "moving"])
 @pytest.mark.parametrize("covariance", ["full", "block", "kron", "diag"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_training_on_two_ranks(two_ranks: Pool, plan: str, covariance: str, statistics: str) -> None:
-    options = {"covariance": covariance, "statistics": statistics}
+def test_training_on_two_ranks(
+    two_ranks: Pool, plan: str, covariance: str, statistics: str, noise: float | str
+) -> None:
+    options = {"covariance": covariance, "statistics": statistics, "noise": noise, "half_life": 2.0}
     compare(PLANS[plan], options, WIDTH, two_ranks, 1e-6)
 
 
@@ -87,7 +90,15 @@ def test_weight_samples_are_the_same_on_all_ranks(two_ranks: Pool, plan: str) ->
     compare(PLANS[plan], {"moments": "sampled", "num_samples": 50}, WIDTH, two_ranks, 1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"covariance": "kron", "statistics": "streaming"}, {"moments": "sampled"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"covariance": "kron", "statistics": "streaming"},
+        {"moments": "sampled"},
+        {"statistics": "moving", "half_life": 2.0, "noise": "estimated", "bias": True, "reduction": "sum"},
+    ],
+)
 def test_training_on_four_ranks(four_ranks: Pool, options: dict[str, Any]) -> None:
     compare(FOUR, options, WIDTH, four_ranks, 1e-6)
 
