@@ -336,7 +336,9 @@ class BayesAgg(nn.Module):
         result = aggregate(batch, scales, self._foreign)
         self._refuse_nan(result, recorded.number, gradient)
         self._last, self._diagnosis, self._loss_weights = batch, None, incoming.scales
-        return result.add_(incoming.rest).to(gradient.dtype)
+        if incoming.rest is not None:
+            result.add_(incoming.rest)
+        return result.to(gradient.dtype)
 
     def _find_foreign(self, gradient: Tensor, own: Own, recorded: Pass, share: float) -> Tensor | None:
         """Return the rows of the heads whose gradient is not that of their plain loss, [K] bool; None: there are none.

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.moments import IGNORE, Covariance
-from ..reference.quadrature import gauss_hermite, sobol_normal
+from ..reference.quadrature import NUM_POINTS, gauss_hermite, sobol_normal
 from ._native import _C, KERNELS, launch_place
 from ._operation import Operation
 from .checks import check_class_range, check_finite, check_tensors, refuse, shape_of
@@ -292,7 +292,13 @@ _binary = _declare(
 
 
 def multiclass_moments(
-    features: Tensor, targets: Tensor, mean: Tensor, covariance: Covariance, *, num_points: int = 256, seed: int = 0
+    features: Tensor,
+    targets: Tensor,
+    mean: Tensor,
+    covariance: Covariance,
+    *,
+    num_points: int = NUM_POINTS,
+    seed: int = 0,
 ) -> Moments:
     """Return the moments of the gradient of softmax cross entropy for weights (W, b) jointly Gaussian over C classes,
     [B, 1, D] each. The C logits are integrated over quasi-random points, not the C x P weights.
@@ -342,7 +348,7 @@ def _sobol_on(num_points: int, dimension: int, seed: int, device: torch.device) 
 
 
 def _run_multiclass(
-    features: Tensor, targets: Tensor, at: BatchPosterior, out: Output, num_points: int = 256, seed: int = 0
+    features: Tensor, targets: Tensor, at: BatchPosterior, out: Output, num_points: int = NUM_POINTS, seed: int = 0
 ) -> None:
     classes, device = len(at.mean), features.device
     slot, slots = _C.multiclass_workspace(STRUCTURES.index(at.structure), classes, num_points), launch_place(device)[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .quadrature import gauss_hermite, sobol_normal
+from .quadrature import NUM_POINTS, gauss_hermite, sobol_normal
 
 IGNORE = -100  # class target without a label, as in torch.nn.functional.cross_entropy
 SMALLEST_VARIANCE = 1e-8
@@ -153,7 +153,7 @@ def multiclass_moments(
     mean: Tensor,
     covariance: Covariance,
     *,
-    num_points: int = 256,
+    num_points: int = NUM_POINTS,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`multiclass_at`."""
@@ -169,7 +169,7 @@ def multiclass_at(
     mean: Tensor,
     cross: Tensor,
     variances: Tensor,
-    num_points: int = 256,
+    num_points: int = NUM_POINTS,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy over C classes, w~ [C, P] jointly Gaussian. The C logits are integrated over, not the weights::

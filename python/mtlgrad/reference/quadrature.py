@@ -11,6 +11,10 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: Points for a softmax: against 16,384 the error of the moments is a half to a tenth of that of the published 1,024
+#: weight samples, for 2 to 20 classes and variances of the logits from 1e-3 to 10.
+NUM_POINTS = 64
+
 
 def _constant_to_compilers(function: F) -> F:
     """torch.compile looks through lru_cache and would trace the rules, which Inductor (2.13) then gets wrong.
