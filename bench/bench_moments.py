@@ -126,6 +126,14 @@ def make_data(shape: Shape, device: torch.device) -> Data:
     return Data(features.to(device), [t.to(device) for t in targets], [w.to(device) for w in weights], shape)
 
 
+#: As the published code has them.
+PUBLISHED_HEADS: dict[str, Callable[..., Any]] = {
+    "regression": functools.partial(mtlgrad.Regression, noise=1.0, bias=False),
+    "binary": mtlgrad.Binary,
+    "multiclass": mtlgrad.Multiclass,
+}
+
+
 # One aggregation -----------------------------------------------------------------------------------------------------
 
 
@@ -137,9 +145,10 @@ def layer(data: Data, moments: str) -> mtlgrad.BayesAgg:
         with torch.no_grad():
             head.weight.copy_(weight[:, :-1])
             head.bias.copy_(weight[:, -1])
-        make = {"regression": mtlgrad.Regression, "binary": mtlgrad.Binary, "multiclass": mtlgrad.Multiclass}[kind]
-        groups.append(make(head, gamma=GAMMA, power=POWER[kind]))
-    bayes = mtlgrad.BayesAgg(groups, moments=moments, covariance="full", num_samples=data.shape.samples)
+        groups.append(PUBLISHED_HEADS[kind](head, gamma=GAMMA, power=POWER[kind]))
+    bayes = mtlgrad.BayesAgg(
+        groups, moments, covariance="full", num_samples=data.shape.samples, statistics="stored", reduction="mean"
+    )
     bayes(data.features.clone().requires_grad_(), data.targets)
     bayes.refresh()
     return bayes

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtlgrad
+from bench.bench_moments import PUBLISHED_HEADS
 from bench.harness import Case, Contender, Work
 from bench.peers import adatask_published, bayesagg_published, libmtl_loops
 from bench.peers import torchjd_merge as torchjd
@@ -96,9 +97,9 @@ def step(
 
 
 def bayesagg(problem: Problem) -> Contender:
-    makers = {"regression": mtlgrad.Regression, "binary": mtlgrad.Binary, "multiclass": mtlgrad.Multiclass}
     groups = problem.groups()
-    layer = mtlgrad.BayesAgg([makers[kind](heads) for kind, heads, _ in groups], covariance=problem.covariance)
+    registered = [PUBLISHED_HEADS[kind](heads, gamma=0.005, power=1.0) for kind, heads, _ in groups]
+    layer = mtlgrad.BayesAgg(registered, covariance=problem.covariance, statistics="stored", reduction="mean")
     targets = [target for _, _, target in groups]
 
     def prepare() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ WIDTH = 4
 GAMMAS = {"regression": 0.4, "binary": 0.3, "multiclass": 0.2}
 POWERS = {"regression": 0.5, "binary": 1.0, "multiclass": 0.7}
 ALL_KINDS = ("regression", "binary", "multiclass")
-LAYERS = {"regression": Regression, "binary": Binary, "multiclass": Multiclass}
+#: The published model: unit noise, no bias; an epoch's features; the mean over the tasks.
+published_regression = partial(Regression, noise=1.0, bias=False)
+published_layer = partial(BayesAgg, reduction="mean", statistics="stored")
+LAYERS: dict[str, Any] = {"regression": published_regression, "binary": Binary, "multiclass": Multiclass}
 
 
 @dataclass
@@ -75,7 +79,7 @@ def model(kinds: Sequence[str] = ALL_KINDS, examples: int = 40, missing: float =
         other.features = data[0].features
     heads = [linear(d) for d in data]
     wrapped = [LAYERS[d.kind](head, gamma=GAMMAS[d.kind], power=POWERS[d.kind]) for d, head in zip(data, heads)]
-    return Model(data, heads, BayesAgg(wrapped, **options))
+    return Model(data, heads, published_layer(wrapped, **options))
 
 
 # ---- what the layer should compute

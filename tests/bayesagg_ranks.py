@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bayesagg_cases import mean_loss
+from bayesagg_cases import LAYERS, mean_loss, published_layer
 from posterior_cases import Data, make
 from ranks import Pool, by_rank
 from torch import Tensor, nn
 from torch.nn import functional
 
 import mtlgrad
-from mtlgrad import BayesAgg, Binary, Multiclass, Regression
+from mtlgrad import BayesAgg
 from mtlgrad.world.ranks import world_of
 
 WIDTH = 12
-KINDS: dict[str, type] = {"regression": Regression, "binary": Binary, "multiclass": Multiclass}
+KINDS = LAYERS
 UNLABELLED = {"regression": math.nan, "binary": math.nan, "multiclass": -100}
 
 
@@ -45,7 +45,7 @@ class Net(nn.Module):
             KINDS[d.kind](head, gamma=0.3, power=powers[d.kind], **more.get(d.kind, {}))
             for d, head in zip(data, self.heads)
         ]
-        self.layer = BayesAgg(listed, **options)
+        self.layer = published_layer(listed, **options)
 
     def forward(self, inputs: Tensor, targets: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         features = self.backbone(inputs)
@@ -172,7 +172,7 @@ def layers(data: Sequence[Data], **options: Any) -> tuple[list[nn.Linear], Bayes
             head.weight.copy_(rows[:, : d.features.shape[1]])
             head.bias.fill_(0.3)
         heads.append(head)
-    return heads, BayesAgg([KINDS[d.kind](head, gamma=0.3) for d, head in zip(data, heads)], **options)
+    return heads, published_layer([KINDS[d.kind](head, gamma=0.3) for d, head in zip(data, heads)], **options)
 
 
 def see(layer: BayesAgg, batch: Sequence[Data], dtype: torch.dtype | None = None) -> Tensor:

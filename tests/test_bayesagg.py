@@ -19,13 +19,14 @@ from bayesagg_cases import (
     mean_loss,
     model,
     moments,
+    published_layer,
     unpacked,
 )
 from posterior_cases import close
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mtlgrad import BayesAgg, Binary, reference
+from mtlgrad import Binary, reference
 from mtlgrad.posterior import binary_posterior, regression_posterior
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -251,7 +252,7 @@ def test_several_layers_are_one_layer() -> None:
         several.heads.append(head)
     options: dict[str, Any] = {"gamma": GAMMAS["binary"], "power": POWERS["binary"]}
     for layers in (several.heads, nn.ModuleList(several.heads)):
-        layer = BayesAgg([Binary(layers, **options)])
+        layer = published_layer([Binary(layers, **options)])
         features = one.data[0].features.clone().requires_grad_()
         layer(features, one.targets())
         layer.refresh()
@@ -264,7 +265,7 @@ def test_several_layers_are_one_layer() -> None:
 def test_power_of_each_output(kind: str) -> None:
     powers = [0.0, 1.0, 2.0]
     m = model((kind,))
-    m.layer = BayesAgg([LAYERS[kind](m.heads[0], gamma=GAMMAS[kind], power=powers)])
+    m.layer = published_layer([LAYERS[kind](m.heads[0], gamma=GAMMAS[kind], power=powers)])
     m.see()
     m.layer.refresh()
     mean, variance = moments(m.data[0], m.data[0])
@@ -295,7 +296,7 @@ def test_one_size_in_the_warm_up_and_after(kind: str) -> None:
     """Equal weights and a posterior that is certain of the heads' own weights: plain summation of the gradients."""
     m = model((kind,), examples=4000)
     head = copy.deepcopy(m.heads[0])
-    m.layer = BayesAgg([LAYERS[kind](head, gamma=1e6, power=0.0)], reduction="sum")
+    m.layer = published_layer([LAYERS[kind](head, gamma=1e6, power=0.0)], reduction="sum")
     if kind == "regression":
         solution = torch.linalg.lstsq(m.data[0].features, m.data[0].targets).solution.T
         with torch.no_grad():

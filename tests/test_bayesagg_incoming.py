@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bayesagg_cases import ALL_KINDS, POWERS, Model, mean_loss, model, moments
+from bayesagg_cases import ALL_KINDS, POWERS, Model, mean_loss, model, moments, published_layer, published_regression
 from gradient_cases import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -258,8 +258,8 @@ def wide(kinds: Sequence[str] = ALL_KINDS, **options: Any) -> tuple[Tensor, list
     features = torch.randn(40, WIDE).double()
     heads = [nn.Linear(WIDE, 3).double() for _ in range(3)]
     targets = [torch.randn(40, 3).double(), (torch.rand(40, 3) > 0.5).double(), torch.randint(0, 3, (40,))]
-    registered = [Regression(heads[0], power=0.5), Binary(heads[1]), Multiclass(heads[2])]
-    layer = BayesAgg(registered, **options)
+    registered = [published_regression(heads[0], power=0.5), Binary(heads[1]), Multiclass(heads[2])]
+    layer = published_layer(registered, **options)
     layer(features.clone().requires_grad_(), targets)
     layer.refresh()
     return features, targets, heads, layer
@@ -294,7 +294,7 @@ def test_another_loss_goes_on_as_it_is_and_is_named_once(name: str) -> None:
     close(gradient(losses), first, 1e-12)  # and without another warning
     # The others' aggregate, and the head's own gradient.
     others = [i for i in range(3) if i != index]
-    alone = BayesAgg([layer.heads[i] for i in others])
+    alone = published_layer([layer.heads[i] for i in others])
     alone(features.clone().requires_grad_(), [targets[i] for i in others])
     alone.refresh()
     leaf = features[ROWS].clone().requires_grad_()

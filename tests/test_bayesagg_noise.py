@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bayesagg_cases import GAMMAS, combined, isserlis
+from bayesagg_cases import GAMMAS, combined, isserlis, published_layer, published_regression
 from gradient_cases import close, near, normal
 from ranks import Pool
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def problem(examples: int = 60, missing: bool = False, width: int = 4) -> tuple[
 
 def layer(noise: float | str, **options: Any) -> BayesAgg:
     head = nn.Linear(4, 3, dtype=torch.float64)
-    return BayesAgg([Regression(head, gamma=GAMMA, power=0.5, noise=noise)], **options)
+    return published_layer([Regression(head, gamma=GAMMA, power=0.5, noise=noise, bias=False)], **options)
 
 
 def see(bayes: BayesAgg, features: Tensor, *targets: Tensor) -> None:
@@ -135,7 +135,7 @@ def test_beside_other_heads_float32_and_published() -> None:
 
     def aggregate(noise: float | str, wide: bool) -> tuple[Tensor, Tensor]:
         own = [copy.deepcopy(head).double() if wide else head for head in heads]
-        bayes = BayesAgg([Regression(own[0], noise=noise), Binary(own[1])])
+        bayes = published_layer([Regression(own[0], noise=noise, bias=False), Binary(own[1])])
         given = [t if wide else t.float() for t in (features, targets)]
         see(bayes, given[0], given[1], marks.to(given[0]))
         bayes.refresh()
@@ -148,7 +148,7 @@ def test_beside_other_heads_float32_and_published() -> None:
         assert near(narrow.double(), wide, 1e-4)
         assert shown[3:].isnan().all()
         assert shown[:3].isfinite().all()
-    published = BayesAgg([Regression(heads[0]), Binary(heads[1])])
+    published = published_layer([published_regression(heads[0]), Binary(heads[1])])
     assert "noise=1.0" in repr(published)
     see(published, features.float(), targets.float(), marks)
     published.refresh()
@@ -159,7 +159,7 @@ def test_beside_other_heads_float32_and_published() -> None:
 def test_a_floor_and_targets_that_tell_nothing() -> None:
     features, targets = problem()
     targets = torch.stack([features @ normal(5, 4), torch.zeros(60).double(), targets[:, 2]], 1)
-    bayes = BayesAgg([Regression(nn.Linear(4, 3).double(), gamma=1e9, noise="estimated")])
+    bayes = BayesAgg([Regression(nn.Linear(4, 3).double(), gamma=1e9, bias=False)])
     see(bayes, features, targets)
     bayes.refresh()
     assert bayes.noise is not None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bayesagg_cases import packed, unpacked
+from bayesagg_cases import packed, published_layer, unpacked
 from bayesagg_ranks import KINDS, WIDTH, dataset, joined, layers, near, parts_of, rows_agree, see, see_quietly
 from ranks import Pool
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def resumed(stop: int, statistics: str, again: bool) -> list[Tensor]:
     for i in range(6):
         if again and i == stop:
             state = layer.state_dict()
-            layer = BayesAgg(layer.heads, statistics=statistics)
+            layer = published_layer(layer.heads, statistics=statistics)
             layer.load_state_dict(state)
         if i in (2, 4):
             layer.refresh()

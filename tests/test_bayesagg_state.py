@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from bayesagg_cases import ALL_KINDS, WIDTH, linear, mean_loss, model, packed, unpacked
+from bayesagg_cases import (
+    ALL_KINDS,
+    WIDTH,
+    linear,
+    mean_loss,
+    model,
+    packed,
+    published_layer,
+    published_regression,
+    unpacked,
+)
 from posterior_cases import Data, make
 from torch import Tensor, nn
 
@@ -117,7 +127,7 @@ def test_a_state_in_memory_is_a_snapshot(statistics: str, stop: int) -> None:
 
 def test_stored_statistics_keep_copies() -> None:
     """Features may be a view of something large, and labels a buffer that the next batch overwrites."""
-    net = Net()
+    net = Net(statistics="stored")
     sequence = torch.randn(EXAMPLES, 50, WIDTH, requires_grad=True)
     targets = [data.targets.clone() for data in net.data]
     net.layer(sequence[:, 0], targets)
@@ -369,7 +379,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a state of other heads": (
         lambda: other_heads(BayesAgg([Regression(lin()), Binary(lin())])),
-        r"BayesAgg.load_state_dict: expected a state of regression 4 -> 3, binary 4 -> 3, covariance full.* "
+        r"BayesAgg.load_state_dict: expected a state of regression 4 -> 3, noise estimated, bias, binary 4 -> 3, "
+        r"covariance full.* "
         r"found one of regression 4 -> 3, binary 4 -> 3, multiclass 4 -> 3",
     ),
     "a state of heads in another order": (
@@ -423,7 +434,7 @@ def test_a_posterior_that_cannot_be_had_is_named_at_refresh() -> None:
 @pytest.mark.parametrize("batch", [3, 20])
 def test_moments_out_of_range_name_the_batch(batch: int) -> None:
     data = make("regression", 20, WIDTH)
-    layer = BayesAgg([Regression(linear(data).float())])
+    layer = published_layer([published_regression(linear(data).float())])
     features = data.features.float().requires_grad_()
     layer(features, [data.targets])
     layer.refresh()

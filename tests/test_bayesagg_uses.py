@@ -13,6 +13,8 @@ from bayesagg_cases import (
     Model,
     linear,
     model,
+    published_layer,
+    published_regression,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,8 +22,6 @@ from posterior_cases import Data, close, make
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from mtlgrad import BayesAgg, Regression
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,7 +126,9 @@ def test_order_of_tasks_and_examples(draw: Any) -> None:
     heads = draw.draw(st.permutations(range(3)))
     examples = torch.tensor(draw.draw(st.permutations(range(10))))
     m = model(missing=0.2)
-    moved = Model([m.data[i] for i in heads], [m.heads[i] for i in heads], BayesAgg([m.layer.heads[i] for i in heads]))
+    moved = Model(
+        [m.data[i] for i in heads], [m.heads[i] for i in heads], published_layer([m.layer.heads[i] for i in heads])
+    )
     for part in (m, moved):
         part.see()
         part.layer.refresh()
@@ -142,7 +144,7 @@ def test_order_of_tasks_and_examples(draw: Any) -> None:
 @given(kind=st.sampled_from(ALL_KINDS), copies=st.integers(2, 4))
 def test_a_task_repeated_with_its_weights_is_the_task(kind: str, copies: int) -> None:
     m = model((kind,))
-    many = Model(m.data * copies, m.heads * copies, BayesAgg(list(m.layer.heads) * copies))
+    many = Model(m.data * copies, m.heads * copies, published_layer(list(m.layer.heads) * copies))
     for part in (m, many):
         part.see()
         part.layer.refresh()
@@ -156,13 +158,13 @@ def test_equal_variances_average_plainly(power: float) -> None:
     m = model(("regression",))
     data, head = m.data[0], m.heads[0]
     mirrored = linear(Data(data.kind, data.features, -data.targets, -data.weight))
-    layer = BayesAgg([Regression(head, 0.4, power), Regression(mirrored, 0.4, power)])
+    layer = published_layer([published_regression(head, 0.4, power), published_regression(mirrored, 0.4, power)])
     features = data.features.clone().requires_grad_()
     targets = [data.targets, -data.targets]
     layer(features, targets)
     layer.refresh()
     # (-w).h - (-y) = -(w.h - y), and times -w: the same gradient.
-    alone = BayesAgg([Regression(head, 0.4, power)])
+    alone = published_layer([published_regression(head, 0.4, power)])
     alone(features, targets[:1])
     alone.refresh()
     close(layer.aggregate(features, targets), alone.aggregate(features, targets[:1]), 1e-11)
@@ -175,7 +177,7 @@ def test_units_of_the_features(scale: float) -> None:
     not scale: the noise has unit variance. Nor do variances under 1e-8, the published floor.)"""
     m = model(("regression",))
     data = m.data[0]
-    plain, moved = (BayesAgg([Regression(m.heads[0], gamma, 0.5)]) for gamma in (0.4, 0.4 / scale**2))
+    plain, moved = (published_layer([published_regression(m.heads[0], gamma, 0.5)]) for gamma in (0.4, 0.4 / scale**2))
     for layer, factor in ((plain, 1.0), (moved, scale)):
         layer((data.features * factor).requires_grad_(), m.targets())
         layer.refresh()
@@ -242,7 +244,7 @@ def test_no_tensor_of_all_tasks_and_dimensions(kind: str, missing: float, batch:
     """(Regression labels that are missing one by one cost a posterior for every output.)"""
     tasks, width = 40, 80
     data = make(kind, 200, width, tasks, missing=missing)
-    layer = BayesAgg([LAYERS[kind](nn.Linear(width, tasks))])
+    layer = published_layer([LAYERS[kind](nn.Linear(width, tasks))])
     features, targets = data.features.float().requires_grad_(), data.targets.float()
     layer(features, [targets])
     layer.refresh()

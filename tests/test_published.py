@@ -6,6 +6,9 @@ here it is the judge of formulas that form none of them.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -156,9 +159,10 @@ def test_precision_mean() -> None:
 
 def make_layer(problems: list[Problem], moments: str) -> mtlgrad.BayesAgg:
     """Ours, with the posterior of all examples as prior."""
-    classes = {"regression": mtlgrad.Regression, "binary": mtlgrad.Binary, "multiclass": mtlgrad.Multiclass}
+    regression = partial(mtlgrad.Regression, noise=1.0, bias=False)
+    classes: dict[str, Any] = {"regression": regression, "binary": mtlgrad.Binary, "multiclass": mtlgrad.Multiclass}
     heads = [classes[problem.kind](problem.head(), gamma=GAMMA, power=POWER) for problem in problems]
-    layer = mtlgrad.BayesAgg(heads, moments=moments, num_samples=SAMPLES)
+    layer = mtlgrad.BayesAgg(heads, moments=moments, num_samples=SAMPLES, reduction="mean", statistics="stored")
     layer(problems[0].all_features.clone().requires_grad_(), [problem.all_targets for problem in problems])
     layer.refresh()
     return layer
@@ -203,3 +207,54 @@ def test_gradient_that_reaches_the_backbone() -> None:
     layer.total([loss]).backward()
     assert features.grad is not None
     close(features.grad, expected)
+
+
+def test_a_training_ends_at_the_parameters_of_the_published_one() -> None:
+    """60 steps of SGD, with a refresh every 15, of three regressions and a backbone."""
+    outputs, batch = 3, 12
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(180, 5, generator=generator, dtype=torch.float64)
+    targets = torch.tanh(inputs) @ torch.randn(5, outputs, generator=generator, dtype=torch.float64)
+
+    def network() -> tuple[torch.nn.Module, torch.nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        backbone = torch.nn.Sequential(torch.nn.Linear(5, WIDTH), torch.nn.Tanh()).double()
+        head = torch.nn.Linear(WIDTH, outputs).double()
+        return backbone, head, torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.05)
+
+    def batches(epoch: int) -> tuple[Tensor, ...]:
+        return torch.randperm(180, generator=torch.Generator().manual_seed(epoch)).split(batch)
+
+    backbone, head, optimizer = network()
+    layer = mtlgrad.BayesAgg(
+        [mtlgrad.Regression(head, gamma=GAMMA, power=POWER, noise=1.0, bias=False)],
+        statistics="stored",
+        reduction="mean",
+    )
+    for epoch in range(4):
+        for rows in batches(epoch):
+            optimizer.zero_grad()
+            z = layer(backbone(inputs[rows]), [targets[rows]])
+            layer.total([(head(z) - targets[rows]).square().mean()]).backward()
+            optimizer.step()
+        layer.refresh()
+    ours = [p.detach().clone() for p in [*backbone.parameters(), *head.parameters()]]
+
+    backbone, head, optimizer = network()
+    group, prior = published.Group("regression", outputs, None, GAMMA, POWER), None
+    for epoch in range(4):
+        seen = []
+        for rows in batches(epoch):
+            optimizer.zero_grad()
+            z = backbone(inputs[rows])
+            seen.append((z.detach().clone(), targets[rows]))
+            leaf = z.detach().requires_grad_()
+            (head(leaf) - targets[rows]).square().mean().backward()
+            gradient = leaf.grad
+            if prior is not None:
+                gradient = published.published_step([group], z.detach(), [targets[rows]], [prior])
+            z.backward(gradient)
+            optimizer.step()
+        prior = published.full_data_posterior(group, torch.cat([f for f, _ in seen]), torch.cat([t for _, t in seen]))
+    for mine, theirs in zip(ours, [*backbone.parameters(), *head.parameters()], strict=True):
+        close(mine, theirs.detach(), 1e-5)

@@ -14,8 +14,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..ops.checks import check_same_device
 from ..ops.moments import power_tensor
 from ..posterior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from ..posterior.posteriors import DEFAULT_GAMMA, check_gamma
+from ..posterior.posteriors import check_gamma
 from ..world.shards import full
+
+DEFAULT_GAMMA = 0.1
+DEFAULT_POWER = 0.05
 
 Layers = nn.Linear | nn.Conv2d | Sequence[nn.Linear | nn.Conv2d] | nn.ModuleList
 
@@ -37,7 +40,7 @@ class Head:
     Args:
         layers: one ``nn.Linear(D, O)``, or several (a sequence or ``nn.ModuleList``), whose outputs are stacked; of
             positions also ``nn.Conv2d(D, O, 1)``. What they return must be x W' + b, without hooks that change it.
-        gamma: variance of the weights' prior N(0, gamma I).
+        gamma: variance of the weights' prior N(0, gamma I). The published experiments use 0.005.
         power: exponent of the task's inverse variance in the weighted mean; 1 is the equation's, the published code's
             experiments use 0.1 to 0.5. One number, or one for each output.
     """
@@ -48,7 +51,7 @@ class Head:
         self,
         layers: Layers,
         gamma: float = DEFAULT_GAMMA,
-        power: float | Sequence[float] | Tensor = 1.0,
+        power: float | Sequence[float] | Tensor = DEFAULT_POWER,
     ):
         name = type(self).__name__
         listed: Any = layers if isinstance(layers, (Sequence, nn.ModuleList)) else (layers,)
@@ -132,24 +135,26 @@ class Regression(Head):
 
     Args:
         layers, gamma, power: as in :class:`Head`; with another noise than 1 the prior is N(0, gamma noise I).
-        noise: variance of the targets about w.h. 1.0 is the published model; "estimated" is each output's mean squared
-            residual at the full-data posterior's mean, anew with every refresh. The task's gradient is that of
+        noise: variance of the targets about w.h. "estimated" is each output's mean squared residual at the full-data
+            posterior's mean, anew with every posterior; 1.0 is the published model. The task's gradient is that of
             (w.h - y)^2 / noise, twice the one of the negative log likelihood: a task that is fitted well weighs more
             (DESIGN 4.2).
-        bias: whether the posterior's weights have one, as a classifier's. False is the published model, for targets
-            whose mean is zero.
+        bias: whether the posterior's weights have one, as a classifier's; None: if the layers have. False is the
+            published model, for targets whose mean is zero.
     """
 
     def __init__(
         self,
         layers: Layers,
         gamma: float = DEFAULT_GAMMA,
-        power: float | Sequence[float] | Tensor = 1.0,
-        noise: float | str = 1.0,
-        bias: bool = False,
+        power: float | Sequence[float] | Tensor = DEFAULT_POWER,
+        noise: float | str = "estimated",
+        bias: bool | None = None,
     ):
-        self.likelihood = Gaussian(bias)
+        self.likelihood = Gaussian(bias=False)
         super().__init__(layers, gamma, power)
+        has_bias = any(layer.bias is not None for layer in self.layers)
+        self.likelihood = Gaussian(bias=has_bias if bias is None else bool(bias))
         number = isinstance(noise, (int, float)) and 0 < noise < math.inf
         if not number and noise != "estimated":
             raise ValueError(f'Regression: noise: expected "estimated" or a finite variance above 0, found {noise!r}')

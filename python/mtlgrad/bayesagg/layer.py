@@ -58,13 +58,13 @@ class BayesAgg(nn.Module):
         covariance: of classification posteriors: "full", "block", "kron" or "diag"; they differ for multiclass, and
             "diag" for binary. Regression posteriors are exact and full.
         num_samples: of the weights, for ``moments="sampled"``.
-        statistics: for the full-data posterior: "stored" keeps the epoch's features, as published, and expands at the
-            weights of the moment of ``refresh()``; "streaming" keeps sums alone, memory independent of the data set's
-            size, and expands each batch at the weights it met; "moving" has these sums decay and makes the posterior
-            anew as it goes, without ``refresh()``, which tells it how many examples an epoch has.
+        statistics: for the full-data posterior: "streaming" keeps the epoch's sums alone, memory independent of the
+            data set's size, and expands each batch at the weights it met; "stored" keeps the epoch's features, as
+            published, and expands at the weights of the moment of ``refresh()``; "moving" has sums decay and makes the
+            posterior anew as it goes, without ``refresh()``, which tells it how many examples an epoch has.
         seed: of the weight samples.
-        reduction: of the tasks' gradients: "mean", as published, or "sum", the mean times the number of tasks that have
-            a label: with equal variances the plain sum, in size too, as it is in the warm-up.
+        reduction: of the tasks' gradients: "sum", their weighted mean times the number of tasks that have a label, with
+            equal variances the plain sum, in size too, as it is in the warm-up; or "mean", as published.
         half_life: of moving statistics, in batches.
         process_group: the ranks that train together, each with its part of the batch (``DistributedDataParallel``,
             ``fully_shard``); all, if not given. See below.
@@ -92,10 +92,10 @@ class BayesAgg(nn.Module):
         moments: str = "exact",
         covariance: str = "full",
         num_samples: int = 1024,
-        statistics: str = "stored",
+        statistics: str = "streaming",
         seed: int = 0,
         *,
-        reduction: str = "mean",
+        reduction: str = "sum",
         half_life: float = 10.0,
         process_group: ProcessGroup | None = None,
     ):

@@ -247,11 +247,7 @@ class BayesAggregation(Weighting):
         return super().through(self.bayes(features, targets) if self.watching else features, targets)
 
     def total(self, losses: list[Tensor]) -> Tensor:
-        if not self.watching:
-            return super().total(losses)
-        # Its gradient is a mean over all rows, the losses' one over those with labels.
-        padding = 1.0 if self.batch is None else self.batch.padding
-        return padding * self.bayes.total([loss / padding for loss in losses])
+        return self.bayes.total(losses) if self.watching else super().total(losses)
 
     def end_epoch(self) -> None:
         if self.watching:
