@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtlgrad
-from bench.bench_moments import PUBLISHED_HEADS
 from bench.harness import Case, Contender, Work
 from bench.peers import adatask_published, bayesagg_published, libmtl_loops
 from bench.peers import torchjd_merge as torchjd
 from bench.step_alphavil import alphavil
-from bench.step_problem import BETAS, EPS, LR, STEPS, Problem, Shape
+from bench.step_problem import BETAS, EPS, LR, POWER, STEPS, Problem, Shape
+from mtlgrad.posterior.posteriors import DEFAULT_GAMMA
 
 # Largest difference of the parameters' change allowed, relative to the largest change. Passes that differ in the last
 # bit of what enters them differ by more where they leave: by 1e-5 in a ResNet-50.
@@ -98,7 +98,12 @@ def step(
 
 def bayesagg(problem: Problem) -> Contender:
     groups = problem.groups()
-    registered = [PUBLISHED_HEADS[kind](heads, gamma=0.005, power=1.0) for kind, heads, _ in groups]
+    makers: dict[str, Callable[..., Any]] = {
+        "regression": functools.partial(mtlgrad.Regression, noise=1.0, bias=False),
+        "binary": mtlgrad.Binary,
+        "multiclass": mtlgrad.Multiclass,
+    }
+    registered = [makers[kind](heads, gamma=DEFAULT_GAMMA) for kind, heads, _ in groups]
     layer = mtlgrad.BayesAgg(registered, covariance=problem.covariance, statistics="stored", reduction="mean")
     targets = [target for _, _, target in groups]
 
@@ -205,7 +210,8 @@ def published_bayesagg(problem: Problem) -> Contender:
         found = []
         for kind, heads, _ in problem.groups():
             weight = torch.cat([torch.cat([head.weight, head.bias[:, None]], 1) for head in heads]).detach()
-            found.append(bayesagg_published.Group(kind, len(weight), None if kind == "regression" else weight))
+            weight_or_none = None if kind == "regression" else weight
+            found.append(bayesagg_published.Group(kind, len(weight), weight_or_none, power=POWER))
         return found
 
     targets = [target for _, _, target in problem.groups()]

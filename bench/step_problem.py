@@ -30,6 +30,7 @@ from bench.peers.torchjd_merge import RIDGE
 from mtlgrad import optim, posterior, reference
 from mtlgrad.recipes.backbones import Encoder, resnet18, resnet50
 
+POWER = 0.05  # BayesAgg's exponent, the layer's default
 LR, BETAS, EPS = 1e-2, (0.9, 0.999), 1e-8
 STEPS = 10_000.0  # made before: Adam's corrections are over
 SLOW = 300_000_000  # gradients of single tasks, all together: beyond it a step is timed once
@@ -282,4 +283,4 @@ def bayesagg(problem: Problem, features: Tensor) -> Tensor:
         means.append(mean)
         variances.append(variance)
     mean, variance = torch.cat(means, 1), torch.cat(variances, 1)
-    return reference.precision_mean(mean, variance, [1.0] * mean.shape[1])
+    return reference.precision_mean(mean, variance, [POWER] * mean.shape[1])
