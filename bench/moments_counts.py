@@ -33,7 +33,7 @@ def binary_moments(B: int, D: int, O: int, nodes: int = 32) -> Count:  # noqa: E
     return Count(FLOAT * moved, O * (2 * B * P * P + 15 * B * nodes + 14 * B * D))
 
 
-def multiclass_moments(B: int, D: int, C: int, points: int = 64) -> Count:
+def multiclass_moments(B: int, D: int, C: int, points: int = 128) -> Count:
     """S_ck h~ for all pairs of classes; then n = C + C^2 numbers (the residuals, and times t) say all about an example:
     their means and products over the points, and one quadratic form a dimension."""
     P, n = D + 1, C + C * C

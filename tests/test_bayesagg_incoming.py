@@ -225,7 +225,7 @@ def test_under_autocast() -> None:
     gradient(0.0, (10.0, 0.1, 2.0))
     assert layer.loss_weights is not None
     wanted = torch.tensor([10.0, 0.1, 2.0, 2.0]).double()
-    assert (layer.loss_weights - wanted).abs().max() < 0.02 * 10
+    assert ((layer.loss_weights - wanted).abs() <= 0.02 * wanted + 0.01).all()
 
 
 # ---- heads that are not what was registered
@@ -252,11 +252,11 @@ OTHER_LOSSES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
 WIDE = 20
 
 
-def wide(kinds: Sequence[str] = ALL_KINDS, **options: Any) -> tuple[Tensor, list[Tensor], list[nn.Linear], BayesAgg]:
+def wide(width: int = WIDE, **options: Any) -> tuple[Tensor, list[Tensor], list[nn.Linear], BayesAgg]:
     """More features than rows of weights."""
     torch.manual_seed(1)
-    features = torch.randn(40, WIDE).double()
-    heads = [nn.Linear(WIDE, 3).double() for _ in range(3)]
+    features = torch.randn(40, width).double()
+    heads = [nn.Linear(width, 3).double() for _ in range(3)]
     targets = [torch.randn(40, 3).double(), (torch.rand(40, 3) > 0.5).double(), torch.randint(0, 3, (40,))]
     registered = [published_regression(heads[0], power=0.5), Binary(heads[1]), Multiclass(heads[2])]
     layer = published_layer(registered, **options)
@@ -325,19 +325,26 @@ def test_another_layer_is_named(index: int, how: str) -> None:
     assert left.norm() < 3 * own.norm()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     weights=st.tuples(*[st.sampled_from([0.0, 1.0, 0.01, 30.0, -1.0])] * 3),
     examples=st.sampled_from([1, 2, 7, 40]),
-    penalty=st.sampled_from([0.0, 0.0, 0.1, 10.0]),
+    penalty=st.sampled_from([0.0, 0.0, 0.01, 0.1, 10.0]),
+    width=st.sampled_from([6, 10, WIDE]),
     by_total=st.booleans(),
     relu=st.booleans(),
     single=st.booleans(),
 )
 def test_plain_losses_are_never_taken_for_others(
-    weights: tuple[float, float, float], examples: int, penalty: float, by_total: bool, relu: bool, single: bool
+    weights: tuple[float, float, float],
+    examples: int,
+    penalty: float,
+    width: int,
+    by_total: bool,
+    relu: bool,
+    single: bool,
 ) -> None:
-    features, targets, heads, layer = wide()
+    features, targets, heads, layer = wide(width)
     features = features.relu() if relu else features
     if single:
         features, heads = features.float(), [head.float() for head in heads]

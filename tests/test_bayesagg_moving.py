@@ -11,7 +11,7 @@ from gradient_cases import close
 from posterior_cases import dense_of
 from torch import Tensor
 
-from mtlgrad import BayesAgg
+from mtlgrad import BayesAgg, Regression
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = [slice(i, i + 5) for i in range(0, 40, 5)]
@@ -94,6 +94,24 @@ def test_a_long_half_life_is_streaming() -> None:
             passed(m, rows)
         m.layer.refresh()
     close(moving.aggregate(slice(0, 9)), streaming.aggregate(slice(0, 9)), 1e-6)
+
+
+def test_the_noise_of_sums_that_decay() -> None:
+    m = model(("regression",))
+    layer = BayesAgg([Regression(m.heads[0], gamma=1e6, bias=False)], statistics="moving", half_life=2.0)
+    data = m.data[0]
+    for rows in BATCHES:
+        features = data.features[rows].clone().requires_grad_()
+        m.layer(features, m.targets(rows))
+        layer(features, m.targets(rows))
+    layer.refresh()
+    weight = torch.cat([torch.full((5,), 0.5 ** ((len(BATCHES) - 1 - i) / 2)) for i in range(len(BATCHES))]).double()
+    weight = weight * 40 / weight.sum()
+    root = weight.sqrt()[:, None]
+    solution = torch.linalg.lstsq(root * data.features, root * data.targets).solution
+    residuals = (weight[:, None] * (data.targets - data.features @ solution).square()).sum(0)
+    assert layer.noise is not None
+    close(layer.noise, residuals / (40 - data.features.shape[1]), 1e-5)
 
 
 @pytest.mark.parametrize("half_life", [0, -1.0, "long"])

@@ -102,7 +102,6 @@ def read(
     if foreign is not None:  # look where these heads cannot reach
         basis = torch.linalg.qr(weights[foreign].T).Q
         seen, weights = (x - (x @ basis) @ basis.T for x in (g, weights))
-        slopes = slopes * ~foreign
     gram = own.groups @ ((slopes.T @ slopes) * (weights @ weights.T)) @ own.groups.T
     products = own.groups @ (slopes * (seen @ weights.T)).sum(0)
     norms = gram.diagonal().sqrt()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Points for a softmax: against 16,384 the error of the moments is a half to a tenth of that of the published 1,024
-#: weight samples, for 2 to 20 classes and variances of the logits from 1e-3 to 10.
-NUM_POINTS = 64
+#: Points for a softmax: against 16,384 the error of the moments is at most 0.6 of that of the published 1,024 weight
+#: samples, mostly a tenth to a third, for 2 to 20 classes and tight to wide posteriors.
+NUM_POINTS = 128
 
 
 def _constant_to_compilers(function: F) -> F:
