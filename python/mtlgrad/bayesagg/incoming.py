@@ -112,8 +112,6 @@ def read(
     ridges = norms.new_tensor([max((4.0 * e) ** 2, SMALLEST_RIDGE) for e in (eps, HALF_EPS)])[:, None]
     systems = gram / torch.outer(norms, norms) + torch.diag_embed(ridges.expand(-1, len(norms)))
     solutions = torch.linalg.solve_ex(systems, products / norms + ridges * norms * common)[0] / norms
-    # Once more for what the ridge left over.
-    solutions = solutions + torch.linalg.solve_ex(systems, (products - solutions @ gram) / norms)[0] / norms
     exact = _rounded(solutions[0], min(max(64.0 * eps, NEAR[0]), NEAR[1]))
     # Tilted by what else arrived; but a loss scale is a power of two.
     power = torch.where(common > 0.0, torch.exp2(common.clamp(min=1e-300).log2().round()), 1.0)
@@ -171,7 +169,7 @@ def find_foreign(gradient: Tensor, own: Own, heads: Sequence[Head]) -> dict[int,
     weights, rows = own.weights, own.weights.split([head.outputs for head in heads])
     if not bool(g.isfinite().all()) or not bool(g.any()):
         return found
-    if 2 * len(weights) <= g.shape[1]:  # else an addition might lie there by chance
+    if len(weights) < g.shape[1]:  # else everything lies there
         inverse = torch.linalg.pinv(weights)  # [D, K]
         slopes, sizes = g @ inverse, [head.outputs for head in heads]
         outside, size = (g - slopes @ weights).norm(), (g.square().sum() + own.noise.sum()).sqrt()
