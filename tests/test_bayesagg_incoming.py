@@ -486,8 +486,8 @@ def again(layer: BayesAgg) -> None:
 @pytest.mark.parametrize(
     ("head", "targets", "words"),
     [
-        (Regression, torch.tensor([[1], [2]]), r"expected floating values, found torch.int64; use targets.float\(\)"),
-        (Binary, torch.tensor([[True], [False]]), r"expected floating values, found torch.bool; use targets.float\(\)"),
+        (Regression, torch.tensor([[1], [2]]), r"expected float32, .* found torch.int64; use targets.float\(\)"),
+        (Binary, torch.tensor([[True], [False]]), r"expected float32, .* found torch.bool; use targets.float\(\)"),
         (Multiclass, torch.tensor([[0.3, 0.7], [0.5, 0.5]]), r"of soft labels there is no posterior .*argmax\(1\)"),
         (Multiclass, torch.tensor([1, 0], dtype=torch.int32), r"expected int64 .* use targets.long\(\)"),
     ],

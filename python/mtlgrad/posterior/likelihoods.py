@@ -85,7 +85,8 @@ class Likelihood(ABC):
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{op}: {name}: expected a tensor, found {type(tensor).__name__}")
         if not self.is_joint and not targets.is_floating_point():
-            refuse(f"{op}: targets: expected floating values, found {targets.dtype}; use targets.float()")
+            floating = "float32, float64, float16 or bfloat16"
+            refuse(f"{op}: targets: expected {floating}, found {targets.dtype}; use targets.float()")
         if self.is_joint and targets.dim() == 2 and targets.is_floating_point():
             refuse(
                 f"{op}: targets: expected class indices [B] int64, found {targets.dtype} {shape_of(targets)}: of soft "
