@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bayesagg_cases import (
@@ -163,6 +164,21 @@ def test_layer_adds_no_parameters() -> None:
     assert not net.layer.state_dict()
     net.layer(net.data[0].features.clone().requires_grad_(), [data.targets for data in net.data])
     assert set(net.layer.state_dict()) == {"_extra_state"}
+
+
+def test_a_state_is_tensors_and_may_be_missing() -> None:
+    """What averages of a model, savers of tensors and older checkpoints want of it."""
+    net, optimizer = new()
+    train(net, optimizer, 0, STEPS)
+    before = net.layer.aggregate(net.data[0].features, [data.targets for data in net.data])
+    state = net.state_dict()
+    for value in state.values():
+        assert isinstance(value.numpy(), np.ndarray)
+        if value.dtype.is_floating_point:
+            value.mul_(1.0)
+    without = {name: value for name, value in state.items() if "layer" not in name}
+    net.load_state_dict(without)
+    assert torch.equal(net.layer.aggregate(net.data[0].features, [data.targets for data in net.data]), before)
 
 
 def test_a_model_in_another_dtype_follows() -> None:

@@ -106,20 +106,9 @@ class Likelihood(ABC):
             self.check_values(op, targets, sizes[self.letter])
         return targets
 
+    @abstractmethod
     def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
         """Read values: host tensors only."""
-        outside = self.outside(targets)
-        if bool(outside.any()):
-            at = torch.nonzero(outside)[0].tolist()
-            found = targets[tuple(at)].item()
-            raise ValueError(f"{op}: targets: expected {self.values}, or NaN for no label, found {found:g} at {at}")
-
-    values: ClassVar[str]
-
-    @staticmethod
-    def outside(targets: Tensor) -> Tensor:
-        """Return where no target should be."""
-        raise NotImplementedError
 
     @abstractmethod
     def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
@@ -147,11 +136,9 @@ class Gaussian(Likelihood):
     bias: bool = False
     name = "regression"
     is_exact = True
-    values = "finite values"
 
-    @staticmethod
-    def outside(targets: Tensor) -> Tensor:
-        return targets.isinf()
+    def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
+        _refuse_outside(op, targets, targets.isinf(), "finite values")
 
     def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
         targets = _columns(targets, logits)
@@ -180,11 +167,9 @@ class Bernoulli(Likelihood):
     """Binary cross entropy with logits."""
 
     name = "binary"
-    values = "values from 0 to 1"
 
-    @staticmethod
-    def outside(targets: Tensor) -> Tensor:
-        return (targets < 0) | (targets > 1)
+    def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
+        _refuse_outside(op, targets, (targets < 0) | (targets > 1), "values from 0 to 1")
 
     def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
         targets = _columns(targets, logits)
@@ -242,6 +227,13 @@ class Categorical(Likelihood):
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {kind.name: kind for kind in (Gaussian, Bernoulli, Categorical)}
+
+
+def _refuse_outside(op: str, targets: Tensor, outside: Tensor, expected: str) -> None:
+    if bool(outside.any()):
+        at = torch.nonzero(outside)[0].tolist()
+        found = targets[tuple(at)].item()
+        raise ValueError(f"{op}: targets: expected {expected}, or NaN for no label, found {found:g} at {at}")
 
 
 def _columns(targets: Tensor, like: Tensor) -> Tensor:
