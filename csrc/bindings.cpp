@@ -248,6 +248,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind(m, "multiclass_workspace", multiclass_workspace);
   bind(m, "condition_on_batch", cpu::condition_on_batch);
+  bind(m, "condition_by_precision", cpu::condition_by_precision);
+  bind(m, "add_curvature", cpu::add_curvature);
   bind(m, "count_steps", cpu::count_steps);
 
   py::module_ on_cpu = m.def_submodule("cpu");

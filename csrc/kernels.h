@@ -184,6 +184,15 @@ void weighted_mean(DType, const void* numerator, const void* denominator, void* 
 bool condition_on_batch(DType, void* cross_covariance, const void* gram, const void* curvature, void* variances,
                         int64_t rows, int64_t batch, int64_t width, Place);
 
+// The same from the batch posterior's own precision [R, W, W], for examples hidden [B, W]: cross_covariance [R, B, W] = H S
+// and variances [R, W] = diag S, S its inverse. Symmetric, float64; hidden and results of `dtype`. Host only.
+bool condition_by_precision(DType, const double* precision, const void* hidden, void* cross_covariance, void* variances,
+                            int64_t rows, int64_t batch, int64_t width, Place);
+
+// sums [R, W, W] += H' diag(q_r) H, curvature q [R, B] (null: one), hidden [B, W]; float64. Host only.
+void add_curvature(const double* hidden, const double* curvature, double* sums, int64_t rows, int64_t batch,
+                   int64_t width, Place);
+
 // float64 elements of workspace that gram and dots need for rows of `columns` elements in all.
 int64_t gram_workspace(int64_t tasks, int64_t columns);
 int64_t dots_workspace(int64_t tasks, int64_t columns);

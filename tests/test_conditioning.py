@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from posterior_cases import CASES, Data, close, dense_of, make, posterior
-from torch import Tensor
+from torch import Tensor, nn
 
+from mtlgrad import Binary, Multiclass, Regression
 from mtlgrad.bayesagg import conditioning
 from mtlgrad.bayesagg.conditioning import Conditioned, batch_posterior, condition, softmax_curvature_factor
+from mtlgrad.bayesagg.heads import Outputs
+from mtlgrad.ops.moments import condition_on_batch
 from mtlgrad.posterior import Posterior
 from mtlgrad.posterior.cholesky import checked_cholesky
 
@@ -21,13 +25,20 @@ WIDTH, OUTPUTS = 6, 3
 every_case = pytest.mark.parametrize(("kind", "structure"), CASES)
 
 
+def outputs_of(data: Data) -> Outputs:
+    rows, width = len(data.weight), data.features.shape[1]
+    layer = nn.Linear(width, rows)
+    kinds = {"regression": partial(Regression, bias=False), "binary": Binary, "multiclass": Multiclass}
+    weight = torch.cat([data.weight, data.weight.new_zeros(rows, width + 1 - data.weight.shape[1])], 1)
+    return Outputs([kinds[data.kind](layer)], data.features, [data.targets], [weight.double()])
+
+
 def conditioned(prior: Posterior, data: Data) -> list[Conditioned]:
-    weight = None if data.kind == "regression" else data.weight
-    return list(condition(prior, data.features, data.hidden, data.targets, weight, "a name"))
+    return list(condition(prior, outputs_of(data), 0, "a name"))
 
 
 def of_batch(prior: Posterior, data: Data) -> Posterior:
-    return batch_posterior(prior, data.features, data.targets, None if data.kind == "regression" else data.weight)
+    return batch_posterior(prior, outputs_of(data), 0)
 
 
 def explicit(law: Posterior, matrix: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +108,14 @@ def test_few_examples_factorise_no_matrix_of_weights(
         sizes.append(matrix.shape[-1])
         return checked_cholesky(matrix, name)
 
+    def on_host(cross: Tensor, gram: Tensor, curvature: Tensor, variances: Tensor) -> bool:
+        sizes.append(gram.shape[-1])
+        return condition_on_batch(cross, gram, curvature, variances)
+
     monkeypatch.setattr(conditioning, "batch_posterior", None)
+    monkeypatch.setattr(conditioning, "invert_at", None)
     monkeypatch.setattr(conditioning, "checked_cholesky", recorded)
+    monkeypatch.setattr(conditioning, "condition_on_batch", on_host)
     conditioned(prior, make(kind, 3, WIDTH))
     assert set(sizes) == {3 * (OUTPUTS - 1 if kind == "multiclass" and structure == "full" else 1)}
 

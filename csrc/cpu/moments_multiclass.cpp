@@ -8,12 +8,13 @@
 namespace mtlgrad::cpu {
 namespace {
 
+constexpr int kLanes = 8;      // points at a time: point_stride leaves room for as many beyond the last
 constexpr int64_t kTile = 64;  // features at a time: the sums over phi stay in registers
 
 // One example and its slice of the workspace; see math/multiclass.h for the stages and the form of the result.
 template <typename T>
 struct Example : math::MulticlassExample<T> {
-  const double* points;
+  const double* points;  // [C, point_stride]
   int64_t num_points;
   math::MulticlassSlice slice;
   const T** rows;  // row(i) for every i: finding one costs two divisions
@@ -70,14 +71,24 @@ MTLGRAD_INLINE void integrate(const Example<T>& e, double scale) {
   const auto& s = e.slice;
   const int64_t classes = e.posterior.num_classes, points = e.num_points, stride = math::point_stride(points);
   const int64_t n = math::multiclass_sizes(e.posterior.structure, classes).phi;
-  for (int64_t p = 0; p < points; ++p)
-    math::multiclass_point(s, e.posterior.structure, classes, e.target, e.points + p * classes, p, stride, scale);
+  for (int64_t p = 0; p < points; p += kLanes)
+    math::multiclass_points<kLanes>(s, e.posterior.structure, classes, e.target, e.points + p, stride, p, stride, scale);
   for (int64_t i = 0; i < n; ++i) {
     double* phi = s.phi + i * stride;
     const double mean = s.first[i] = sum_of(phi, points) / static_cast<double>(points);
     for (int64_t p = 0; p < points; ++p) phi[p] -= mean;
-    for (int64_t j = 0; j <= i; ++j)
-      s.second[i * (i + 1) / 2 + j] = dot(phi, s.phi + j * stride, points) / static_cast<double>(points);
+    for (int64_t j = 0; j <= i; j += 4) {  // four sums at a time: one alone waits for each of its additions
+      const double* others[4];
+      for (int64_t k = 0; k < 4; ++k) others[k] = s.phi + (j + k < i ? j + k : i) * stride;
+      double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+      for (int64_t p = 0; p < points; ++p)
+        s0 += phi[p] * others[0][p], s1 += phi[p] * others[1][p], s2 += phi[p] * others[2][p],
+            s3 += phi[p] * others[3][p];
+      const double sums[4] = {s0, s1, s2, s3};
+      for (int64_t k = 0; k < 4 && j + k <= i; ++k)
+        s.second[i * (i + 1) / 2 + j + k] = sums[k] / static_cast<double>(points);
+    }
   }
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t k = 0; k <= c; ++k)
@@ -142,6 +153,11 @@ void multiclass_moments(DType dtype, Features features, const int64_t* targets, 
                         const double* points, int64_t num_points, double* workspace, int64_t slots, Output output,
                         Place place) {
   const int64_t size = multiclass_workspace(posterior.structure, posterior.num_classes, num_points);
+  const int64_t stride = math::point_stride(num_points);
+  std::vector<double> by_class(posterior.num_classes * stride);
+  for (int64_t p = 0; p < num_points; ++p)
+    for (int64_t c = 0; c < posterior.num_classes; ++c)
+      by_class[c * stride + p] = points[p * posterior.num_classes + c];
   for_dtype("multiclass_moments", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     // A slot of workspace serves one share of the batch.
@@ -152,7 +168,7 @@ void multiclass_moments(DType dtype, Features features, const int64_t* targets, 
       for (int64_t b = slot * features.batch / slots; b < (slot + 1) * features.batch / slots; ++b)
         example_row_of(Example<T>{{static_cast<const T*>(features.data) + b * features.stride, features.width,
                                    targets[b], b, features.batch, posterior},
-                                  points,
+                                  by_class.data(),
                                   num_points,
                                   slice,
                                   rows.data()},

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
 
     for (int64_t p = threadIdx.x; p < num_points; p += kThreads)
-      math::multiclass_point(s, structure, classes, e.target, points + p * classes, p, stride, scale);
+      math::multiclass_points<1>(s, structure, classes, e.target, points + p * classes, 1, p, stride, scale);
     __syncthreads();
 
     for (int64_t i = warp; i < sizes.phi; i += kWarps) {

@@ -137,43 +137,68 @@ MTLGRAD_INLINE void multiclass_factor(const MulticlassSlice& s, Structure struct
   }
 }
 
-// Stage 3, for one point: residuals r and, times r, the second kind of phi. `stride` is point_stride.
-MTLGRAD_INLINE void multiclass_point(const MulticlassSlice& s, Structure structure, int64_t classes, int64_t target,
-                                     const double* u, int64_t point, int64_t stride, double scale) {
+// Stage 3, for kLanes points side by side, the first being number `point`: residuals r and, times r, the second kind of
+// phi. Coordinate j of the points begins at u + j * u_stride; `stride` is point_stride. The inner loops have a fixed
+// length, so that they become vectors on the host; a device thread has one point.
+template <int kLanes>
+MTLGRAD_INLINE void multiclass_points(const MulticlassSlice& s, Structure structure, int64_t classes, int64_t target,
+                                      const double* u, int64_t u_stride, int64_t point, int64_t stride, double scale) {
   double* r = s.phi + point;
-  double largest = -infinity<double>();
+  double largest[kLanes], sum[kLanes];
+  for (int l = 0; l < kLanes; ++l) largest[l] = -infinity<double>(), sum[l] = 0.0;
   for (int64_t c = 0; c < classes; ++c) {
-    double z = s.mu[c];
-    if (structure == Structure::block)
-      z += s.factor[c] * u[c];
-    else
-      for (int64_t j = 0; j <= c; ++j) z += s.factor[c * classes + j] * u[j];
-    r[c * stride] = z;
-    largest = z > largest ? z : largest;
+    const bool alone = structure == Structure::block;
+    double z[kLanes];
+    for (int l = 0; l < kLanes; ++l) z[l] = s.mu[c];
+    for (int64_t j = alone ? c : 0; j <= c; ++j) {
+      const double factor = s.factor[alone ? c : c * classes + j];
+      for (int l = 0; l < kLanes; ++l) z[l] += factor * u[j * u_stride + l];
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      r[c * stride + l] = z[l];
+      largest[l] = z[l] > largest[l] ? z[l] : largest[l];
+    }
   }
-  double sum = 0.0;
-  for (int64_t c = 0; c < classes; ++c) sum += r[c * stride] = exp(r[c * stride] - largest);
-  for (int64_t c = 0; c < classes; ++c) r[c * stride] = r[c * stride] / sum - (c == target ? 1.0 : 0.0);
+  for (int64_t c = 0; c < classes; ++c)
+    for (int l = 0; l < kLanes; ++l) {
+      const double e = exp_pair(r[c * stride + l] - largest[l]).exp;
+      r[c * stride + l] = e, sum[l] += e;
+    }
+  for (int l = 0; l < kLanes; ++l) sum[l] = 1.0 / sum[l];
+  for (int64_t c = 0; c < classes; ++c) {
+    const double one = c == target ? 1.0 : 0.0;
+    for (int l = 0; l < kLanes; ++l) r[c * stride + l] = r[c * stride + l] * sum[l] - one;
+  }
   double* more = r + classes * stride;
   if (structure == Structure::block) {
-    for (int64_t c = 0; c < classes; ++c)
-      more[c * stride] = s.factor[c] > 0.0 ? r[c * stride] * u[c] / s.factor[c] : s.factor[c];  // keeps NaN
+    for (int64_t c = 0; c < classes; ++c) {
+      const double by = 1.0 / s.factor[c];
+      const bool none = !(s.factor[c] > 0.0);
+      for (int l = 0; l < kLanes; ++l)
+        more[c * stride + l] = none ? s.factor[c] : r[c * stride + l] * u[c * u_stride + l] * by;  // keeps NaN
+    }
   } else if (structure == Structure::full) {
-    for (int64_t j = classes - 1; j >= 0; --j) {  // t by back substitution, kept in the place of the last class's phi
-      double t = u[j];
+    double* t = more + (classes - 1) * classes * stride;  // by back substitution, in the place of the last class's phi
+    for (int64_t j = classes - 1; j >= 0; --j) {
+      double left[kLanes];
+      for (int l = 0; l < kLanes; ++l) left[l] = u[j * u_stride + l];
       for (int64_t i = j + 1; i < classes; ++i)
-        t -= s.factor[i * classes + j] * more[((classes - 1) * classes + i) * stride];
+        for (int l = 0; l < kLanes; ++l) left[l] -= s.factor[i * classes + j] * t[i * stride + l];
       const double pivot = s.factor[j * classes + j];
-      more[((classes - 1) * classes + j) * stride] = pivot == 0.0 ? 0.0 : t / pivot;
+      for (int l = 0; l < kLanes; ++l) t[j * stride + l] = pivot == 0.0 ? 0.0 : left[l] / pivot;
     }
     for (int64_t c = 0; c < classes; ++c)
       for (int64_t j = 0; j < classes; ++j)
-        more[(c * classes + j) * stride] = r[c * stride] * more[((classes - 1) * classes + j) * stride];
+        for (int l = 0; l < kLanes; ++l)
+          more[(c * classes + j) * stride + l] = r[c * stride + l] * t[j * stride + l];
   } else {
-    double sum_r = 0.0;  // factor is sqrt(s) L_A: r.L_A u / sqrt(s) = r.factor u / s
+    double product[kLanes];  // factor is sqrt(s) L_A: r.L_A u / sqrt(s) = r.factor u / s
+    for (int l = 0; l < kLanes; ++l) product[l] = 0.0;
     for (int64_t c = 0; c < classes; ++c)
-      for (int64_t j = 0; j <= c; ++j) sum_r += r[c * stride] * s.factor[c * classes + j] * u[j];
-    *more = scale > 0.0 ? sum_r / scale : 0.0;
+      for (int64_t j = 0; j <= c; ++j)
+        for (int l = 0; l < kLanes; ++l)
+          product[l] += r[c * stride + l] * s.factor[c * classes + j] * u[j * u_stride + l];
+    for (int l = 0; l < kLanes; ++l) more[l] = scale > 0.0 ? product[l] / scale : 0.0;
   }
 }
 

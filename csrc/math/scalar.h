@@ -96,7 +96,7 @@ MTLGRAD_INLINE ExpPair<double> exp_pair(double x) {
   p = p * f + 1.0 / 6.0;
   p = p * f + 0.5;
   p = p * f * f + f;
-  const double scale = double_from_bits((static_cast<int64_t>(n) + 1023) << 52);
+  const double scale = double_from_bits((int64_t{static_cast<int32_t>(n)} + 1023) << 52);  // AVX2 knows no other way
   const double expm1 = scale * p + (scale - 1.0);
   return {under ? 0.0 : scale * p + scale, under ? -1.0 : expm1};
 }

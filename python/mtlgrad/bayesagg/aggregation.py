@@ -14,9 +14,9 @@ from torch import Tensor
 from ..ops import hide_from_dynamo
 from ..ops.moments import BatchPosterior, Output, run_weighted_mean
 from ..posterior.posteriors import Posterior
-from ..reference.moments import IGNORE, SMALLEST_VARIANCE
-from .conditioning import ALL_ROWS, batch_posterior, condition, moments_of, uses_lemma
-from .heads import Head
+from ..reference.moments import SMALLEST_VARIANCE
+from .conditioning import batch_posterior, condition, moments_of, uses_lemma
+from .heads import Head, Outputs
 
 #: The batch posterior, or weight samples [S, R, P] of it, of rows [first, last).
 Part = tuple[int, int, BatchPosterior | Tensor]
@@ -25,9 +25,8 @@ Part = tuple[int, int, BatchPosterior | Tensor]
 class GlobalBatch(NamedTuple):
     """What a rank needs, beside its own, of all ranks' examples, which the batch posteriors are conditioned on."""
 
-    features: Tensor | None  # [sum of B, D]; None where no head needs them
-    targets: Sequence[Tensor | None]  # those of the heads that are conditioned by the matrix inversion lemma
-    posteriors: Sequence[Posterior | None]  # those of the other heads
+    outputs: Outputs | None  # of the heads that are conditioned by the matrix inversion lemma, for all examples
+    posteriors: Sequence[Posterior | None]  # those of the other heads; None: the next one of the outputs
     rows: slice  # which are this rank's
     share: float  # W times this rank's examples over all
 
@@ -36,11 +35,11 @@ class Batch(NamedTuple):
     """Everything that the aggregate of one batch depends on. ``features`` are in float32 or float64."""
 
     features: Tensor  # [B, D]
-    targets: Sequence[Tensor]  # as the losses have them
-    scaled: Sequence[Tensor]  # as the posteriors have them: regression targets over the deviation of their noise
+    targets: Sequence[Tensor]
     heads: Sequence[Head]
-    weights: Sequence[Tensor]  # [R, P] of the heads, as they stood, bias last
+    outputs: Outputs
     posteriors: Sequence[Posterior]  # full-data
+    deviations: Sequence[Tensor | None]  # [O], of regression targets' noise; None: one
     powers: Sequence[Tensor]  # float64 [T_head], on the device
     balance: float  # what all gradients are multiplied by, as each is divided by its noise
     num_samples: int  # 0: exact moments
@@ -59,56 +58,46 @@ class Batch(NamedTuple):
     def is_sampled(self, index: int) -> bool:
         return bool(self.num_samples) and not self.heads[index].likelihood.is_exact
 
-    def point(self, index: int) -> Tensor | None:
-        """Where to expand the head's batch posterior, [R, P]; None: it is exact."""
-        return None if self.heads[index].likelihood.is_exact else self.weights[index]
+    def sums_precision(self, index: int, examples: int) -> bool:
+        """Whether the head's batch posterior is made by summing a precision, of so many examples."""
+        return self.is_sampled(index) or not uses_lemma(self.posteriors[index], examples)
 
-
-def sums_precision(batch: Batch, index: int, examples: int) -> bool:
-    """Whether the head's batch posterior is made by summing a precision, of so many examples."""
-    return batch.is_sampled(index) or not uses_lemma(batch.posteriors[index], examples)
-
-
-def own_posterior(batch: Batch, index: int, with_prior: bool = True) -> Posterior:
-    """A head's batch posterior of this process's examples, in float64 for exact moments. See :func:`sums_precision`."""
-    prior, weight, features = batch.posteriors[index], batch.point(index), batch.features
-    if prior.exact is not None and not batch.is_sampled(index):
-        prior, features = prior.exact, features.double()
-        weight = None if weight is None else weight.double()
-    return batch_posterior(prior, features, batch.scaled[index], weight, batch.task_name(index), with_prior)
+    def own_posterior(self, index: int, with_prior: bool = True) -> Posterior:
+        """A head's batch posterior of this process's examples, in float64 for exact moments."""
+        prior = self.posteriors[index]
+        if prior.exact is not None and not self.is_sampled(index):
+            prior = prior.exact
+        return batch_posterior(prior, self.outputs, index, self.task_name(index), with_prior)
 
 
 def _parts(batch: Batch, index: int) -> Iterator[Part]:
     """A head's tasks, some at a time, with the batch posterior as their moments need it."""
-    head, shared, features = batch.heads[index], batch.global_batch, batch.features
+    shared, features = batch.global_batch, batch.features
     known = None if shared is None else shared.posteriors[index]
     if batch.is_sampled(index):
         generator = torch.Generator(features.device)
         generator.manual_seed((batch.seed * 1009 + index) % 2**63)
-        posterior = own_posterior(batch, index) if known is None else known
-        yield 0, head.outputs, posterior.sample(batch.num_samples, generator)
-        return
-    if known is not None:
-        yield from moments_of(known, features)
-        return
-    targets, rows = batch.scaled[index], ALL_ROWS
-    if shared is not None:
-        all_targets = shared.targets[index]
-        assert shared.features is not None
-        assert all_targets is not None
-        features, targets, rows = shared.features, all_targets, shared.rows
-    hidden = head.likelihood.augment(features)
-    prior, point = batch.posteriors[index], batch.point(index)
-    yield from condition(prior, features, hidden, targets, point, batch.task_name(index), rows)
+        posterior = batch.own_posterior(index) if known is None else known
+        yield 0, batch.heads[index].outputs, posterior.sample(batch.num_samples, generator)
+    elif known is not None:
+        yield from moments_of(known, features, features)
+    elif shared is not None:
+        assert shared.outputs is not None
+        at = shared.posteriors[:index].count(None)
+        yield from condition(batch.posteriors[index], shared.outputs, at, batch.task_name(index), shared.rows)
+    else:
+        yield from condition(batch.posteriors[index], batch.outputs, index, batch.task_name(index))
 
 
 def _moments(batch: Batch, index: int, out_of: Callable[[slice], Output]) -> Iterator[tuple[slice, Output]]:
     """Have the moments of a head's tasks left in ``out_of(tasks)``; yield the tasks, some at a time, when they are."""
-    likelihood, targets = batch.heads[index].likelihood, batch.scaled[index]
+    likelihood, targets, deviation = batch.heads[index].likelihood, batch.targets[index], batch.deviations[index]
     for first, last, at in _parts(batch, index):
         tasks = slice(0, 1) if likelihood.is_joint else slice(first, last)
-        out = out_of(tasks)
-        likelihood.moments(batch.features, targets if likelihood.is_joint else targets[:, tasks], at, out)
+        some, out = targets if likelihood.is_joint else targets[:, tasks], out_of(tasks)
+        if deviation is not None and isinstance(at, BatchPosterior):  # in units whose noise is one
+            some, at = some / deviation[tasks], at._replace(mean=at.mean / deviation[tasks, None])
+        likelihood.moments(batch.features, some, at, out)
         yield tasks, out
 
 
@@ -121,15 +110,6 @@ def _accumulate(batch: Batch, scales: Tensor, without: Collection[int]) -> tuple
             for _ in _moments(batch, index, lambda some: Output(numerator, denominator, power[some], scale[some])):  # noqa: B023
                 pass
     return numerator, denominator
-
-
-def _labels(batch: Batch, without: Collection[int]) -> Tensor:
-    """How many tasks have a label, [B]."""
-    targets = [target for index, target in enumerate(batch.targets) if index not in without]
-    classes = [target != IGNORE for target in targets if target.dim() == 1]
-    values = [~target.isnan() for target in targets if target.dim() == 2]
-    there = [*values, *(labelled[:, None] for labelled in classes)]
-    return torch.cat(there, 1).sum(1) if there else batch.features.new_zeros(len(batch.features))
 
 
 @torch.no_grad()
@@ -148,8 +128,9 @@ def aggregate(batch: Batch, scales: Tensor | None = None, without: Collection[in
         scales = torch.full((tasks,), batch.share, dtype=torch.float64, device=batch.features.device)
     with torch.autocast(batch.features.device.type, enabled=False):
         result = run_weighted_mean(*_accumulate(batch, scales * batch.balance, without))
-        if batch.summed:
-            result *= _labels(batch, without)[:, None].to(result.dtype)
+        if batch.summed:  # times the number of tasks that have a label
+            counts = [terms.labels for index, terms in enumerate(batch.outputs.terms) if index not in without]
+            result *= sum(n[:, None].to(result) if isinstance(n, Tensor) else n for n in counts)
     return result
 
 

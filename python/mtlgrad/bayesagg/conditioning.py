@@ -28,13 +28,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.moments import BatchPosterior, class_variances, condition_on_batch
+from ..ops.moments import BatchPosterior, class_variances, condition_on_batch, invert_at
 from ..posterior.cholesky import checked_cholesky
 from ..posterior.posteriors import BlockPosterior, JointPosterior, Posterior, empty_posterior
+from .heads import Outputs
 
 LARGEST_TRACE = 4e3  # of M in float32; an ordinary batch has about one an example
 ALL_ROWS = slice(None)
-CHUNK_BYTES = 16 << 20  # on a device, of [outputs, B, W] at a time; on the host an even quarter of the outputs
+CHUNK_BYTES = 16 << 20  # on a device, of [outputs, B, W] at a time; on the host an even quarter of many outputs
 
 
 class Conditioned(NamedTuple):
@@ -61,24 +62,19 @@ def _wants_float64(trace: Tensor, summands: Tensor, prior: Posterior, m: Tensor)
 
 
 def batch_posterior(
-    prior: Posterior,
-    features: Tensor,
-    targets: Tensor,
-    weight: Tensor | None,
-    name: str | None = None,
-    with_prior: bool = True,
+    prior: Posterior, outputs: Outputs, index: int, name: str | None = None, with_prior: bool = True
 ) -> Posterior:
-    """The batch posterior as an object, with its precision: for sampling, and where the lemma does not pay. Without the
-    prior it is what a rank has to add to it."""
+    """The batch posterior as an object, in the prior's dtype, with its precision: for sampling, for structures without
+    the lemma, and for several ranks. Without the prior it is what a rank has to add to it."""
     # Deviations from the prior's mean lose fewer digits than those from the weights, but a Kronecker precision is not
     # the sum of the prior's and the batch's, so there the anchor counts (DESIGN 4.2: the weights).
-    from_weight = prior.structure == "kron"
-    anchor = weight if from_weight and weight is not None else prior.mean
+    weight = outputs.weights[index].to(prior.anchor)
+    anchor = weight if prior.structure == "kron" else prior.mean
     posterior = empty_posterior(prior.likelihood, anchor, prior, prior.gamma, prior.structure)
     posterior.name = name or posterior.name
     if not with_prior:
         posterior.scale(0.0)
-    return posterior.add(features, targets, None if from_weight else weight)
+    return posterior.add_terms(outputs.hidden_of(index).to(prior.anchor), outputs.terms[index].to(prior.anchor), weight)
 
 
 def uses_lemma(prior: Posterior, batch: int) -> bool:
@@ -90,89 +86,69 @@ def uses_lemma(prior: Posterior, batch: int) -> bool:
 
 
 def condition(
-    prior: Posterior,
-    features: Tensor,
-    hidden: Tensor,
-    targets: Tensor,
-    weight: Tensor | None,
-    name: str,
-    rows: slice = ALL_ROWS,
+    prior: Posterior, outputs: Outputs, index: int, name: str, rows: slice = ALL_ROWS
 ) -> Iterator[Conditioned]:
     """The batch posterior, a few rows at a time; all rows in one piece where the likelihood couples them.
 
     Args:
-        prior: the full-data posterior, in the dtype and on the device of the features.
-        features: [B, D]; ``hidden`` is :meth:`mtlgrad.posterior.likelihoods.Likelihood.augment` of them, [B, W].
-        weight: [R, W], where to expand (classification); None for regression.
+        prior: the full-data posterior, in the dtype of the moments.
+        outputs: the batch, of which the head is number ``index``.
         name: of the task and the batch, for errors.
         rows: of the examples, those whose cross covariances are wanted.
     """
-    if uses_lemma(prior, len(hidden)):
-        if isinstance(prior, JointPosterior):
-            yield from _condition_joint(prior, hidden, targets, weight, name, rows)
-        else:
-            assert isinstance(prior, BlockPosterior)
-            yield from _condition_blocks(prior, hidden, targets, weight, name, rows)
-        return
-    if prior.exact is not None:
-        weight = None if weight is None else weight.double()
-        yield from moments_of(batch_posterior(prior.exact, features.double(), targets, weight, name), features[rows])
-        return
-    yield from moments_of(batch_posterior(prior, features, targets, weight, name), features[rows])
+    if isinstance(prior, BlockPosterior):
+        yield from _condition_blocks(prior, outputs, index, name, rows)
+    elif isinstance(prior, JointPosterior) and uses_lemma(prior, len(outputs.hidden)):
+        yield from _condition_joint(prior, outputs, index, name, rows)
+    else:
+        posterior = batch_posterior(prior.exact or prior, outputs, index, name)
+        yield from moments_of(posterior, outputs.hidden[rows, :-1], prior.anchor)
 
 
-def moments_of(posterior: Posterior, features: Tensor) -> Iterator[Conditioned]:
-    """A batch posterior at the batch's examples, or some of them; computed in its dtype."""
-    wide = features.to(posterior.anchor)
-    for part in posterior.likelihood.at(wide, posterior.mean, posterior.contrasts):
-        yield Conditioned(*part).to(features)
+def moments_of(posterior: Posterior, features: Tensor, like: Tensor) -> Iterator[Conditioned]:
+    """A batch posterior at some of the batch's examples; computed in its dtype, returned in that of ``like``."""
+    for part in posterior.likelihood.at(features.to(posterior.anchor), posterior.mean, posterior.contrasts):
+        yield Conditioned(*part).to(like)
 
 
 def _condition_blocks(
-    prior: BlockPosterior,
-    hidden: Tensor,
-    targets: Tensor,
-    weight: Tensor | None,
-    name: str,
-    wanted: slice = ALL_ROWS,
-    start: int = 0,
+    prior: BlockPosterior, outputs: Outputs, index: int, name: str, wanted: slice, start: int = 0
 ) -> Iterator[Conditioned]:
-    anchor = prior.mean if weight is None else weight
-    terms = prior.likelihood.terms(hidden, targets, anchor)
-    blocks = prior.covariance()
-    blocks = blocks[None] if blocks.dim() == 2 else blocks
-    batch, width = hidden.shape
-    rows = anchor.shape[0]
-    shared = blocks.shape[0] == 1 and (terms.curvature is None or terms.curvature.shape[1] == 1)
-    if shared:
-        chunk = rows
-    elif hidden.is_cuda:
+    terms, wide = outputs.terms[index], outputs.hidden_of(index)
+    innovation = terms.innovation(wide @ prior.mean.double().T).T.to(prior.anchor)
+    hidden, curvature = wide.to(prior.anchor), terms.curvature
+    (batch, width), rows = hidden.shape, len(prior.mean)
+    by_lemma, exact, covariance = uses_lemma(prior, batch), prior.exact or prior, prior.covariance()
+    assert isinstance(exact, BlockPosterior)
+    shared = len(prior.blocks) == 1 and (curvature is None or curvature.shape[1] == 1)
+    together = prior.likelihood.is_joint  # block structure: the classes meet in one softmax
+    if hidden.is_cuda and not shared:
         chunk = max(1, CHUNK_BYTES // (batch * width * hidden.element_size()))
     else:
-        chunk = max(1, rows // 8 * 2)
-    innovation = (terms.curved(hidden @ (anchor - prior.mean).T) - terms.residual).T
-    together = prior.likelihood.is_joint  # block structure: the classes meet in one softmax
+        chunk = rows if shared or together or rows < 8 else rows // 8 * 2
     parts = []
     for first in range(start, rows, chunk):
         last = min(first + chunk, rows)
-        covariance = blocks if shared else blocks.expand(rows, -1, -1)[first:last]
-        curvature = None
-        if terms.curvature is not None:
-            curvature = terms.curvature.T if shared else terms.curvature.T.expand(rows, -1)[first:last]
-        found = _condition_rows(prior, covariance, hidden, curvature, name)
-        if found is None:
-            weight = None if weight is None else weight.double()
-            start = 0 if together else first
-            exact = prior.exact
-            assert isinstance(exact, BlockPosterior)
-            rest = _condition_blocks(exact, hidden.double(), targets, weight, name, wanted, start)
-            yield from (part.to(hidden) for part in rest)
-            return
+        some = slice(0, 1) if shared else slice(first, last)
+        key = id(covariance), id(curvature)
+        found = outputs.conditioned.get(key) if shared else None
+        if found is None and by_lemma:
+            q = None if curvature is None else curvature.T.to(hidden).expand(1 if shared else rows, -1)[some]
+            blocks = covariance.view(-1, width, width).expand(rows, -1, -1)[some]
+            found = _condition_rows(prior, blocks, hidden, q, name)
+            if found is None:
+                rest = _condition_blocks(exact, outputs, index, name, wanted, 0 if together else first)
+                yield from (part.to(hidden) for part in rest)
+                return
+        elif found is None:
+            blocks = (exact.blocks + outputs.curvature(index)).expand(rows, -1, -1)[some]
+            found = _invert_rows(blocks, hidden, wide, name)
         cross, variances = found
         if shared:  # one product for all rows, not one each
+            outputs.conditioned[key] = found
             mean = prior.mean + innovation @ cross[0]
         else:
-            mean = prior.mean[first:last] + torch.matmul(innovation[first:last, None], cross)[:, 0]
+            mean = prior.mean[some] + torch.matmul(innovation[some, None], cross)[:, 0]
         cross = cross[:, wanted]
         if together:
             parts.append((mean, cross, variances))
@@ -180,6 +156,16 @@ def _condition_blocks(
             yield Conditioned(first, last, BatchPosterior("rows", mean, cross, variances))
     if together:
         yield Conditioned(0, rows, BatchPosterior("block", *(torch.cat(part) for part in zip(*parts))))
+
+
+def _invert_rows(precision: Tensor, hidden: Tensor, wide: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return cross covariances [r, B, W] and variances [r, W], in the dtype of ``hidden``, from precisions [r, W, W] in
+    float64; ``wide`` is ``hidden`` in float64."""
+    found = invert_at(precision, hidden)
+    if found is not None:
+        return found
+    covariance = torch.cholesky_inverse(checked_cholesky(precision, name))
+    return torch.matmul(wide, covariance).to(hidden), covariance.diagonal(dim1=-2, dim2=-1).to(hidden)
 
 
 def _condition_rows(
@@ -231,28 +217,29 @@ def softmax_curvature_factor(probability: Tensor) -> Tensor:
 
 
 def _condition_joint(
-    prior: JointPosterior, hidden: Tensor, targets: Tensor, weight: Tensor | None, name: str, wanted: slice = ALL_ROWS
+    prior: JointPosterior, outputs: Outputs, index: int, name: str, wanted: slice
 ) -> Iterator[Conditioned]:
     """As for the rows, with C - 1 pseudo-examples for every example: the factor of its C x C curvature."""
-    anchor = prior.mean if weight is None else weight
-    terms = prior.likelihood.terms(hidden, targets, anchor)
-    classes, width = anchor.shape
+    terms, wide = outputs.terms[index], outputs.hidden_of(index)
+    assert terms.probability is not None
+    innovation = terms.innovation(wide @ prior.mean.double().T, jointly=True).to(prior.anchor)
+    hidden = wide.to(prior.anchor)
+    classes, width = prior.mean.shape
     batch, rank = hidden.shape[0], classes - 1
     covariance = prior.contrasts
     k = hidden @ covariance.view(classes, width, -1)  # [C(k), B, C*P]: S J', its block k of rows being that of columns
-    f = softmax_curvature_factor(terms.probability)
+    f = softmax_curvature_factor(terms.probability.to(hidden))
     # F' J S, a row for each pseudo-example (b, r); batched products of dense operands, where einsum would copy each
     weighted_k = torch.bmm(f.mT, k.transpose(0, 1)).view(batch * rank, classes * width)
     # J S J' F, [B, B*rank, C]: with the other side's factor it is M
     weighted_g = torch.mm(hidden, weighted_k.view(-1, width).T).view(batch, batch * rank, classes)
     m = torch.bmm(weighted_g, f).transpose(0, 1).reshape(batch * rank, batch * rank)
     m.diagonal().add_(1.0)
-    summands = (terms.diagonal(hidden) * covariance.diagonal().view_as(anchor)).sum()
+    summands = (terms.diagonal(wide) * covariance.diagonal().view_as(prior.mean)).sum()
     if _wants_float64(m.diagonal().sum(), summands, prior, m):
-        weight = None if weight is None else weight.double()
         exact = prior.exact
         assert isinstance(exact, JointPosterior)
-        rest = _condition_joint(exact, hidden.double(), targets, weight, name, wanted)
+        rest = _condition_joint(exact, outputs, index, name, wanted)
         yield from (part.to(hidden) for part in rest)
         return
     factor = checked_cholesky(m, name)
@@ -263,7 +250,6 @@ def _condition_joint(
     k.view(-1, classes * width).addmm_(w.T, r, alpha=-1.0)
     halves = r.view(-1, classes, width)
     variances = class_variances(covariance, classes) - torch.einsum("xcd,xkd->ckd", halves, halves)
-    innovation = terms.jointly_curved(hidden @ (anchor - prior.mean).T) - terms.residual
-    mean = prior.mean + (innovation.T.reshape(1, -1) @ k.view(classes * batch, -1)).view_as(anchor)
+    mean = prior.mean + (innovation.T.reshape(1, -1) @ k.view(classes * batch, -1)).view_as(prior.mean)
     cross = k.view(classes, batch, classes, width)[:, wanted]
     yield Conditioned(0, classes, BatchPosterior("full", mean, cross, variances))

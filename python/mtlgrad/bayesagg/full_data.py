@@ -11,7 +11,7 @@ from torch import Tensor
 from ..posterior.posteriors import Posterior, empty_posterior, posterior_from_state, sum_over_ranks
 from ..world.alike import check_same
 from ..world.ranks import World
-from .heads import Head, Regression
+from .heads import Head, Outputs, Regression
 
 STATISTICS = ("stored", "streaming", "moving")
 ROWS = 8192  # of stored features in float64 at a time
@@ -47,33 +47,41 @@ class FullData:
         return isinstance(self.head, Regression) and self.head.noise == "estimated"
 
     @property
+    def is_exact(self) -> bool:
+        return self.head.likelihood.is_exact
+
+    @property
     def device(self) -> torch.device:
         """A checkpoint's features may have been mapped elsewhere than those that came since."""
         if self.running is not None:
             return self.running.anchor.device
         return self.features[-1].device if self.features else self.head.layers[0].weight.device
 
-    def add(self, features: Tensor, targets: Tensor, weight: Tensor | None) -> None:
-        """Take in a batch that was checked, and the head's weights in float64 (not needed where the posterior is exact,
-        nor by ``stored``, which keeps the tensors: the caller must leave them as they are)."""
+    def add(self, features: Tensor, targets: Tensor, outputs: Outputs | None, index: int) -> None:
+        """Take in a batch that was checked, of which the head is number ``index`` of ``outputs`` (not needed by
+        ``stored``, which keeps the tensors: the caller must leave them as they are)."""
         self.count += features.shape[0]
         self.weight = self.decay * self.weight + features.shape[0]
         if self.estimates_noise:
-            wide = targets.double()
-            found = torch.stack([wide.square().nansum(0), wide.isfinite().sum(0)])
+            values = targets.double()
+            squares, labels = values.square().nansum(0), values.isfinite().sum(0)
+            found = torch.stack([squares, labels])
             self.squares = found if self.squares is None else found + self.decay * self.squares.to(found.device)
         if self.statistics == "stored":
             self.features.append(features)
             self.targets.append(targets)
             return
-        features = features.double()
+        assert outputs is not None
+        hidden, weight = outputs.hidden_of(index), outputs.weights[index]
         if self.running is None:
-            self.running = self.empty(self._anchor(features, weight))
+            self.running = self.empty(torch.zeros_like(weight[:, : hidden.shape[1]]) if self.is_exact else weight)
         elif self.running.anchor.device != features.device:  # resumed from a checkpoint that was mapped elsewhere
-            self.running = posterior_from_state(self.running.state(), features)
+            self.running = posterior_from_state(self.running.state(), hidden)
         if self.decay < 1.0:
             self.running.scale(self.decay)
-        self.running.add(features, targets, None if self.head.likelihood.is_exact else weight)
+        # What batch posteriors of few weights need, too.
+        known = outputs.curvature(index) if self.running.sums_blocks and len(hidden) >= hidden.shape[1] else None
+        self.running.add_terms(hidden, outputs.terms[index], weight, known)
 
     def sums(self, anchor: Tensor) -> Posterior:
         """Return a new posterior of the data alone, without prior."""
@@ -92,13 +100,9 @@ class FullData:
     def anchor(self) -> Tensor:
         """Return the head's weights as they stand, float64 [R, W]; zeros for regression, which is exact anywhere."""
         like = torch.empty(0, dtype=torch.float64, device=self.device)
-        return self._anchor(like, None if self.head.likelihood.is_exact else self.head.weight(like))
-
-    def _anchor(self, like: Tensor, weight: Tensor | None) -> Tensor:
-        if self.head.likelihood.is_exact:
+        if self.is_exact:
             return like.new_zeros(self.head.outputs, self.head.likelihood.width(self.head.width))
-        assert weight is not None
-        return weight.double()
+        return self.head.weight(like)
 
     def empty(self, anchor: Tensor) -> Posterior:
         """Return that of no data, without prior."""

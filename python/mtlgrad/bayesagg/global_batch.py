@@ -11,7 +11,8 @@ from torch import Tensor
 from ..posterior.posteriors import Posterior, sum_over_ranks
 from ..world.alike import check_same, digest
 from ..world.ranks import World
-from .aggregation import Batch, GlobalBatch, own_posterior, sums_precision
+from .aggregation import Batch, GlobalBatch
+from .heads import Outputs
 
 
 def gather_batch(
@@ -36,7 +37,7 @@ def gather_batch(
             "BayesAgg: expected no CUDA graph to be captured while several ranks train together, found one: the "
             "ranks' batch sizes are read by the host; capture the backbone alone"
         )
-    kinds = f"{rows.dtype} and {', '.join(str(target.dtype) for target in batch.scaled)}"
+    kinds = f"{rows.dtype} and {', '.join(str(target.dtype) for target in batch.targets)}"
     every = world.gather_numbers([number, len(rows), digest(kinds), agreed], device)
     numbers, sizes, digests, agreements = map(list, zip(*every))
     if not all(agreements):
@@ -49,24 +50,21 @@ def gather_batch(
     if len(set(digests)) > 1:
         check_same("BayesAgg", "dtypes of features and targets", kinds, "give all ranks the same", world, device)
     heads, total = range(len(batch.heads)), sum(sizes)
-    summing = [i for i in heads if sums_precision(batch, i, total)]
-    features: Tensor | None = None
-    targets: list[Tensor | None] = [None for _ in heads]
+    summing = [i for i in heads if batch.sums_precision(i, total)]
     gathered = [i for i in heads if i not in summing]
+    outputs = None
     if gathered:
-        all_rows, *found = _gather_together([rows, *(batch.scaled[i] for i in gathered)], sizes, world)
-        features = all_rows.to(batch.features.dtype)
-        for i, target in zip(gathered, found):
-            targets[i] = target
+        every_row, *targets = _gather_together([rows, *(batch.targets[i] for i in gathered)], sizes, world)
+        weights = [batch.outputs.weights[i] for i in gathered]
+        outputs = Outputs([batch.heads[i] for i in gathered], every_row, targets, weights)
     # The prior counts once.
-    summed = {i: own_posterior(batch, i, with_prior=world.is_rank0) for i in summing}
+    summed = {i: batch.own_posterior(i, with_prior=world.is_rank0) for i in summing}
     for dtype in (torch.float64, torch.float32):
         sum_over_ranks([p for p in summed.values() if p.anchor.dtype == dtype], world)
     end = list(accumulate(sizes))[world.rank]
     return batch._replace(
         global_batch=GlobalBatch(
-            features=features,
-            targets=targets,
+            outputs=outputs,
             posteriors=[summed.get(i) for i in heads],
             rows=slice(end - sizes[world.rank], end),
             share=world.size * sizes[world.rank] / total,

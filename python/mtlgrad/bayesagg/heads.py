@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..ops.checks import check_same_device
-from ..ops.moments import power_tensor
+from ..ops.moments import add_curvature, power_tensor
 from ..posterior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ..posterior.posteriors import check_gamma
 from ..world.shards import full
@@ -128,6 +128,56 @@ class Head:
             (full(layer.weight).flatten(1), None if layer.bias is None else full(layer.bias)) for layer in self.layers
         ]
         return torch.cat([functional.linear(features, weight, bias) for weight, bias in layers], -1)
+
+
+class Outputs:
+    """What the heads make of a batch, at their weights as they stand, in float64: all that the statistics, the batch
+    posteriors and the reading of the gradient need of it.
+
+    Attributes:
+        hidden: [B, P], the features and a one.
+        weights: [R, P] of each head, bias last.
+        logits: [B, R] of all heads, side by side, ``sizes`` of each.
+        terms: of each head; regressions with the same labelled rows have one curvature.
+    """
+
+    def __init__(self, heads: Sequence[Head], features: Tensor, targets: Sequence[Tensor], weights: Sequence[Tensor]):
+        self.heads = heads
+        self.hidden = functional.pad(features.double(), (0, 1), value=1.0)
+        self.weights = list(weights)
+        self.logits = self.hidden @ torch.cat(self.weights).T
+        self.sizes = [head.outputs for head in heads]
+        parts = self.logits.split(self.sizes, 1)
+        self.terms = [head.likelihood.terms(z, target) for head, z, target in zip(heads, parts, targets)]
+        #: What heads that have the same compute once: by width and curvature, and by prior covariance and curvature.
+        self.curvatures: dict[tuple[int, int], Tensor] = {}
+        self.conditioned: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        if features.device.type == "cpu":
+            self._find_the_same()
+
+    def _find_the_same(self) -> None:
+        known: list[Tensor] = []
+        for i, (head, terms) in enumerate(zip(self.heads, self.terms)):
+            mine = terms.curvature
+            if not head.likelihood.is_exact or mine is None:
+                continue
+            same = [theirs for theirs in known if torch.equal(theirs, mine)]
+            self.terms[i] = terms._replace(curvature=same[0]) if same else terms
+            known += [] if same else [mine]
+
+    def hidden_of(self, index: int) -> Tensor:
+        """Return [B, W], what the head's posterior multiplies its weights by."""
+        return self.hidden if self.heads[index].likelihood.bias else self.hidden[:, :-1]
+
+    def curvature(self, index: int) -> Tensor:
+        """Return sum_b q_b h_b h_b' for each row of the head's curvatures q, [1 or R, W, W]."""
+        hidden, q = self.hidden_of(index), self.terms[index].curvature
+        key = hidden.shape[1], id(q)
+        if key not in self.curvatures:
+            sums = hidden.new_zeros(1 if q is None else q.shape[1], hidden.shape[1], hidden.shape[1])
+            add_curvature(sums, hidden, None if q is None else q.T)
+            self.curvatures[key] = sums
+        return self.curvatures[key]
 
 
 class Regression(Head):

@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .heads import Head
+from .heads import Head, Outputs
 
 #: So many times the rounding error that :class:`Own` expects are nothing; it was 0.4 to 0.6 of it for all dtypes.
 ROUNDINGS = 1.5
@@ -48,22 +47,15 @@ class Own(NamedTuple):
     groups: Tensor  # [T, K], one where the row is the task's
 
     @staticmethod
-    def of(
-        heads: Sequence[Head], features: Tensor, targets: Sequence[Tensor], weights: Sequence[Tensor], groups: Tensor
-    ) -> Own:
-        """Return them for features [B, D], targets as the losses have them, and weights [K, P], bias last."""
-        batch, hidden = len(features), functional.pad(features.double(), (0, 1), value=1.0)
-        weight = torch.cat([w.to(hidden) for w in weights])
-        logits = (hidden @ weight.T).split([len(w) for w in weights], 1)
-        squares = (hidden.square() @ weight.T.square()).split([len(w) for w in weights], 1)
-        slopes, noise = [], []
-        for head, target, z, square in zip(heads, targets, logits, squares):
-            slope, steepness = head.likelihood.slopes(z, target)
-            largest = z.square() if head.likelihood.is_joint else z.square() + target.to(z).nan_to_num().square()
-            slopes.append(slope)
-            noise.append((square + largest).sum(0) * steepness**2)
+    def of(outputs: Outputs, groups: Tensor) -> Own:
+        hidden, batch, weight = outputs.hidden, len(outputs.hidden), torch.cat(outputs.weights)
+        slopes, others = (torch.cat(parts, 1) for parts in zip(*(terms[:2] for terms in outputs.terms)))
+        # What a logit is summed up from, itself, and the target that it is subtracted from.
+        squares = hidden.square().sum(0) @ weight.T.square() + (outputs.logits.square() + others.square()).sum(0)
+        steepness = [head.likelihood.steepness for head in outputs.heads for _ in range(head.outputs)]
         rows = weight[:, :-1]
-        return Own(torch.cat(slopes, 1) / batch, rows, torch.cat(noise) * rows.square().sum(1) / batch**2, groups)
+        noise = squares * rows.square().sum(1) * (squares.new_tensor(steepness) / batch) ** 2
+        return Own(slopes / batch, rows, noise, groups)
 
     def gradient(self, scales: Tensor) -> Tensor:
         """Return sum_t s_t e_t, [B, D]."""

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..graph import check_ordinary_autograd
 from ..ops.checks import refuse, shape_of
-from ..posterior.posteriors import STRUCTURES, Posterior, posterior_from_state
+from ..posterior.posteriors import STRUCTURES, Posterior, posterior_from_state, share_covariances
 from ..reference.moments import IGNORE
 from ..world.ranks import World, name_of, world_of
 from .aggregation import Batch, aggregate, diagnose
 from .full_data import STATISTICS, FullData, full_data_posteriors
 from .global_batch import gather_batch
-from .heads import Head
+from .heads import Head, Outputs
 from .incoming import WAYS_OUT, Own, as_published, find_foreign, read
 from .passes import Pass, RecordScale, ReplaceGradient, known_as, record_batch
 
@@ -131,6 +131,7 @@ class BayesAgg(nn.Module):
         self._posteriors: list[Posterior] | None = None
         self._noise: list[Tensor | None] = [None] * len(self.heads)  # of each head, [O]; None: one
         self._working: list[Posterior] = []  # the posteriors as the batches use them: dtype and device
+        self._deviations: list[Tensor | None] = []
         self._powers: list[Tensor] = []
         self._groups = torch.zeros(0)  # [T, K] float64, which rows of the heads' weights are a task's
         self._balance: float | None = None  # see _make_posteriors
@@ -242,15 +243,16 @@ class BayesAgg(nn.Module):
         stored, known = self.statistics == "stored", self._posteriors is not None
         rows = features.clone() if stored or borrowed else features.detach()
         kept = [target.clone() for target in checked] if stored or borrowed else checked
+        batch, outputs = None, None
         with torch.autocast(features.device.type, enabled=False):
-            wide = features.new_empty(0, dtype=_working_dtype(features) if stored else torch.float64)
-            # Needed where a batch posterior or a sum is expanded; under fully_shard they cost a gather.
-            needed = [known or not (stored or head.likelihood.is_exact) for head in self.heads]
-            weights = [head.weight(wide) if need else wide for head, need in zip(self.heads, needed)]
-            batch = self._for_all_ranks(self._batch(rows, kept, weights), rows) if known else None
-            for full_data, target, weight in zip(self._full_data, kept, weights):
+            if known or not stored:
+                outputs = self._outputs(rows, kept, known)
+            if known:
+                assert outputs is not None
+                batch = self._for_all_ranks(self._batch(rows, kept, outputs), rows)
+            for i, (full_data, target) in enumerate(zip(self._full_data, kept)):
                 if count:
-                    full_data.add(rows, target, weight)
+                    full_data.add(rows, target, outputs, i)
         self._since += 1
         return Pass(self._number, batch)
 
@@ -324,7 +326,7 @@ class BayesAgg(nn.Module):
             )
         recorded.done = True
         with torch.autocast(gradient.device.type, enabled=False):
-            own = Own.of(self.heads, batch.features, batch.targets, batch.weights, self._groups)
+            own = Own.of(batch.outputs, self._groups)
             foreign = None
             if self._look or self._foreign:
                 foreign = self._find_foreign(gradient, own, recorded, batch.share)
@@ -428,8 +430,17 @@ class BayesAgg(nn.Module):
             parts.append(like if noise is None else noise.to(like))
         return torch.cat(parts)
 
-    def _batch(self, rows: Tensor, targets: list[Tensor], weights: Sequence[Tensor]) -> Batch:
-        assert self._posteriors is not None
+    def _outputs(self, rows: Tensor, targets: list[Tensor], known: bool = True) -> Outputs:
+        """``known``: whether there is a posterior. Without one regressions need no weights, which cost a gather under
+        fully_shard."""
+        wide = rows.new_empty(0, dtype=torch.float64)
+        weights = [
+            head.weight(wide) if known or not head.likelihood.is_exact else wide.new_zeros(head.outputs, self.width + 1)
+            for head in self.heads
+        ]
+        return Outputs(self.heads, rows, targets, weights)
+
+    def _batch(self, rows: Tensor, targets: list[Tensor], outputs: Outputs) -> Batch:
         features = rows.to(_working_dtype(rows))
         ready = self._working
         if not ready or ready[0].anchor.dtype != features.dtype or ready[0].anchor.device != features.device:
@@ -437,13 +448,10 @@ class BayesAgg(nn.Module):
         return Batch(
             features=features,
             targets=targets,
-            scaled=[
-                target if noise is None else target.to(features) / noise.sqrt().to(features)
-                for target, noise in zip(targets, self._noise)
-            ],
             heads=self.heads,
-            weights=[weight.to(features) for weight in weights],
+            outputs=outputs,
             posteriors=self._working,
+            deviations=self._deviations,
             powers=self._powers,
             balance=self._balance or 1.0,
             num_samples=self.num_samples if self.moments == "sampled" else 0,
@@ -455,10 +463,9 @@ class BayesAgg(nn.Module):
     def _prepare(self, like: Tensor) -> None:
         """Make what batches of features like these use of the posteriors."""
         assert self._posteriors is not None
-        self._working = [
-            (posterior if noise is None else posterior.in_units_of(noise.sqrt())).to(like)
-            for posterior, noise in zip(self._posteriors, self._noise)
-        ]
+        self._working = [posterior.to(like) for posterior in self._posteriors]
+        share_covariances(self._working)
+        self._deviations = [None if noise is None else noise.sqrt().to(like) for noise in self._noise]
         self._powers = [head.power.to(like.device) for head in self.heads]
         blocks = [
             like.new_ones(1, head.outputs, dtype=torch.float64)
@@ -487,8 +494,8 @@ class BayesAgg(nn.Module):
         rows, listed = self._rows(rows), self._listed(rows, targets)
         checked = self._check(rows, listed)
         with torch.autocast(rows.device.type, enabled=False):
-            weights = [head.weight(rows.new_empty(0, dtype=_working_dtype(rows))) for head in self.heads]
-            batch = self._for_all_ranks(self._batch(rows, checked, weights), rows)
+            outputs = self._outputs(rows, checked)
+            batch = self._for_all_ranks(self._batch(rows, checked, outputs), rows)
         result = aggregate(batch)
         self._refuse_nan(result, self._number)
         return result

@@ -41,6 +41,7 @@ Moments = tuple[Tensor, Tensor]
 
 STRUCTURES = ("full", "block", "kron")  #: of multiclass posteriors, as csrc/kernels.h numbers them
 KINDS = ("binary", "multiclass")  #: of samples, likewise
+SMALL = 256  # weights of an output; for more, on the host too, a library's GEMM and Cholesky are quicker
 WORKSPACE_BYTES = 32 << 20  # of multiclass_moments on a device: enough examples in flight to fill it
 
 
@@ -521,3 +522,34 @@ def condition_on_batch(cross: Tensor, gram: Tensor, curvature: Tensor, variances
     """
     addresses = [t.data_ptr() for t in (cross, gram, curvature, variances)]
     return _C.condition_on_batch(DTYPE_CODES[cross.dtype], *addresses, *cross.shape, launch_place(cross.device))
+
+
+def invert_at(precision: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the cross covariances H S, [R, B, W], and variances diag S, [R, W], for S the inverses of precisions
+    [R, W, W] float64, in the dtype of ``hidden`` [B, W].
+
+    None where a library's Cholesky does it better: on a device, for many weights, and where a pivot is not positive.
+    """
+    rows, width, _ = precision.shape
+    if hidden.device.type != "cpu" or width > SMALL:
+        return None
+    hidden, precision = hidden.contiguous(), precision.contiguous()
+    cross, variances = hidden.new_empty(rows, len(hidden), width), hidden.new_empty(rows, width)
+    addresses = [t.data_ptr() for t in (precision, hidden, cross, variances)]
+    place = launch_place(hidden.device)
+    done = _C.condition_by_precision(DTYPE_CODES[hidden.dtype], *addresses, rows, len(hidden), width, place)
+    return (cross, variances) if done else None
+
+
+def add_curvature(sums: Tensor, hidden: Tensor, curvature: Tensor | None) -> None:
+    """Add H' diag(q_r) H to each of ``sums`` [R, W, W], in place, for curvatures q [R or 1, B] (None: one) and hidden
+    [B, W]."""
+    rows, width, _ = sums.shape
+    curvature = None if curvature is None else curvature.expand(rows, -1).contiguous()
+    if sums.device.type == "cpu" and sums.dtype == torch.float64 and width <= SMALL and sums.is_contiguous():
+        hidden = hidden.contiguous()
+        q = 0 if curvature is None else curvature.data_ptr()
+        _C.add_curvature(hidden.data_ptr(), q, sums.data_ptr(), rows, len(hidden), width, launch_place(sums.device))
+        return
+    for r, block in enumerate(sums):
+        block.addmm_((hidden if curvature is None else hidden * curvature[r, :, None]).T, hidden)

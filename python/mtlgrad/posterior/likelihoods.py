@@ -18,16 +18,17 @@ from ..reference.moments import IGNORE
 
 
 class Terms(NamedTuple):
-    """Of one batch, at given weights; rows without a label are zero throughout."""
+    """Of one batch, at given logits; rows without a label are zero throughout."""
 
-    residual: Tensor  # [B, R], derivative of the loss in the logits (regression: of half the squared error)
-    curvature: Tensor | None  # [B, R], diagonal of Q; None: one everywhere
-    probability: Tensor  # [B, C], multiclass only: Q = diag(p) - p p'
-    labelled: Tensor  # [B], multiclass only
+    slopes: Tensor  # [B, R], derivatives of the loss in the logits
+    logits: Tensor  # [B, R], where the quadratic is expanded: regression, exact anywhere, at the targets
+    residual: Tensor  # [B, R], derivatives there of the negative log likelihood (regression: unit noise)
+    curvature: Tensor | None  # [B, R], diagonal of Q; [B, 1]: one for all rows; None: one everywhere
+    labels: Tensor | int  # [B], how many tasks have one; a number: all
+    probability: Tensor | None = None  # [B, C], multiclass only: Q = diag(p) - p p'
 
-    def gradient(self, hidden: Tensor) -> Tensor:
-        """Of the loss, summed over the batch, [R, W]."""
-        return self.residual.T @ hidden
+    def to(self, like: Tensor) -> Terms:
+        return Terms(*(x.to(like) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self))  # type: ignore[arg-type]
 
     def curved(self, logits: Tensor) -> Tensor:
         """Q_b logits_b for every example, [B, R], with the diagonal of Q alone."""
@@ -36,7 +37,13 @@ class Terms(NamedTuple):
     def jointly_curved(self, logits: Tensor) -> Tensor:
         """Q_b logits_b with all of Q; multiclass only."""
         p = self.probability
+        assert p is not None
         return p * logits - p * (p * logits).sum(1, keepdim=True)
+
+    def innovation(self, logits: Tensor, jointly: bool = False) -> Tensor:
+        """Return minus the derivatives of the quadratic at other logits, [B, R]."""
+        curved = self.jointly_curved if jointly else self.curved
+        return curved(self.logits - logits) - self.residual
 
     def diagonal(self, hidden: Tensor) -> Tensor:
         """The diagonal of sum_b J_b' Q_b J_b, [R, W]; classification only."""
@@ -54,6 +61,8 @@ class Likelihood(ABC):
     is_joint: ClassVar[bool] = False
     #: Whether the posterior does not depend on where it is expanded.
     is_exact: ClassVar[bool] = False
+    #: How much a derivative of the loss changes with its logit, at most.
+    steepness: ClassVar[float]
     letter: ClassVar[str] = "O"  # of the number of rows, in errors
     targets_like: ClassVar[str] = "B O!"
 
@@ -111,13 +120,8 @@ class Likelihood(ABC):
         """Read values: host tensors only."""
 
     @abstractmethod
-    def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        """Return the derivatives of each example's loss in the logits, [B, R], zero without a label; and how much these
-        change with a logit at most."""
-
-    @abstractmethod
-    def terms(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
-        """Return those at ``weight`` [R, W], ``hidden`` [B, W] being :meth:`augment` of the features."""
+    def terms(self, logits: Tensor, targets: Tensor) -> Terms:
+        """Return those at the head's outputs, [B, R]."""
 
     @abstractmethod
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
@@ -136,19 +140,20 @@ class Gaussian(Likelihood):
     bias: bool = False
     name = "regression"
     is_exact = True
+    steepness = 2.0
 
     def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
         _refuse_outside(op, targets, targets.isinf(), "finite values")
 
-    def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    def terms(self, logits: Tensor, targets: Tensor) -> Terms:
         targets = _columns(targets, logits)
-        return (2.0 * (logits - targets)).masked_fill(targets.isnan(), 0.0), 2.0
-
-    def terms(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
-        targets, nothing = _columns(targets, hidden), hidden.new_empty(0)
         missing = targets.isnan()
-        residual = (hidden @ weight.T - targets).masked_fill(missing, 0.0)
-        return Terms(residual, _shared_curvature(missing, hidden), nothing, nothing)
+        curvature, labels = _shared_curvature(missing, logits), targets.shape[1]
+        slopes, residual = 2.0 * (logits - targets), torch.zeros_like(targets)
+        if curvature is None:
+            return Terms(slopes, targets, residual, None, labels)
+        slopes, targets = slopes.masked_fill(missing, 0.0), targets.masked_fill(missing, 0.0)
+        return Terms(slopes, targets, residual, curvature, labels - missing.sum(1))
 
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
         if covariance.dim() == 2:
@@ -167,18 +172,16 @@ class Bernoulli(Likelihood):
     """Binary cross entropy with logits."""
 
     name = "binary"
+    steepness = 0.25
 
     def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
         _refuse_outside(op, targets, (targets < 0) | (targets > 1), "values from 0 to 1")
 
-    def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    def terms(self, logits: Tensor, targets: Tensor) -> Terms:
         targets = _columns(targets, logits)
-        return (torch.sigmoid(logits) - targets).masked_fill(targets.isnan(), 0.0), 0.25
-
-    def terms(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
-        targets, nothing = _columns(targets, hidden), hidden.new_empty(0)
-        missing, p = targets.isnan(), torch.sigmoid(hidden @ weight.T)
-        return Terms((p - targets).masked_fill(missing, 0.0), (p * (1 - p)).masked_fill(missing, 0.0), nothing, nothing)
+        missing, p = targets.isnan(), torch.sigmoid(logits)
+        residual, curvature = (x.masked_fill(missing, 0.0) for x in (p - targets, p * (1 - p)))
+        return Terms(residual, logits, residual, curvature, targets.shape[1] - missing.sum(1))
 
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
         for o in range(len(mean)):
@@ -197,6 +200,7 @@ class Categorical(Likelihood):
     """Softmax cross entropy."""
 
     name = "multiclass"
+    steepness = 0.5
     is_joint = True
     letter = "C"
     targets_like = "int64 B"
@@ -204,16 +208,12 @@ class Categorical(Likelihood):
     def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
         check_class_range(op, targets, outputs, IGNORE)
 
-    def slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        labelled = (targets != IGNORE)[:, None]
-        onehot = functional.one_hot(targets.clamp(min=0), logits.shape[1])
-        return (torch.softmax(logits, 1) - onehot) * labelled, 0.5
-
-    def terms(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Terms:
+    def terms(self, logits: Tensor, targets: Tensor) -> Terms:
         labelled = targets != IGNORE
-        probability = torch.softmax(hidden @ weight.T, 1) * labelled[:, None]
-        onehot = functional.one_hot(targets.masked_fill(~labelled, 0), weight.shape[0]) * labelled[:, None]
-        return Terms(probability - onehot, probability * (1 - probability), probability, labelled)
+        probability = torch.softmax(logits, 1) * labelled[:, None]
+        onehot = functional.one_hot(targets.masked_fill(~labelled, 0), logits.shape[1]) * labelled[:, None]
+        residual = probability - onehot
+        return Terms(residual, logits, residual, probability * (1 - probability), labelled, probability)
 
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
         classes, covariance = covariance if isinstance(covariance, tuple) else (None, covariance)
@@ -240,15 +240,15 @@ def _columns(targets: Tensor, like: Tensor) -> Tensor:
     return (targets[:, None] if targets.dim() == 1 else targets).to(like)
 
 
-def _shared_curvature(missing: Tensor, hidden: Tensor) -> Tensor | None:
+def _shared_curvature(missing: Tensor, like: Tensor) -> Tensor | None:
     """Regression: [B, O], or [B, 1] where every example has all labels or none, or None where nothing is missing: the
     outputs then share one precision. Reads the device, except while a CUDA graph is captured; an example whose labels
     are missing in part is then NaN for all, since the number of matrices cannot depend on the data."""
-    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
         some, every = missing.any(1, keepdim=True), missing.all(1, keepdim=True)
-        return torch.where(some & ~every, torch.nan, (~every).to(hidden))
+        return torch.where(some & ~every, torch.nan, (~every).to(like))
     if not bool(missing.any()):
         return None
     if bool((missing == missing[:, :1]).all()):
-        return (~missing[:, :1]).to(hidden)
-    return (~missing).to(hidden)
+        return (~missing[:, :1]).to(like)
+    return (~missing).to(like)

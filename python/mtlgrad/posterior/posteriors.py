@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import check_same_device
+from ..ops.moments import add_curvature
 from ..world.ranks import World
 from .cholesky import checked_cholesky
 from .likelihoods import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood, Terms
@@ -46,6 +47,7 @@ class Posterior(ABC):
     """
 
     structure: str
+    sums_blocks = False  # whether ``add_terms`` can use the sum of the curvatures
     exact: Posterior | None = None  # of a copy in less than float64: the original
 
     def __init__(self, likelihood: Likelihood, anchor: Tensor, prior: Posterior | None, gamma: float):
@@ -65,12 +67,12 @@ class Posterior(ABC):
         """Sets the precision to the prior's, or to that of N(0, gamma I)."""
 
     @abstractmethod
-    def _add(self, hidden: Tensor, terms: Terms) -> None:
-        """Adds sum_b J_b' Q_b J_b."""
+    def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
+        """Adds sum_b J_b' Q_b J_b; ``curvature``: what blocks add, where that is known."""
 
     @abstractmethod
-    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
-        """sum_b J_b' Q_b J_b direction, [R, W]."""
+    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
+        """The gradient of the batch's quadratic, which was expanded at ``at``, at the anchor, [R, W]."""
 
     @abstractmethod
     def times_precision(self, direction: Tensor) -> Tensor:
@@ -145,11 +147,14 @@ class Posterior(ABC):
         with torch.autocast(features.device.type, enabled=False):
             hidden = self.likelihood.augment(features.to(self.anchor))
             at = self.anchor if weight is None else weight.detach().to(self.anchor)
-            terms = self.likelihood.terms(hidden, targets, at)
-            self._add(hidden, terms)
-            moved = self._curvature_times(hidden, terms, self.anchor - at) if weight is not None else 0.0
-            self.residual = self.residual + terms.gradient(hidden) + moved
-            self._forget()
+            return self.add_terms(hidden, self.likelihood.terms(hidden @ at.T, targets), at)
+
+    def add_terms(self, hidden: Tensor, terms: Terms, at: Tensor, curvature: Tensor | None = None) -> Posterior:
+        """:meth:`add` where a batch's terms at weights ``at`` [R, W] are known, and perhaps, for blocks, the sum of its
+        curvatures. ``hidden`` is [B, W]."""
+        self._add(hidden, terms, curvature)
+        self.residual = self.residual + self._gradient(hidden, terms, at)
+        self._forget()
         return self
 
     def _forget(self) -> None:
@@ -196,13 +201,6 @@ class Posterior(ABC):
             copy.exact = self
         return copy
 
-    def in_units_of(self, deviation: Tensor) -> Posterior:
-        """A copy of a regression posterior for targets divided by ``deviation``, [O]: whose noise it makes one."""
-        copy = posterior_from_state(self.state())
-        copy.anchor, copy.residual = (tensor / deviation[:, None] for tensor in (self.anchor, self.residual))
-        copy.__dict__["_cached_covariance"] = self.covariance()
-        return copy
-
     def state(self) -> dict[str, Any]:
         """Tensors and numbers from which :func:`posterior_from_state` makes an equal posterior; later batches change
         the sums in place, but not those handed out here."""
@@ -228,6 +226,7 @@ class BlockPosterior(Posterior):
     """Independent rows, each with a precision matrix of its own, or all with the same one (regression)."""
 
     structure = "full"
+    sums_blocks = True
 
     def _start(self, prior: Posterior | None) -> None:
         rows, width = self.anchor.shape
@@ -237,17 +236,17 @@ class BlockPosterior(Posterior):
         shared = 1 if self.likelihood.is_exact else rows
         self.blocks = torch.eye(width).to(self.anchor).div(self.gamma).repeat(shared, 1, 1)
 
-    def _add(self, hidden: Tensor, terms: Terms) -> None:
-        if terms.curvature is None:
-            self.blocks = self.blocks + hidden.T @ hidden
-            return
-        if terms.curvature.shape[1] > self.blocks.shape[0]:  # labels missing for some outputs: they part ways
-            self.blocks = self.blocks.repeat(terms.curvature.shape[1], 1, 1)
-        for block, curvature in zip(self.blocks, terms.curvature.T.expand(len(self.blocks), -1)):
-            block.addmm_((hidden * curvature[:, None]).T, hidden)
+    def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
+        count = 1 if terms.curvature is None else terms.curvature.shape[1]
+        if count > self.blocks.shape[0]:  # labels missing for some outputs: they part ways
+            self.blocks = self.blocks.repeat(count, 1, 1)
+        if curvature is not None:
+            self.blocks.add_(curvature)
+        else:
+            add_curvature(self.blocks, hidden, None if terms.curvature is None else terms.curvature.T)
 
-    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
-        return terms.curved(hidden @ direction.T).T @ hidden
+    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
+        return -terms.innovation(hidden @ self.anchor.T).T @ hidden
 
     def times_precision(self, direction: Tensor) -> Tensor:
         return torch.einsum("ovw,ow->ov", self.blocks.expand(direction.shape[0], -1, -1), direction)
@@ -297,11 +296,11 @@ class DiagonalPosterior(Posterior):
         else:
             self.diagonal = torch.full_like(self.anchor, 1.0 / self.gamma)
 
-    def _add(self, hidden: Tensor, terms: Terms) -> None:
+    def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
         self.diagonal = self.diagonal + terms.diagonal(hidden)
 
-    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
-        return terms.diagonal(hidden) * direction
+    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
+        return terms.residual.T @ hidden + terms.diagonal(hidden) * (self.anchor - at)
 
     def times_precision(self, direction: Tensor) -> Tensor:
         return self.diagonal * direction
@@ -334,10 +333,10 @@ class JointPosterior(Posterior):
         else:
             self.joint = torch.eye(self.anchor.numel()).to(self.anchor) / self.gamma
 
-    def _add(self, hidden: Tensor, terms: Terms) -> None:
+    def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
         classes, width = self.anchor.shape
-        blocks = self.joint.view(classes, width, classes, width)
-        probability = terms.probability
+        blocks, probability = self.joint.view(classes, width, classes, width), terms.probability
+        assert probability is not None
         for c in range(classes):
             for k in range(c + 1):
                 # Q_ck = [c = k] p_c - p_c p_k: the upper triangle is the lower one's mirror image.
@@ -347,8 +346,8 @@ class JointPosterior(Posterior):
                 if k < c:
                     blocks[k, :, c] += block
 
-    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
-        return terms.jointly_curved(hidden @ direction.T).T @ hidden
+    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
+        return -terms.innovation(hidden @ self.anchor.T, jointly=True).T @ hidden
 
     def times_precision(self, direction: Tensor) -> Tensor:
         return (self.joint @ direction.flatten()).view_as(direction)
@@ -401,20 +400,17 @@ class KroneckerPosterior(Posterior):
         self.gram = self.anchor.new_zeros(width, width)  # sum of h~ h~'
         self.count = self.anchor.new_zeros(())
 
-    def _add(self, hidden: Tensor, terms: Terms) -> None:
-        labelled = terms.labelled.to(hidden)
-        self.curvature = self.curvature + self._curvature_sum(terms)
+    def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
+        p, labelled = terms.probability, terms.labels
+        assert p is not None
+        assert isinstance(labelled, Tensor)
+        self.curvature = self.curvature + torch.diag(p.sum(0)) - p.T @ p
         self.gram = self.gram + (hidden * labelled[:, None]).T @ hidden
         self.count = self.count + labelled.sum()
 
-    @staticmethod
-    def _curvature_sum(terms: Terms) -> Tensor:
-        p = terms.probability
-        return torch.diag(p.sum(0)) - p.T @ p
-
-    def _curvature_times(self, hidden: Tensor, terms: Terms, direction: Tensor) -> Tensor:
+    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
         # Exact, not of the batch's factors: a sum over the examples, whichever batches (or ranks) they come in.
-        return terms.jointly_curved(hidden @ direction.T).T @ hidden
+        return -terms.innovation(hidden @ self.anchor.T, jointly=True).T @ hidden
 
     def _data_times(self, direction: Tensor) -> Tensor:
         return self.curvature @ direction @ self.gram / self.count.clamp(min=1)
@@ -466,6 +462,17 @@ class KroneckerPosterior(Posterior):
 
     def _sums(self) -> dict[str, Tensor]:
         return {"curvature": self.curvature, "gram": self.gram, "count": self.count}
+
+
+def share_covariances(posteriors: Sequence[Posterior]) -> None:
+    """Have regressions of equal precision hold one covariance, so that one batch conditions them together. For copies
+    that stay as they are."""
+    regressions = [p for p in posteriors if isinstance(p, BlockPosterior) and p.likelihood.is_exact]
+    for i, posterior in enumerate(regressions):
+        for other in regressions[:i]:
+            if torch.equal(other.blocks, posterior.blocks):
+                posterior.__dict__["_cached_covariance"] = other.covariance()
+                break
 
 
 def sum_over_ranks(posteriors: Sequence[Posterior], world: World) -> None:
