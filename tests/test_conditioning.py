@@ -30,7 +30,7 @@ def outputs_of(data: Data) -> Outputs:
     layer = nn.Linear(width, rows)
     kinds = {"regression": partial(Regression, bias=False), "binary": Binary, "multiclass": Multiclass}
     weight = torch.cat([data.weight, data.weight.new_zeros(rows, width + 1 - data.weight.shape[1])], 1)
-    return Outputs([kinds[data.kind](layer)], data.features, [data.targets], [weight.double()])
+    return Outputs([kinds[data.kind](layer)], data.features, [data.targets], weight.double())
 
 
 def conditioned(prior: Posterior, data: Data) -> list[Conditioned]:

@@ -126,11 +126,10 @@ def aggregate(batch: Batch, scales: Tensor | None = None, without: Collection[in
     if scales is None:
         tasks = sum(head.num_tasks for head in batch.heads)
         scales = torch.full((tasks,), batch.share, dtype=torch.float64, device=batch.features.device)
-    with torch.autocast(batch.features.device.type, enabled=False):
-        result = run_weighted_mean(*_accumulate(batch, scales * batch.balance, without))
-        if batch.summed:  # times the number of tasks that have a label
-            counts = [terms.labels for index, terms in enumerate(batch.outputs.terms) if index not in without]
-            result *= sum(n[:, None].to(result) if isinstance(n, Tensor) else n for n in counts)
+    result = run_weighted_mean(*_accumulate(batch, scales * batch.balance, without))
+    if batch.summed:  # times the number of tasks that have a label
+        counts = [terms.labels for index, terms in enumerate(batch.outputs.terms) if index not in without]
+        result *= sum(n[:, None].to(result) if isinstance(n, Tensor) else n for n in counts)
     return result
 
 

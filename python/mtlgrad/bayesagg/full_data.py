@@ -64,8 +64,7 @@ class FullData:
         self.weight = self.decay * self.weight + features.shape[0]
         if self.estimates_noise:
             values = targets.double()
-            squares, labels = values.square().nansum(0), values.isfinite().sum(0)
-            found = torch.stack([squares, labels])
+            found = torch.stack([values.square().nansum(0), values.isfinite().sum(0)])
             self.squares = found if self.squares is None else found + self.decay * self.squares.to(found.device)
         if self.statistics == "stored":
             self.features.append(features)

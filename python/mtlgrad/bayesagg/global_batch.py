@@ -55,8 +55,8 @@ def gather_batch(
     outputs = None
     if gathered:
         every_row, *targets = _gather_together([rows, *(batch.targets[i] for i in gathered)], sizes, world)
-        weights = [batch.outputs.weights[i] for i in gathered]
-        outputs = Outputs([batch.heads[i] for i in gathered], every_row, targets, weights)
+        weight = torch.cat([batch.outputs.weights[i] for i in gathered])
+        outputs = Outputs([batch.heads[i] for i in gathered], every_row, targets, weight)
     # The prior counts once.
     summed = {i: batch.own_posterior(i, with_prior=world.is_rank0) for i in summing}
     for dtype in (torch.float64, torch.float32):

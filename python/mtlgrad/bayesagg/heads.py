@@ -96,15 +96,13 @@ class Head:
 
     def weight(self, like: Tensor) -> Tensor:
         """Return a copy [R, P] of the weights, bias (zero where there is none) last, in the dtype of ``like``."""
-        rows = [full(layer.weight).flatten(1) for layer in self.layers]
-        biases = [row.new_zeros(len(row)) if x.bias is None else full(x.bias) for x, row in zip(self.layers, rows)]
-        return torch.cat([torch.cat(rows), torch.cat(biases)[:, None]], 1).to(like)
+        return stacked_weights([self], like)
 
     def check(self, op: str, features: Tensor, targets: Tensor) -> Tensor:
-        """The targets, [B, O] or [B] for classes, or an error that names what is wrong with them."""
+        """The targets, [B, O] or [B] for classes, or an error that names what is wrong."""
         check_same_device(op, "features", features=features, **{"the head's weight": self.layers[0].weight})
         weight_shape = (self.outputs, self.likelihood.width(self.width))
-        return self.likelihood.check(op, features, targets, weight_shape).detach()
+        return self.likelihood.check_targets(op, features, targets, weight_shape).detach()
 
     @torch.no_grad()
     def probe(self, op: str) -> None:
@@ -130,23 +128,31 @@ class Head:
         return torch.cat([functional.linear(features, weight, bias) for weight, bias in layers], -1)
 
 
+def stacked_weights(heads: Sequence[Head], like: Tensor) -> Tensor:
+    """Return :meth:`Head.weight` of several heads, one below the other."""
+    layers = [layer for head in heads for layer in head.layers]
+    rows = [full(layer.weight).flatten(1) for layer in layers]
+    biases = [row.new_zeros(len(row)) if x.bias is None else full(x.bias) for x, row in zip(layers, rows)]
+    return torch.cat([torch.cat(rows), torch.cat(biases)[:, None]], 1).to(like)
+
+
 class Outputs:
     """What the heads make of a batch, at their weights as they stand, in float64: all that the statistics, the batch
     posteriors and the reading of the gradient need of it.
 
     Attributes:
         hidden: [B, P], the features and a one.
-        weights: [R, P] of each head, bias last.
-        logits: [B, R] of all heads, side by side, ``sizes`` of each.
+        weight: [K, P] of all heads, bias last, ``sizes`` rows of each; ``weights`` of each.
+        logits: [B, K].
         terms: of each head; regressions with the same labelled rows have one curvature.
     """
 
-    def __init__(self, heads: Sequence[Head], features: Tensor, targets: Sequence[Tensor], weights: Sequence[Tensor]):
+    def __init__(self, heads: Sequence[Head], features: Tensor, targets: Sequence[Tensor], weight: Tensor):
         self.heads = heads
         self.hidden = functional.pad(features.double(), (0, 1), value=1.0)
-        self.weights = list(weights)
-        self.logits = self.hidden @ torch.cat(self.weights).T
         self.sizes = [head.outputs for head in heads]
+        self.weight, self.weights = weight, weight.split(self.sizes)
+        self.logits = self.hidden @ weight.T
         parts = self.logits.split(self.sizes, 1)
         self.terms = [head.likelihood.terms(z, target) for head, z, target in zip(heads, parts, targets)]
         #: What heads that have the same compute once: by width and curvature, and by prior covariance and curvature.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -38,24 +39,29 @@ WAYS_OUT = {
 }
 
 
-class Own(NamedTuple):
-    """The tasks' own gradients as factors, float64; K rows of weights, T tasks."""
+class Own:
+    """The tasks' own gradients as factors, float64; K rows of weights, T tasks.
 
-    slopes: Tensor  # [B, K]
-    weights: Tensor  # [K, D]
-    noise: Tensor  # [K], squared norms of the errors that rounding leaves in each row's gradient, over eps^2
-    groups: Tensor  # [T, K], one where the row is the task's
+    Attributes:
+        slopes: [B, K].
+        weights: [K, D].
+        groups: [T, K], one where the row is the task's.
+    """
 
-    @staticmethod
-    def of(outputs: Outputs, groups: Tensor) -> Own:
-        hidden, batch, weight = outputs.hidden, len(outputs.hidden), torch.cat(outputs.weights)
-        slopes, others = (torch.cat(parts, 1) for parts in zip(*(terms[:2] for terms in outputs.terms)))
-        # What a logit is summed up from, itself, and the target that it is subtracted from.
-        squares = hidden.square().sum(0) @ weight.T.square() + (outputs.logits.square() + others.square()).sum(0)
-        steepness = [head.likelihood.steepness for head in outputs.heads for _ in range(head.outputs)]
-        rows = weight[:, :-1]
-        noise = squares * rows.square().sum(1) * (squares.new_tensor(steepness) / batch) ** 2
-        return Own(slopes / batch, rows, noise, groups)
+    def __init__(self, outputs: Outputs, groups: Tensor):
+        self.outputs, self.groups = outputs, groups
+        self.slopes = torch.cat([terms.slopes for terms in outputs.terms], 1) / len(outputs.hidden)
+        self.weights = outputs.weight[:, :-1]
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """[K], the squared norms of the errors that rounding leaves in each row's gradient, over eps^2: that of what a
+        logit is summed up from, of itself, and of the target that it is subtracted from."""
+        hidden, weight, heads = self.outputs.hidden, self.outputs.weight, self.outputs.heads
+        others = torch.cat([terms.logits for terms in self.outputs.terms], 1)
+        squares = hidden.square().sum(0) @ weight.T.square() + (self.outputs.logits.square() + others.square()).sum(0)
+        steepness = [head.likelihood.steepness for head in heads for _ in range(head.outputs)]
+        return squares * self.weights.square().sum(1) * (squares.new_tensor(steepness) / len(hidden)) ** 2
 
     def gradient(self, scales: Tensor) -> Tensor:
         """Return sum_t s_t e_t, [B, D]."""
@@ -83,12 +89,12 @@ def read(
     slopes, weights, seen = own.slopes, own.weights, g
     if g.device.type == "cpu" and foreign is None:  # what is most usual, where looking costs nothing: one scale for all
         together = slopes @ weights
-        norm = float(together.square().sum())
-        scale = (
-            float(total) if total is not None else _power_of_two(float((together * g).sum()) / norm if norm else 1.0)
-        )
-        rounding = g.square().sum() + scale**2 * own.noise.sum()
-        if float((g - scale * together).square().sum()) <= (ROUNDINGS * eps) ** 2 * float(rounding):
+        flat, other = g.flatten(), together.flatten()
+        size, product, norm = float(flat @ flat), float(flat @ other), float(other @ other)
+        scale = float(total) if total is not None else _power_of_two(product / norm if norm else 1.0)
+        left = torch.sub(flat, other, alpha=scale)
+        missed, allowed = float(left @ left), (ROUNDINGS * eps) ** 2
+        if missed <= allowed * size or missed <= allowed * (size + scale**2 * float(own.noise.sum())):
             scales = torch.full((len(own.groups),), scale, dtype=torch.float64)
             return Incoming(scales, None, torch.ones((), dtype=torch.bool))
     if foreign is not None:  # look where these heads cannot reach

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import check_ordinary_autograd
-from ..ops.checks import refuse, shape_of
+from ..ops.checks import check_finite, refuse, shape_of
 from ..posterior.posteriors import STRUCTURES, Posterior, posterior_from_state, share_covariances
 from ..reference.moments import IGNORE
 from ..world.ranks import World, name_of, world_of
 from .aggregation import Batch, aggregate, diagnose
 from .full_data import STATISTICS, FullData, full_data_posteriors
 from .global_batch import gather_batch
-from .heads import Head, Outputs
+from .heads import Head, Outputs, stacked_weights
 from .incoming import WAYS_OUT, Own, as_published, find_foreign, read
 from .passes import Pass, RecordScale, ReplaceGradient, known_as, record_batch
 
@@ -291,7 +291,10 @@ class BayesAgg(nn.Module):
 
     def _check(self, features: Tensor, targets: list[Tensor]) -> list[Tensor]:
         pairs = enumerate(zip(self.heads, targets))
-        return [head.check(f"BayesAgg: heads[{i}]", features, target) for i, (head, target) in pairs]
+        checked = [head.check(f"BayesAgg: heads[{i}]", features, target) for i, (head, target) in pairs]
+        if features.device.type == "cpu":
+            check_finite("BayesAgg", features=features)
+        return checked
 
     def total(self, losses: Iterable[Tensor] | Mapping[Any, Tensor]) -> Tensor:
         """Return the sum of the task losses, and tell the layer what it is multiplied by before ``backward()``.
@@ -326,7 +329,7 @@ class BayesAgg(nn.Module):
             )
         recorded.done = True
         with torch.autocast(gradient.device.type, enabled=False):
-            own = Own.of(batch.outputs, self._groups)
+            own = Own(batch.outputs, self._groups)
             foreign = None
             if self._look or self._foreign:
                 foreign = self._find_foreign(gradient, own, recorded, batch.share)
@@ -335,7 +338,7 @@ class BayesAgg(nn.Module):
             if recorded.scale is not None and not batch.summed:
                 outputs = [head.num_tasks for head in self.heads for _ in range(head.num_tasks)]
                 scales = as_published(scales, recorded.scale * batch.share, outputs)
-        result = aggregate(batch, scales, self._foreign)
+            result = aggregate(batch, scales, self._foreign)
         self._refuse_nan(result, recorded.number, gradient)
         self._last, self._diagnosis, self._loss_weights = batch, None, incoming.scales
         if incoming.rest is not None:
@@ -434,11 +437,11 @@ class BayesAgg(nn.Module):
         """``known``: whether there is a posterior. Without one regressions need no weights, which cost a gather under
         fully_shard."""
         wide = rows.new_empty(0, dtype=torch.float64)
-        weights = [
-            head.weight(wide) if known or not head.likelihood.is_exact else wide.new_zeros(head.outputs, self.width + 1)
-            for head in self.heads
-        ]
-        return Outputs(self.heads, rows, targets, weights)
+        if known or not any(head.likelihood.is_exact for head in self.heads):
+            return Outputs(self.heads, rows, targets, stacked_weights(self.heads, wide))
+        zero = wide.new_zeros(1, self.width + 1)
+        weights = [zero.expand(h.outputs, -1) if h.likelihood.is_exact else h.weight(wide) for h in self.heads]
+        return Outputs(self.heads, rows, targets, torch.cat(weights))
 
     def _batch(self, rows: Tensor, targets: list[Tensor], outputs: Outputs) -> Batch:
         features = rows.to(_working_dtype(rows))
@@ -496,7 +499,7 @@ class BayesAgg(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             outputs = self._outputs(rows, checked)
             batch = self._for_all_ranks(self._batch(rows, checked, outputs), rows)
-        result = aggregate(batch)
+            result = aggregate(batch)
         self._refuse_nan(result, self._number)
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..ops import moments
-from ..ops.checks import check_class_range, check_finite, check_tensors, refuse, shape_of
+from ..ops.checks import are_between, check_class_range, check_finite, check_tensors, refuse, shape_of
 from ..ops.moments import BatchPosterior, Output
 from ..reference.moments import IGNORE
 
@@ -22,7 +23,7 @@ class Terms(NamedTuple):
 
     slopes: Tensor  # [B, R], derivatives of the loss in the logits
     logits: Tensor  # [B, R], where the quadratic is expanded: regression, exact anywhere, at the targets
-    residual: Tensor  # [B, R], derivatives there of the negative log likelihood (regression: unit noise)
+    residual: Tensor | None  # [B, R], derivatives there of the negative log likelihood; None: zero
     curvature: Tensor | None  # [B, R], diagonal of Q; [B, 1]: one for all rows; None: one everywhere
     labels: Tensor | int  # [B], how many tasks have one; a number: all
     probability: Tensor | None = None  # [B, C], multiclass only: Q = diag(p) - p p'
@@ -43,7 +44,8 @@ class Terms(NamedTuple):
     def innovation(self, logits: Tensor, jointly: bool = False) -> Tensor:
         """Return minus the derivatives of the quadratic at other logits, [B, R]."""
         curved = self.jointly_curved if jointly else self.curved
-        return curved(self.logits - logits) - self.residual
+        found = curved(self.logits - logits)
+        return found if self.residual is None else found - self.residual
 
     def diagonal(self, hidden: Tensor) -> Tensor:
         """The diagonal of sum_b J_b' Q_b J_b, [R, W]; classification only."""
@@ -76,7 +78,15 @@ class Likelihood(ABC):
         """Return the features with a one appended for the bias, [B, W]."""
         return functional.pad(features, (0, 1), value=1.0) if self.bias else features
 
-    def check(
+    def check(self, op: str, features: Tensor, targets: Tensor, *weights: Any) -> Tensor:
+        """Check shapes, dtypes, devices and, on the CPU, values. Return the targets with their column of outputs.
+        ``weights`` are those of :meth:`check_targets`."""
+        targets = self.check_targets(op, features, targets, *weights)
+        if features.device.type == "cpu":
+            check_finite(op, features=features)
+        return targets
+
+    def check_targets(
         self,
         op: str,
         features: Tensor,
@@ -84,9 +94,8 @@ class Likelihood(ABC):
         weight_shape: Sequence[int] | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """Check shapes, dtypes, devices and, on the CPU, values. Return the targets with their column of outputs.
-
-        ``weight_shape`` is the posterior's [R, W] where that is known, ``weight`` where to expand."""
+        """:meth:`check` but for the features' values. ``weight_shape`` is the posterior's [R, W] where that is known,
+        ``weight`` where to expand."""
         needed: dict[str, object] = {"features": features, "targets": targets}
         if weight is not None or (weight_shape is None and not self.is_exact):
             needed["weight"] = weight
@@ -109,7 +118,6 @@ class Likelihood(ABC):
         weights = {} if weight is None else {"weight": (weight, f"{self.letter}! P")}
         check_tensors(op, sizes, features=(features, "B! D!"), **weights, targets=(targets, self.targets_like))
         if features.device.type == "cpu":
-            check_finite(op, features=features)
             if weight is not None:
                 check_finite(op, weight=weight)
             self.check_values(op, targets, sizes[self.letter])
@@ -143,17 +151,17 @@ class Gaussian(Likelihood):
     steepness = 2.0
 
     def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
-        _refuse_outside(op, targets, targets.isinf(), "finite values")
+        if not math.isfinite(targets.sum()):  # the sum is quick, and finite if all are
+            _refuse_outside(op, targets, targets.isinf(), "finite values")
 
     def terms(self, logits: Tensor, targets: Tensor) -> Terms:
         targets = _columns(targets, logits)
         missing = targets.isnan()
-        curvature, labels = _shared_curvature(missing, logits), targets.shape[1]
-        slopes, residual = 2.0 * (logits - targets), torch.zeros_like(targets)
+        curvature, labels, slopes = _shared_curvature(missing, logits), targets.shape[1], 2.0 * (logits - targets)
         if curvature is None:
-            return Terms(slopes, targets, residual, None, labels)
+            return Terms(slopes, targets, None, None, labels)
         slopes, targets = slopes.masked_fill(missing, 0.0), targets.masked_fill(missing, 0.0)
-        return Terms(slopes, targets, residual, curvature, labels - missing.sum(1))
+        return Terms(slopes, targets, None, curvature, labels - missing.sum(1))
 
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
         if covariance.dim() == 2:
@@ -175,12 +183,16 @@ class Bernoulli(Likelihood):
     steepness = 0.25
 
     def check_values(self, op: str, targets: Tensor, outputs: int) -> None:
-        _refuse_outside(op, targets, (targets < 0) | (targets > 1), "values from 0 to 1")
+        if not are_between(targets, 0, 1):
+            _refuse_outside(op, targets, (targets < 0) | (targets > 1), "values from 0 to 1")
 
     def terms(self, logits: Tensor, targets: Tensor) -> Terms:
-        targets = _columns(targets, logits)
-        missing, p = targets.isnan(), torch.sigmoid(logits)
-        residual, curvature = (x.masked_fill(missing, 0.0) for x in (p - targets, p * (1 - p)))
+        targets, p = _columns(targets, logits), torch.sigmoid(logits)
+        residual, curvature = p - targets, p * (1 - p)
+        if _all_there(targets.sum()):
+            return Terms(residual, logits, residual, curvature, targets.shape[1])
+        missing = targets.isnan()
+        residual, curvature = (x.masked_fill(missing, 0.0) for x in (residual, curvature))
         return Terms(residual, logits, residual, curvature, targets.shape[1] - missing.sum(1))
 
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
@@ -209,11 +221,10 @@ class Categorical(Likelihood):
         check_class_range(op, targets, outputs, IGNORE)
 
     def terms(self, logits: Tensor, targets: Tensor) -> Terms:
-        labelled = targets != IGNORE
-        probability = torch.softmax(logits, 1) * labelled[:, None]
-        onehot = functional.one_hot(targets.masked_fill(~labelled, 0), logits.shape[1]) * labelled[:, None]
-        residual = probability - onehot
-        return Terms(residual, logits, residual, probability * (1 - probability), labelled, probability)
+        labelled = (targets != IGNORE).to(logits)[:, None]
+        probability = torch.softmax(logits, 1) * labelled
+        residual = probability.scatter_add(1, targets.clamp(min=0)[:, None], -labelled)
+        return Terms(residual, logits, residual, probability * (1 - probability), labelled[:, 0], probability)
 
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
         classes, covariance = covariance if isinstance(covariance, tuple) else (None, covariance)
@@ -238,6 +249,11 @@ def _refuse_outside(op: str, targets: Tensor, outside: Tensor, expected: str) ->
 
 def _columns(targets: Tensor, like: Tensor) -> Tensor:
     return (targets[:, None] if targets.dim() == 1 else targets).to(like)
+
+
+def _all_there(total: Tensor) -> bool:
+    """Whether no label is missing, if ``total``, a sum of them, can tell without waiting for a device."""
+    return total.device.type == "cpu" and not math.isnan(total)
 
 
 def _shared_curvature(missing: Tensor, like: Tensor) -> Tensor | None:

@@ -300,6 +300,7 @@ class DiagonalPosterior(Posterior):
         self.diagonal = self.diagonal + terms.diagonal(hidden)
 
     def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
+        assert terms.residual is not None
         return terms.residual.T @ hidden + terms.diagonal(hidden) * (self.anchor - at)
 
     def times_precision(self, direction: Tensor) -> Tensor:
@@ -589,7 +590,7 @@ def _classification_posterior(
     gamma: float,
     structure: str,
 ) -> Posterior:
-    targets = likelihood.check(f"{likelihood}_posterior", features, targets, weight=weight)
+    targets = likelihood.check(f"{likelihood}_posterior", features, targets, None, weight)
     dtype = torch.float64 if torch.float64 in (features.dtype, weight.dtype) else torch.float32
     anchor = weight.detach().to(dtype, copy=True)  # the caller's weights go on training
     return empty_posterior(likelihood, anchor, prior, gamma, structure).add(features, targets)
