@@ -184,9 +184,11 @@ void weighted_mean(DType, const void* numerator, const void* denominator, void* 
 bool condition_on_batch(DType, void* cross_covariance, const void* gram, const void* curvature, void* variances,
                         int64_t rows, int64_t batch, int64_t width, Place);
 
-// The same from the batch posterior's own precision [R, W, W], for examples hidden [B, W]: cross_covariance [R, B, W] = H S
-// and variances [R, W] = diag S, S its inverse. Symmetric, float64; hidden and results of `dtype`. Host only.
-bool condition_by_precision(DType, const double* precision, const void* hidden, void* cross_covariance, void* variances,
+// The same from the batch posterior's own precision, prior + curvature, [W, W] each, the strides apart from row to row, for
+// examples hidden [B, W]: cross_covariance [R, B, W] = H S and variances [R, W] = diag S, S its inverse. Symmetric, float64;
+// hidden and results of `dtype`. Host only.
+bool condition_by_precision(DType, const double* prior, const double* curvature, const void* hidden,
+                            void* cross_covariance, void* variances, int64_t prior_stride, int64_t curvature_stride,
                             int64_t rows, int64_t batch, int64_t width, Place);
 
 // sums [R, W, W] += H' diag(q_r) H, curvature q [R, B] (null: one), hidden [B, W]; float64. Host only.

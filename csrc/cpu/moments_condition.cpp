@@ -142,16 +142,16 @@ MTLGRAD_INLINE bool condition_row(T* cross, const T* gram, const T* curvature, T
   return true;
 }
 
-// [A | I] -> [L' | L^-1] -> S = A^-1 in the place of I; the cross covariances are H S, four examples at a time.
+// A = prior + curvature: [A | I] -> [L' | L^-1] -> S = A^-1 in the place of I; the cross covariances are H S, four examples at a time.
 template <int kBytes, typename T>
-MTLGRAD_INLINE bool invert_row(const double* precision, const T* hidden, T* cross, T* spread, int64_t batch,
-                               int64_t width, double* scratch) {
+MTLGRAD_INLINE bool invert_row(const double* prior, const double* curvature, const T* hidden, T* cross, T* spread,
+                               int64_t batch, int64_t width, double* scratch) {
   const Scratch<double> at(width, width, kPair<double, kBytes>);
   const int64_t k_at = at.k_at, stride = at.stride, columns = stride - k_at;
   double* panel = scratch + at.rows * stride;
   std::fill_n(scratch, at.rows * stride, 0.0);
   for (int64_t i = 0; i < width; ++i) {
-    std::copy_n(precision + i * width, width, scratch + i * stride);
+    for (int64_t j = 0; j < width; ++j) scratch[i * stride + j] = prior[i * width + j] + curvature[i * width + j];
     scratch[i * stride + k_at + i] = 1.0;
   }
   if (!eliminate<kBytes>(scratch, stride, width)) return false;
@@ -213,13 +213,13 @@ MTLGRAD_INLINE void add_curvature_row(const double* hidden, const double* curvat
                                   int64_t batch, int64_t width, double* scratch) {                                     \
     return condition_row<bytes>(cross, gram, curvature, spread, batch, width, scratch);                                \
   }                                                                                                                    \
-  attribute bool invert_row_of(const double* precision, const float* hidden, float* cross, float* spread,              \
-                               int64_t batch, int64_t width, double* scratch) {                                        \
-    return invert_row<bytes>(precision, hidden, cross, spread, batch, width, scratch);                                 \
+  attribute bool invert_row_of(const double* prior, const double* curvature, const float* hidden, float* cross,        \
+                               float* spread, int64_t batch, int64_t width, double* scratch) {                         \
+    return invert_row<bytes>(prior, curvature, hidden, cross, spread, batch, width, scratch);                          \
   }                                                                                                                    \
-  attribute bool invert_row_of(const double* precision, const double* hidden, double* cross, double* spread,           \
-                               int64_t batch, int64_t width, double* scratch) {                                        \
-    return invert_row<bytes>(precision, hidden, cross, spread, batch, width, scratch);                                 \
+  attribute bool invert_row_of(const double* prior, const double* curvature, const double* hidden, double* cross,      \
+                               double* spread, int64_t batch, int64_t width, double* scratch) {                        \
+    return invert_row<bytes>(prior, curvature, hidden, cross, spread, batch, width, scratch);                          \
   }                                                                                                                    \
   attribute void add_curvature_row_of(const double* hidden, const double* curvature, double* sums, int64_t batch,      \
                                       int64_t width, int64_t stride, double* scratch) {                                \
@@ -254,15 +254,16 @@ bool condition_on_batch(DType dtype, void* cross_covariance, const void* gram, c
   return done;
 }
 
-bool condition_by_precision(DType dtype, const double* precision, const void* hidden, void* cross_covariance,
-                            void* variances, int64_t rows, int64_t batch, int64_t width, Place place) {
+bool condition_by_precision(DType dtype, const double* prior, const double* curvature, const void* hidden,
+                            void* cross_covariance, void* variances, int64_t prior_stride, int64_t curvature_stride,
+                            int64_t rows, int64_t batch, int64_t width, Place place) {
   bool done = false;
   for_dtype("condition_by_precision", dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     done = all_rows(rows, place.threads, [&](int64_t r) {
       const Scratch<double> at(width, width, kWidest<double>);
       std::vector<double> scratch(at.size + 4 * at.stride);
-      return invert_row_of(precision + r * width * width, static_cast<const T*>(hidden),
+      return invert_row_of(prior + r * prior_stride, curvature + r * curvature_stride, static_cast<const T*>(hidden),
                            static_cast<T*>(cross_covariance) + r * batch * width,
                            static_cast<T*>(variances) + r * width, batch, width, scratch.data());
     });

@@ -94,9 +94,11 @@ def _moments(batch: Batch, index: int, out_of: Callable[[slice], Output]) -> Ite
     likelihood, targets, deviation = batch.heads[index].likelihood, batch.targets[index], batch.deviations[index]
     for first, last, at in _parts(batch, index):
         tasks = slice(0, 1) if likelihood.is_joint else slice(first, last)
-        some, out = targets if likelihood.is_joint else targets[:, tasks], out_of(tasks)
+        every = tasks.stop - tasks.start == batch.heads[index].num_tasks
+        some, out = targets if every else targets[:, tasks], out_of(tasks)
         if deviation is not None and isinstance(at, BatchPosterior):  # in units whose noise is one
-            some, at = some / deviation[tasks], at._replace(mean=at.mean / deviation[tasks, None])
+            by = deviation if every else deviation[tasks]
+            some, at = some / by, at._replace(mean=at.mean / by[:, None])
         likelihood.moments(batch.features, some, at, out)
         yield tasks, out
 

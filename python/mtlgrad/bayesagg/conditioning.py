@@ -116,7 +116,7 @@ def _condition_blocks(
 ) -> Iterator[Conditioned]:
     terms, wide = outputs.terms[index], outputs.hidden_of(index)
     innovation = terms.innovation(wide @ prior.mean.double().T).T.to(prior.anchor)
-    hidden, curvature = wide.to(prior.anchor), terms.curvature
+    hidden, curvature = outputs.hidden_of(index, prior.anchor), terms.curvature
     (batch, width), rows = hidden.shape, len(prior.mean)
     by_lemma, exact, covariance = uses_lemma(prior, batch), prior.exact or prior, prior.covariance()
     assert isinstance(exact, BlockPosterior)
@@ -141,30 +141,31 @@ def _condition_blocks(
                 yield from (part.to(hidden) for part in rest)
                 return
         elif found is None:
-            blocks = (exact.blocks + outputs.curvature(index)).expand(rows, -1, -1)[some]
-            found = _invert_rows(blocks, hidden, wide, name)
+            sums = exact.blocks, outputs.curvature(index)
+            before, seen = (blocks if len(blocks) == 1 else blocks[some] for blocks in sums)
+            found = _invert_rows(before, seen, hidden, wide, name)
         cross, variances = found
         if shared:  # one product for all rows, not one each
             outputs.conditioned[key] = found
-            mean = prior.mean + innovation @ cross[0]
+            mean = torch.addmm(prior.mean, innovation, cross[0])
         else:
-            mean = prior.mean[some] + torch.matmul(innovation[some, None], cross)[:, 0]
-        cross = cross[:, wanted]
-        if together:
+            mean = torch.baddbmm(prior.mean[some, None], innovation[some, None], cross)[:, 0]
+        cross = cross if wanted == ALL_ROWS else cross[:, wanted]
+        if together and last - first < rows:
             parts.append((mean, cross, variances))
         else:
-            yield Conditioned(first, last, BatchPosterior("rows", mean, cross, variances))
-    if together:
+            yield Conditioned(first, last, BatchPosterior("block" if together else "rows", mean, cross, variances))
+    if parts:
         yield Conditioned(0, rows, BatchPosterior("block", *(torch.cat(part) for part in zip(*parts))))
 
 
-def _invert_rows(precision: Tensor, hidden: Tensor, wide: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return cross covariances [r, B, W] and variances [r, W], in the dtype of ``hidden``, from precisions [r, W, W] in
-    float64; ``wide`` is ``hidden`` in float64."""
-    found = invert_at(precision, hidden)
+def _invert_rows(prior: Tensor, curvature: Tensor, hidden: Tensor, wide: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return cross covariances [r, B, W] and variances [r, W], in the dtype of ``hidden``, of a precision's two parts
+    [r or 1, W, W] in float64; ``wide`` is ``hidden`` in float64."""
+    found = invert_at(prior, curvature, hidden)
     if found is not None:
         return found
-    covariance = torch.cholesky_inverse(checked_cholesky(precision, name))
+    covariance = torch.cholesky_inverse(checked_cholesky(prior + curvature, name))
     return torch.matmul(wide, covariance).to(hidden), covariance.diagonal(dim1=-2, dim2=-1).to(hidden)
 
 
@@ -223,7 +224,7 @@ def _condition_joint(
     terms, wide = outputs.terms[index], outputs.hidden_of(index)
     assert terms.probability is not None
     innovation = terms.innovation(wide @ prior.mean.double().T, jointly=True).to(prior.anchor)
-    hidden = wide.to(prior.anchor)
+    hidden = outputs.hidden_of(index, prior.anchor)
     classes, width = prior.mean.shape
     batch, rank = hidden.shape[0], classes - 1
     covariance = prior.contrasts

@@ -64,8 +64,9 @@ class FullData:
         self.weight = self.decay * self.weight + features.shape[0]
         if self.estimates_noise:
             values = targets.double()
-            found = torch.stack([values.square().nansum(0), values.isfinite().sum(0)])
-            self.squares = found if self.squares is None else found + self.decay * self.squares.to(found.device)
+            there = ~values.isnan()
+            values = torch.stack([values.masked_fill(~there, 0.0).square(), there]).sum(1)
+            self.squares = values if self.squares is None else values + self.decay * self.squares.to(values.device)
         if self.statistics == "stored":
             self.features.append(features)
             self.targets.append(targets)

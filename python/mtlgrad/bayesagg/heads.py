@@ -155,6 +155,7 @@ class Outputs:
         self.logits = self.hidden @ weight.T
         parts = self.logits.split(self.sizes, 1)
         self.terms = [head.likelihood.terms(z, target) for head, z, target in zip(heads, parts, targets)]
+        self._hidden = {torch.float64: self.hidden}
         #: What heads that have the same compute once: by width and curvature, and by prior covariance and curvature.
         self.curvatures: dict[tuple[int, int], Tensor] = {}
         self.conditioned: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -171,9 +172,13 @@ class Outputs:
             self.terms[i] = terms._replace(curvature=same[0]) if same else terms
             known += [] if same else [mine]
 
-    def hidden_of(self, index: int) -> Tensor:
-        """Return [B, W], what the head's posterior multiplies its weights by."""
-        return self.hidden if self.heads[index].likelihood.bias else self.hidden[:, :-1]
+    def hidden_of(self, index: int, like: Tensor | None = None) -> Tensor:
+        """Return [B, W], what the head's posterior multiplies its weights by; in the dtype of ``like``."""
+        dtype = self.hidden.dtype if like is None else like.dtype
+        if dtype not in self._hidden:
+            self._hidden[dtype] = self.hidden.to(dtype)
+        hidden = self._hidden[dtype]
+        return hidden if self.heads[index].likelihood.bias else hidden[:, :-1]
 
     def curvature(self, index: int) -> Tensor:
         """Return sum_b q_b h_b h_b' for each row of the head's curvatures q, [1 or R, W, W]."""

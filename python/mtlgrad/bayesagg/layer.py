@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -367,7 +368,7 @@ class BayesAgg(nn.Module):
     def _refuse_nan(result: Tensor, number: int, gradient: Tensor | None = None) -> None:
         """On the CPU, unless the gradient that arrived has them (a loss scale that overflowed). Reading a device's
         values would hold up its queue: there NaN goes on into the gradients."""
-        if result.device.type == "cpu" and bool(result.sum().isnan()) and bool(result.isnan().any()):
+        if result.device.type == "cpu" and math.isnan(result.sum()) and bool(result.isnan().any()):
             if gradient is not None and not bool(gradient.isfinite().all()):
                 return
             at = torch.nonzero(result.isnan())[0].tolist()

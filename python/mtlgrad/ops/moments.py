@@ -524,21 +524,21 @@ def condition_on_batch(cross: Tensor, gram: Tensor, curvature: Tensor, variances
     return _C.condition_on_batch(DTYPE_CODES[cross.dtype], *addresses, *cross.shape, launch_place(cross.device))
 
 
-def invert_at(precision: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the cross covariances H S, [R, B, W], and variances diag S, [R, W], for S the inverses of precisions
-    [R, W, W] float64, in the dtype of ``hidden`` [B, W].
+def invert_at(prior: Tensor, curvature: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the cross covariances H S, [R, B, W], and variances diag S, [R, W], for S the inverses of precisions, the
+    sums of ``prior`` and ``curvature``, [R or 1, W, W] float64 each, in the dtype of ``hidden`` [B, W].
 
     None where a library's Cholesky does it better: on a device, for many weights, and where a pivot is not positive.
     """
-    rows, width, _ = precision.shape
+    rows, width = max(len(prior), len(curvature)), hidden.shape[1]
     if hidden.device.type != "cpu" or width > SMALL:
         return None
-    hidden, precision = hidden.contiguous(), precision.contiguous()
-    cross, variances = hidden.new_empty(rows, len(hidden), width), hidden.new_empty(rows, width)
-    addresses = [t.data_ptr() for t in (precision, hidden, cross, variances)]
-    place = launch_place(hidden.device)
-    done = _C.condition_by_precision(DTYPE_CODES[hidden.dtype], *addresses, rows, len(hidden), width, place)
-    return (cross, variances) if done else None
+    given = [t.contiguous() for t in (prior, curvature, hidden)]
+    found = hidden.new_empty(rows, len(hidden), width), hidden.new_empty(rows, width)
+    strides = [0 if len(t) == 1 else width * width for t in given[:2]]
+    addresses = [t.data_ptr() for t in (*given, *found)]
+    code, place = DTYPE_CODES[hidden.dtype], launch_place(hidden.device)
+    return found if _C.condition_by_precision(code, *addresses, *strides, rows, len(hidden), width, place) else None
 
 
 def add_curvature(sums: Tensor, hidden: Tensor, curvature: Tensor | None) -> None:

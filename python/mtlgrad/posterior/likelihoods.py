@@ -25,7 +25,7 @@ class Terms(NamedTuple):
     logits: Tensor  # [B, R], where the quadratic is expanded: regression, exact anywhere, at the targets
     residual: Tensor | None  # [B, R], derivatives there of the negative log likelihood; None: zero
     curvature: Tensor | None  # [B, R], diagonal of Q; [B, 1]: one for all rows; None: one everywhere
-    labels: Tensor | int  # [B], how many tasks have one; a number: all
+    labels: Tensor | int  # [B], how many tasks have one; a number: all of them
     probability: Tensor | None = None  # [B, C], multiclass only: Q = diag(p) - p p'
 
     def to(self, like: Tensor) -> Terms:
@@ -156,12 +156,12 @@ class Gaussian(Likelihood):
 
     def terms(self, logits: Tensor, targets: Tensor) -> Terms:
         targets = _columns(targets, logits)
+        slopes = 2.0 * (logits - targets)
+        if _all_there(targets):
+            return Terms(slopes, targets, None, None, targets.shape[1])
         missing = targets.isnan()
-        curvature, labels, slopes = _shared_curvature(missing, logits), targets.shape[1], 2.0 * (logits - targets)
-        if curvature is None:
-            return Terms(slopes, targets, None, None, labels)
         slopes, targets = slopes.masked_fill(missing, 0.0), targets.masked_fill(missing, 0.0)
-        return Terms(slopes, targets, None, curvature, labels - missing.sum(1))
+        return Terms(slopes, targets, None, _shared_curvature(missing, logits), (~missing).sum(1))
 
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
         if covariance.dim() == 2:
@@ -189,11 +189,11 @@ class Bernoulli(Likelihood):
     def terms(self, logits: Tensor, targets: Tensor) -> Terms:
         targets, p = _columns(targets, logits), torch.sigmoid(logits)
         residual, curvature = p - targets, p * (1 - p)
-        if _all_there(targets.sum()):
+        if _all_there(targets):
             return Terms(residual, logits, residual, curvature, targets.shape[1])
         missing = targets.isnan()
         residual, curvature = (x.masked_fill(missing, 0.0) for x in (residual, curvature))
-        return Terms(residual, logits, residual, curvature, targets.shape[1] - missing.sum(1))
+        return Terms(residual, logits, residual, curvature, (~missing).sum(1))
 
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
         for o in range(len(mean)):
@@ -221,10 +221,14 @@ class Categorical(Likelihood):
         check_class_range(op, targets, outputs, IGNORE)
 
     def terms(self, logits: Tensor, targets: Tensor) -> Terms:
-        labelled = (targets != IGNORE).to(logits)[:, None]
-        probability = torch.softmax(logits, 1) * labelled
-        residual = probability.scatter_add(1, targets.clamp(min=0)[:, None], -labelled)
-        return Terms(residual, logits, residual, probability * (1 - probability), labelled[:, 0], probability)
+        p = torch.softmax(logits, 1)
+        if p.device.type == "cpu" and targets.min() >= 0:
+            residual = p.scatter(1, targets[:, None], -1.0, reduce="add")
+            return Terms(residual, logits, residual, p * (1 - p), 1, p)
+        labelled = (targets != IGNORE).to(logits)
+        p = p * labelled[:, None]
+        residual = p.scatter_add(1, targets.clamp(min=0)[:, None], -labelled[:, None])
+        return Terms(residual, logits, residual, p * (1 - p), labelled, p)
 
     def at(self, features: Tensor, mean: Tensor, covariance: Any) -> Iterator[tuple[int, int, BatchPosterior]]:
         classes, covariance = covariance if isinstance(covariance, tuple) else (None, covariance)
@@ -251,9 +255,9 @@ def _columns(targets: Tensor, like: Tensor) -> Tensor:
     return (targets[:, None] if targets.dim() == 1 else targets).to(like)
 
 
-def _all_there(total: Tensor) -> bool:
-    """Whether no label is missing, if ``total``, a sum of them, can tell without waiting for a device."""
-    return total.device.type == "cpu" and not math.isnan(total)
+def _all_there(targets: Tensor) -> bool:
+    """Whether no label is missing, where that can be told without waiting for a device."""
+    return targets.device.type == "cpu" and not math.isnan(targets.sum())
 
 
 def _shared_curvature(missing: Tensor, like: Tensor) -> Tensor | None:

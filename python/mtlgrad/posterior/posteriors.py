@@ -48,6 +48,7 @@ class Posterior(ABC):
 
     structure: str
     sums_blocks = False  # whether ``add_terms`` can use the sum of the curvatures
+    couples_classes = False  # whether the gradient has all of Q, not its diagonal alone
     exact: Posterior | None = None  # of a copy in less than float64: the original
 
     def __init__(self, likelihood: Likelihood, anchor: Tensor, prior: Posterior | None, gamma: float):
@@ -69,10 +70,6 @@ class Posterior(ABC):
     @abstractmethod
     def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
         """Adds sum_b J_b' Q_b J_b; ``curvature``: what blocks add, where that is known."""
-
-    @abstractmethod
-    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
-        """The gradient of the batch's quadratic, which was expanded at ``at``, at the anchor, [R, W]."""
 
     @abstractmethod
     def times_precision(self, direction: Tensor) -> Tensor:
@@ -153,9 +150,14 @@ class Posterior(ABC):
         """:meth:`add` where a batch's terms at weights ``at`` [R, W] are known, and perhaps, for blocks, the sum of its
         curvatures. ``hidden`` is [B, W]."""
         self._add(hidden, terms, curvature)
-        self.residual = self.residual + self._gradient(hidden, terms, at)
+        self._add_gradient(hidden, terms, at)
         self._forget()
         return self
+
+    def _add_gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> None:
+        """Adds the gradient at the anchor of the batch's quadratic, which was expanded at ``at``."""
+        innovation = terms.innovation(hidden @ self.anchor.T, self.couples_classes)
+        self.residual = torch.addmm(self.residual, innovation.T, hidden, alpha=-1.0)
 
     def _forget(self) -> None:
         for name in ("mean", "_cached_covariance", "contrasts", "factor"):
@@ -245,9 +247,6 @@ class BlockPosterior(Posterior):
         else:
             add_curvature(self.blocks, hidden, None if terms.curvature is None else terms.curvature.T)
 
-    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
-        return -terms.innovation(hidden @ self.anchor.T).T @ hidden
-
     def times_precision(self, direction: Tensor) -> Tensor:
         return torch.einsum("ovw,ow->ov", self.blocks.expand(direction.shape[0], -1, -1), direction)
 
@@ -299,9 +298,9 @@ class DiagonalPosterior(Posterior):
     def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
         self.diagonal = self.diagonal + terms.diagonal(hidden)
 
-    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
+    def _add_gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> None:
         assert terms.residual is not None
-        return terms.residual.T @ hidden + terms.diagonal(hidden) * (self.anchor - at)
+        self.residual = self.residual + terms.residual.T @ hidden + terms.diagonal(hidden) * (self.anchor - at)
 
     def times_precision(self, direction: Tensor) -> Tensor:
         return self.diagonal * direction
@@ -327,6 +326,7 @@ class JointPosterior(Posterior):
     """Multiclass with all covariances: one [C*P, C*P] precision, class-major."""
 
     structure = "full"
+    couples_classes = True
 
     def _start(self, prior: Posterior | None) -> None:
         if prior is not None:
@@ -346,9 +346,6 @@ class JointPosterior(Posterior):
                 blocks[c, :, k] += block
                 if k < c:
                     blocks[k, :, c] += block
-
-    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
-        return -terms.innovation(hidden @ self.anchor.T, jointly=True).T @ hidden
 
     def times_precision(self, direction: Tensor) -> Tensor:
         return (self.joint @ direction.flatten()).view_as(direction)
@@ -390,6 +387,7 @@ class KroneckerPosterior(Posterior):
     """
 
     structure = "kron"
+    couples_classes = True  # exact, not of the factors: a sum over the examples, whichever batches they come in
 
     def _start(self, prior: Posterior | None) -> None:
         if prior is not None:
@@ -404,14 +402,13 @@ class KroneckerPosterior(Posterior):
     def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
         p, labelled = terms.probability, terms.labels
         assert p is not None
-        assert isinstance(labelled, Tensor)
         self.curvature = self.curvature + torch.diag(p.sum(0)) - p.T @ p
-        self.gram = self.gram + (hidden * labelled[:, None]).T @ hidden
-        self.count = self.count + labelled.sum()
-
-    def _gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> Tensor:
-        # Exact, not of the batch's factors: a sum over the examples, whichever batches (or ranks) they come in.
-        return -terms.innovation(hidden @ self.anchor.T, jointly=True).T @ hidden
+        if isinstance(labelled, Tensor):
+            self.gram = self.gram + (hidden * labelled[:, None]).T @ hidden
+            self.count = self.count + labelled.sum()
+        else:
+            self.gram = self.gram + hidden.T @ hidden
+            self.count = self.count + len(hidden)
 
     def _data_times(self, direction: Tensor) -> Tensor:
         return self.curvature @ direction @ self.gram / self.count.clamp(min=1)
