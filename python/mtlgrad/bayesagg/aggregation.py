@@ -5,7 +5,7 @@ The moments of a task are accumulated in two [B, D] sums as soon as they are kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,15 +89,18 @@ def _parts(batch: Batch, index: int) -> Iterator[Part]:
         yield from condition(batch.posteriors[index], batch.outputs, index, batch.task_name(index))
 
 
-def _moments(batch: Batch, index: int, out_of: Callable[[slice], Output]) -> Iterator[tuple[slice, Output]]:
-    """Have the moments of a head's tasks left in ``out_of(tasks)``; yield the tasks, some at a time, when they are."""
+def _moments(batch: Batch, index: int, sums: Output | None = None) -> Iterator[tuple[slice, Output]]:
+    """Add the moments of a head's tasks to ``sums``, or leave them in new tensors; yield the tasks, some at a time."""
     likelihood, targets, deviation = batch.heads[index].likelihood, batch.targets[index], batch.deviations[index]
     for first, last, at in _parts(batch, index):
         tasks = slice(0, 1) if likelihood.is_joint else slice(first, last)
-        every = tasks.stop - tasks.start == batch.heads[index].num_tasks
-        some, out = targets if every else targets[:, tasks], out_of(tasks)
-        if deviation is not None and isinstance(at, BatchPosterior):  # in units whose noise is one
-            by = deviation if every else deviation[tasks]
+        out = sums or Output.new(batch.features, tasks.stop - tasks.start)
+        some, by = targets, deviation
+        if tasks.stop - tasks.start < batch.heads[index].num_tasks:
+            some, by = targets[:, tasks], None if deviation is None else deviation[tasks]
+            if sums is not None:
+                out = sums.of(tasks)
+        if by is not None and isinstance(at, BatchPosterior):  # in units whose noise is one
             some, at = some / by, at._replace(mean=at.mean / by[:, None])
         likelihood.moments(batch.features, some, at, out)
         yield tasks, out
@@ -109,7 +112,7 @@ def _accumulate(batch: Batch, scales: Tensor, without: Collection[int]) -> tuple
     sizes = [head.num_tasks for head in batch.heads]
     for index, (power, scale) in enumerate(zip(batch.powers, scales.split(sizes))):
         if index not in without:
-            for _ in _moments(batch, index, lambda some: Output(numerator, denominator, power[some], scale[some])):  # noqa: B023
+            for _ in _moments(batch, index, Output(numerator, denominator, power, scale)):
                 pass
     return numerator, denominator
 
@@ -145,9 +148,7 @@ def diagnose(batch: Batch) -> tuple[Tensor, Tensor]:
         ones = batch.features.new_ones(sum(head.num_tasks for head in batch.heads), dtype=torch.float64)
         _, denominator = _accumulate(batch, ones, ())
         for index, powers in enumerate(batch.powers):
-            for tasks, out in _moments(
-                batch, index, lambda tasks: Output.new(batch.features, tasks.stop - tasks.start)
-            ):
+            for tasks, out in _moments(batch, index):
                 variance, power = out.second, powers[tasks]
                 labelled = variance < torch.inf
                 weight = variance.clamp(min=SMALLEST_VARIANCE) ** -power.to(variance)[:, None]

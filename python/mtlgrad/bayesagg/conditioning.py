@@ -115,12 +115,12 @@ def _condition_blocks(
     prior: BlockPosterior, outputs: Outputs, index: int, name: str, wanted: slice, start: int = 0
 ) -> Iterator[Conditioned]:
     terms, wide = outputs.terms[index], outputs.hidden_of(index)
-    innovation = terms.innovation(wide @ prior.mean.double().T).T.to(prior.anchor)
     hidden, curvature = outputs.hidden_of(index, prior.anchor), terms.curvature
-    (batch, width), rows = hidden.shape, len(prior.mean)
+    (batch, width), rows = hidden.shape, prior.mean.shape[0]
     by_lemma, exact, covariance = uses_lemma(prior, batch), prior.exact or prior, prior.covariance()
     assert isinstance(exact, BlockPosterior)
-    shared = len(prior.blocks) == 1 and (curvature is None or curvature.shape[1] == 1)
+    innovation = terms.innovation(wide @ exact.mean.T).T.to(hidden)
+    shared = prior.blocks.shape[0] == 1 and (curvature is None or curvature.shape[1] == 1)
     together = prior.likelihood.is_joint  # block structure: the classes meet in one softmax
     if hidden.is_cuda and not shared:
         chunk = max(1, CHUNK_BYTES // (batch * width * hidden.element_size()))
@@ -142,7 +142,7 @@ def _condition_blocks(
                 return
         elif found is None:
             sums = exact.blocks, outputs.curvature(index)
-            before, seen = (blocks if len(blocks) == 1 else blocks[some] for blocks in sums)
+            before, seen = (blocks if blocks.shape[0] in (1, last - first) else blocks[some] for blocks in sums)
             found = _invert_rows(before, seen, hidden, wide, name)
         cross, variances = found
         if shared:  # one product for all rows, not one each
@@ -223,7 +223,7 @@ def _condition_joint(
     """As for the rows, with C - 1 pseudo-examples for every example: the factor of its C x C curvature."""
     terms, wide = outputs.terms[index], outputs.hidden_of(index)
     assert terms.probability is not None
-    innovation = terms.innovation(wide @ prior.mean.double().T, jointly=True).to(prior.anchor)
+    innovation = terms.innovation(wide @ (prior.exact or prior).mean.T, jointly=True).to(prior.anchor)
     hidden = outputs.hidden_of(index, prior.anchor)
     classes, width = prior.mean.shape
     batch, rank = hidden.shape[0], classes - 1

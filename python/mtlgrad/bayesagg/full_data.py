@@ -80,7 +80,7 @@ class FullData:
         if self.decay < 1.0:
             self.running.scale(self.decay)
         # What batch posteriors of few weights need, too.
-        known = outputs.curvature(index) if self.running.sums_blocks and len(hidden) >= hidden.shape[1] else None
+        known = outputs.curvature(index) if self.running.sums_blocks and hidden.shape[0] >= hidden.shape[1] else None
         self.running.add_terms(hidden, outputs.terms[index], weight, known)
 
     def sums(self, anchor: Tensor) -> Posterior:

@@ -50,7 +50,7 @@ class Own:
 
     def __init__(self, outputs: Outputs, groups: Tensor):
         self.outputs, self.groups = outputs, groups
-        self.slopes = torch.cat([terms.slopes for terms in outputs.terms], 1) / len(outputs.hidden)
+        self.slopes = torch.cat([terms.slopes for terms in outputs.terms], 1) / outputs.hidden.shape[0]
         self.weights = outputs.weight[:, :-1]
 
     @cached_property
@@ -95,7 +95,7 @@ def read(
         left = torch.sub(flat, other, alpha=scale)
         missed, allowed = float(left @ left), (ROUNDINGS * eps) ** 2
         if missed <= allowed * size or missed <= allowed * (size + scale**2 * float(own.noise.sum())):
-            scales = torch.full((len(own.groups),), scale, dtype=torch.float64)
+            scales = torch.full((own.groups.shape[0],), scale, dtype=torch.float64)
             return Incoming(scales, None, torch.ones((), dtype=torch.bool))
     if foreign is not None:  # look where these heads cannot reach
         basis = torch.linalg.qr(weights[foreign].T).Q

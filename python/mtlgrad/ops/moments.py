@@ -56,6 +56,12 @@ class Output(NamedTuple):
     power: Tensor | None = None  #: [T] float64: numerator += scale lambda mean, denominator += lambda = variance^-power
     scale: Tensor | None = None  #: [T] float64, with the power
 
+    def of(self, tasks: slice) -> Output:
+        """Return the sums with the powers and scales of some of the tasks."""
+        assert self.power is not None
+        assert self.scale is not None
+        return Output(self.first, self.second, self.power[tasks], self.scale[tasks])
+
     @staticmethod
     def new(features: Tensor, tasks: int, dtype: torch.dtype | None = None) -> Output:
         shape = (features.shape[0], tasks, features.shape[1])
@@ -78,8 +84,8 @@ class BatchPosterior(NamedTuple):
     def given(self) -> tuple[Any, ...]:
         """The tensors, contiguous, and sizes as ``OutputsPosterior`` or ``MulticlassPosterior`` of csrc/kernels.h."""
         if self.structure != "rows":
-            return STRUCTURES.index(self.structure), *self[1:], len(self.mean)
-        strides = [0 if len(t) == 1 else t.stride(0) for t in (self.cross_covariance, self.variances)]
+            return STRUCTURES.index(self.structure), *self[1:], self.mean.shape[0]
+        strides = [0 if t.shape[0] == 1 else t.stride(0) for t in (self.cross_covariance, self.variances)]
         return *self[1:4], *strides, *self.mean.shape
 
     @property
@@ -103,9 +109,11 @@ def _launch(name: str, like: Tensor, *arguments: Any) -> Any:
     """Call a kernel for the dtype and device of ``like``; tensors, contiguous, go as addresses, None as 0."""
 
     def wire(argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return argument.data_ptr()
         if isinstance(argument, tuple):
             return tuple(map(wire, argument))
-        return 0 if argument is None else argument.data_ptr() if isinstance(argument, Tensor) else argument
+        return 0 if argument is None else argument
 
     kernels = KERNELS.get(like.device.type)
     assert kernels is not None, f"no kernels for {like.device}"
@@ -351,7 +359,7 @@ def _sobol_on(num_points: int, dimension: int, seed: int, device: torch.device) 
 def _run_multiclass(
     features: Tensor, targets: Tensor, at: BatchPosterior, out: Output, num_points: int = NUM_POINTS, seed: int = 0
 ) -> None:
-    classes, device = len(at.mean), features.device
+    classes, device = at.mean.shape[0], features.device
     slot, slots = _C.multiclass_workspace(STRUCTURES.index(at.structure), classes, num_points), launch_place(device)[0]
     if device.type == "cuda":
         slots = min(len(features), max(1, WORKSPACE_BYTES // (8 * slot)))
@@ -530,15 +538,15 @@ def invert_at(prior: Tensor, curvature: Tensor, hidden: Tensor) -> tuple[Tensor,
 
     None where a library's Cholesky does it better: on a device, for many weights, and where a pivot is not positive.
     """
-    rows, width = max(len(prior), len(curvature)), hidden.shape[1]
+    counts, (batch, width) = (prior.shape[0], curvature.shape[0]), hidden.shape
     if hidden.device.type != "cpu" or width > SMALL:
         return None
+    rows, strides = max(counts), [0 if count == 1 else width * width for count in counts]
     given = [t.contiguous() for t in (prior, curvature, hidden)]
-    found = hidden.new_empty(rows, len(hidden), width), hidden.new_empty(rows, width)
-    strides = [0 if len(t) == 1 else width * width for t in given[:2]]
+    found = hidden.new_empty(rows, batch, width), hidden.new_empty(rows, width)
     addresses = [t.data_ptr() for t in (*given, *found)]
     code, place = DTYPE_CODES[hidden.dtype], launch_place(hidden.device)
-    return found if _C.condition_by_precision(code, *addresses, *strides, rows, len(hidden), width, place) else None
+    return found if _C.condition_by_precision(code, *addresses, *strides, rows, batch, width, place) else None
 
 
 def add_curvature(sums: Tensor, hidden: Tensor, curvature: Tensor | None) -> None:
@@ -549,7 +557,7 @@ def add_curvature(sums: Tensor, hidden: Tensor, curvature: Tensor | None) -> Non
     if sums.device.type == "cpu" and sums.dtype == torch.float64 and width <= SMALL and sums.is_contiguous():
         hidden = hidden.contiguous()
         q = 0 if curvature is None else curvature.data_ptr()
-        _C.add_curvature(hidden.data_ptr(), q, sums.data_ptr(), rows, len(hidden), width, launch_place(sums.device))
+        _C.add_curvature(hidden.data_ptr(), q, sums.data_ptr(), rows, hidden.shape[0], width, launch_place(sums.device))
         return
     for r, block in enumerate(sums):
         block.addmm_((hidden if curvature is None else hidden * curvature[r, :, None]).T, hidden)
