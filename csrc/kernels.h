@@ -177,7 +177,7 @@ void precision_mean(DType, const void* means, const void* variances, const doubl
 void weighted_mean(DType, const void* numerator, const void* denominator, void* out, int64_t batch, int64_t width,
                    Place);
 
-// The posterior of a batch from its prior (bayesagg/conditioning.py), for each of `rows` outputs: cross_covariance [R, B, W]
+// The posterior of a batch from its prior (bayesagg/aggregation.py), for each of `rows` outputs: cross_covariance [R, B, W]
 // = H S in and, after, the same of the batch posterior; gram [R, B, B] = H S H', curvature [R, B] > 0, variances [R, W] =
 // diag S in and out. False, and then nothing of use in either, if a pivot is not positive. Host only: on a device the batched
 // Cholesky of a library does it.

@@ -35,7 +35,7 @@ from torch.nn import functional
 
 import mtlgrad
 from mtlgrad import BayesAgg
-from mtlgrad.bayesagg import conditioning
+from mtlgrad.bayesagg import aggregation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,20 +194,20 @@ def hard(rank: int | None) -> list[Tensor]:
         d.weight[:, :WIDTH] /= 100 * WIDTH**0.5
     heads, _ = layers(data)
     layer = BayesAgg([KINDS[d.kind](head, gamma=1e3) for d, head in zip(data, heads)])
-    found, answers, asked = [], [], conditioning._wants_float64
+    found, answers, asked = [], [], aggregation._wants_float64
 
     def recorded(*arguments: Any) -> bool:
         answers.append(asked(*arguments))
         return answers[-1]
 
-    conditioning._wants_float64 = recorded
+    aggregation._wants_float64 = recorded
     try:
         for at, sizes in ((0, [10, 10]), (20, [6, 2])):
             parts = parts_of(data, at, sizes, {})
             found.append(see(layer, joined(parts) if rank < 0 else parts[rank]))
             layer.refresh()
     finally:
-        conditioning._wants_float64 = asked
+        aggregation._wants_float64 = asked
     assert sum(answers) == 3
     return found[1:]
 

@@ -12,8 +12,8 @@ from posterior_cases import CASES, Data, close, dense_of, make, posterior
 from torch import Tensor, nn
 
 from mtlgrad import Binary, Multiclass, Regression
-from mtlgrad.bayesagg import conditioning
-from mtlgrad.bayesagg.conditioning import Conditioned, batch_posterior, condition, softmax_curvature_factor
+from mtlgrad.bayesagg import aggregation
+from mtlgrad.bayesagg.aggregation import Conditioned, batch_posterior, condition, softmax_curvature_factor
 from mtlgrad.bayesagg.heads import Outputs
 from mtlgrad.ops.moments import condition_on_batch
 from mtlgrad.posterior import Posterior
@@ -112,10 +112,10 @@ def test_few_examples_factorise_no_matrix_of_weights(
         sizes.append(gram.shape[-1])
         return condition_on_batch(cross, gram, curvature, variances)
 
-    monkeypatch.setattr(conditioning, "batch_posterior", None)
-    monkeypatch.setattr(conditioning, "invert_at", None)
-    monkeypatch.setattr(conditioning, "checked_cholesky", recorded)
-    monkeypatch.setattr(conditioning, "condition_on_batch", on_host)
+    monkeypatch.setattr(aggregation, "batch_posterior", None)
+    monkeypatch.setattr(aggregation, "invert_at", None)
+    monkeypatch.setattr(aggregation, "checked_cholesky", recorded)
+    monkeypatch.setattr(aggregation, "condition_on_batch", on_host)
     conditioned(prior, make(kind, 3, WIDTH))
     assert set(sizes) == {3 * (OUTPUTS - 1 if kind == "multiclass" and structure == "full" else 1)}
 
@@ -147,10 +147,10 @@ def test_rows_in_one_piece_are_the_rows_one_by_one() -> None:
         prior = posterior(before)
         blocks = prior.covariance()
         curvature = None if kind == "regression" else torch.rand(OUTPUTS, 4, dtype=torch.float64)
-        together = conditioning._condition_rows(prior, blocks, data.hidden, curvature, "x")
+        together = aggregation._condition_rows(prior, blocks, data.hidden, curvature, "x")
         assert together is not None
         for o in range(OUTPUTS):
-            one = conditioning._condition_rows(
+            one = aggregation._condition_rows(
                 prior, blocks[o : o + 1], data.hidden, None if curvature is None else curvature[o : o + 1], "x"
             )
             assert one is not None
@@ -233,7 +233,7 @@ def test_float32_keeps_its_digits(
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # no jitter either
             found = errors(prior, data, prior.to(data.features.float()))
-        assert max(found) < 1e-7 * conditioning.LARGEST_TRACE, found
+        assert max(found) < 1e-7 * aggregation.LARGEST_TRACE, found
 
 
 @pytest.mark.parametrize(("kind", "structure"), [case for case in CASES if case[1] != "diag"])
@@ -246,20 +246,20 @@ def test_without_float64_those_digits_would_be_lost(kind: str, structure: str) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = errors(prior, data, narrow)
-    assert not max(found) < 1e-7 * conditioning.LARGEST_TRACE, found
+    assert not max(found) < 1e-7 * aggregation.LARGEST_TRACE, found
 
 
 @pytest.mark.parametrize(("kind", "structure"), [case for case in CASES if case[1] in ("full", "block")])
 def test_an_ordinary_batch_stays_in_float32(kind: str, structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float64 costs time: it must be the exception."""
     answers = []
-    original = conditioning._wants_float64
+    original = aggregation._wants_float64
 
     def recorded(*arguments: Any) -> bool:
         answers.append(original(*arguments))
         return answers[-1]
 
-    monkeypatch.setattr(conditioning, "_wants_float64", recorded)
+    monkeypatch.setattr(aggregation, "_wants_float64", recorded)
     before, data = make(kind, 300, 48, seed=1), make(kind, 32, 48, seed=2)
     prior = posterior(before, structure, gamma=0.005)
     conditioned(prior.to(data.features.float()), data.to(torch.float32))

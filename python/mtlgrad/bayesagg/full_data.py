@@ -79,8 +79,8 @@ class FullData:
             self.running = posterior_from_state(self.running.state(), hidden)
         if self.decay < 1.0:
             self.running.scale(self.decay)
-        # What batch posteriors of few weights need, too.
-        known = outputs.curvature(index) if self.running.sums_blocks and hidden.shape[0] >= hidden.shape[1] else None
+        shared = not self.running.uses_lemma(hidden.shape[0])  # with the batch posterior, which then sums it, too
+        known = outputs.curvature(index, self.running) if shared else None
         self.running.add_terms(hidden, outputs.terms[index], weight, known)
 
     def sums(self, anchor: Tensor) -> Posterior:

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..ops.checks import check_same_device
-from ..ops.moments import add_curvature, power_tensor
+from ..ops.moments import power_tensor
 from ..posterior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from ..posterior.posteriors import check_gamma
+from ..posterior.posteriors import Posterior, check_gamma
 from ..world.shards import full
 
 DEFAULT_GAMMA = 0.1
@@ -157,7 +157,7 @@ class Outputs:
         self.terms = [head.likelihood.terms(z, target) for head, z, target in zip(heads, parts, targets)]
         self._hidden = {torch.float64: self.hidden}
         #: What heads that have the same compute once: by width and curvature, and by prior covariance and curvature.
-        self.curvatures: dict[tuple[int, int], Tensor] = {}
+        self.curvatures: dict[tuple[int, int], Tensor | None] = {}
         self.conditioned: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         if features.device.type == "cpu":
             self._find_the_same()
@@ -180,14 +180,12 @@ class Outputs:
         hidden = self._hidden[dtype]
         return hidden if self.heads[index].likelihood.bias else hidden[:, :-1]
 
-    def curvature(self, index: int) -> Tensor:
-        """Return sum_b q_b h_b h_b' for each row of the head's curvatures q, [1 or R, W, W]."""
-        hidden, q = self.hidden_of(index), self.terms[index].curvature
-        key = hidden.shape[1], id(q)
+    def curvature(self, index: int, posterior: Posterior) -> Tensor | None:
+        """Return what the batch adds to the precision of a posterior of the head, where that is worth keeping."""
+        hidden, terms = self.hidden_of(index), self.terms[index]
+        key = hidden.shape[1], id(terms.curvature)
         if key not in self.curvatures:
-            sums = hidden.new_zeros(1 if q is None else q.shape[1], hidden.shape[1], hidden.shape[1])
-            add_curvature(sums, hidden, None if q is None else q.T)
-            self.curvatures[key] = sums
+            self.curvatures[key] = posterior.sum_curvature(hidden, terms)
         return self.curvatures[key]
 
 

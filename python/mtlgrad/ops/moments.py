@@ -525,7 +525,7 @@ run_weighted_mean = Operation(
 def condition_on_batch(cross: Tensor, gram: Tensor, curvature: Tensor, variances: Tensor) -> bool:
     """Turn cross covariances [R, B, W] and variances [R, W] of the prior into the batch posterior's, in place.
 
-    On the host, contiguous, with curvatures above zero (see :mod:`mtlgrad.bayesagg.conditioning`). Returns False if a
+    On the host, contiguous, with curvatures above zero (see :mod:`mtlgrad.bayesagg.aggregation`). Returns False if a
     pivot is not positive: then both are spoilt.
     """
     addresses = [t.data_ptr() for t in (cross, gram, curvature, variances)]

@@ -47,7 +47,6 @@ class Posterior(ABC):
     """
 
     structure: str
-    sums_blocks = False  # whether ``add_terms`` can use the sum of the curvatures
     couples_classes = False  # whether the gradient has all of Q, not its diagonal alone
     exact: Posterior | None = None  # of a copy in less than float64: the original
 
@@ -69,7 +68,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
-        """Adds sum_b J_b' Q_b J_b; ``curvature``: what blocks add, where that is known."""
+        """Adds sum_b J_b' Q_b J_b; ``curvature``: that sum, where it is known."""
 
     @abstractmethod
     def times_precision(self, direction: Tensor) -> Tensor:
@@ -91,6 +90,15 @@ class Posterior(ABC):
         """Deviations from the mean, [n, R, W], for standard normal noise of that shape."""
 
     # ---- what all share
+
+    @staticmethod
+    def sum_curvature(hidden: Tensor, terms: Terms) -> Tensor | None:
+        """Return what a batch adds to the precision, where that is worth keeping; [1 or R, W, W] or [R*W, R*W]."""
+        return None
+
+    def uses_lemma(self, batch: int) -> bool:
+        """Whether so many examples are few enough to be conditioned on without summing a precision."""
+        return False
 
     @cached_property
     def mean(self) -> Tensor:
@@ -147,8 +155,8 @@ class Posterior(ABC):
             return self.add_terms(hidden, self.likelihood.terms(hidden @ at.T, targets), at)
 
     def add_terms(self, hidden: Tensor, terms: Terms, at: Tensor, curvature: Tensor | None = None) -> Posterior:
-        """:meth:`add` where a batch's terms at weights ``at`` [R, W] are known, and perhaps, for blocks, the sum of its
-        curvatures. ``hidden`` is [B, W]."""
+        """:meth:`add` where a batch's terms at weights ``at`` [R, W] are known, and perhaps its :meth:`sum_curvature`.
+        ``hidden`` is [B, W]."""
         self._add(hidden, terms, curvature)
         self._add_gradient(hidden, terms, at)
         self._forget()
@@ -228,7 +236,16 @@ class BlockPosterior(Posterior):
     """Independent rows, each with a precision matrix of its own, or all with the same one (regression)."""
 
     structure = "full"
-    sums_blocks = True
+
+    @staticmethod
+    def sum_curvature(hidden: Tensor, terms: Terms) -> Tensor:
+        q, width = terms.curvature, hidden.shape[1]
+        sums = hidden.new_zeros(1 if q is None else q.shape[1], width, width)
+        add_curvature(sums, hidden, None if q is None else q.T)
+        return sums
+
+    def uses_lemma(self, batch: int) -> bool:
+        return batch < self.anchor.shape[1]
 
     def _start(self, prior: Posterior | None) -> None:
         rows, width = self.anchor.shape
@@ -334,18 +351,25 @@ class JointPosterior(Posterior):
         else:
             self.joint = torch.eye(self.anchor.numel()).to(self.anchor) / self.gamma
 
-    def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
+    @staticmethod
+    def sum_curvature(hidden: Tensor, terms: Terms) -> Tensor:
+        p, width = terms.probability, hidden.shape[1]
+        assert p is not None
+        classes = p.shape[1]
+        joint = hidden.new_zeros(classes * width, classes * width)
+        _add_joint(joint, hidden, p)
+        return joint
+
+    def uses_lemma(self, batch: int) -> bool:
         classes, width = self.anchor.shape
-        blocks, probability = self.joint.view(classes, width, classes, width), terms.probability
-        assert probability is not None
-        for c in range(classes):
-            for k in range(c + 1):
-                # Q_ck = [c = k] p_c - p_c p_k: the upper triangle is the lower one's mirror image.
-                weight = probability[:, c] * ((1.0 if c == k else 0.0) - probability[:, k])
-                block = (hidden * weight[:, None]).T @ hidden
-                blocks[c, :, k] += block
-                if k < c:
-                    blocks[k, :, c] += block
+        return batch * (classes - 1) < classes * width
+
+    def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
+        if curvature is not None:
+            self.joint.add_(curvature)
+        else:
+            assert terms.probability is not None
+            _add_joint(self.joint, hidden, terms.probability)
 
     def times_precision(self, direction: Tensor) -> Tensor:
         return (self.joint @ direction.flatten()).view_as(direction)
@@ -366,16 +390,35 @@ class JointPosterior(Posterior):
 
     @cached_property
     def contrasts(self) -> Tensor:
-        classes, width = self.anchor.shape
-        scale = self.joint.diagonal().view(classes, width).mean(0)
-        tied = torch.diag(scale.clamp(min=scale.mean()) / classes)
-        return torch.cholesky_inverse(checked_cholesky(self.joint + tied.repeat(classes, classes), self.name))
+        return contrasts_of(self.joint.clone(), len(self.anchor), self.name)
 
     def _sample(self, noise: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.factor.mT, noise.flatten(1).T, upper=True).T.view_as(noise)
 
     def _sums(self) -> dict[str, Tensor]:
         return {"joint": self.joint}
+
+
+def _add_joint(joint: Tensor, hidden: Tensor, probability: Tensor) -> None:
+    """Add sum_b Q_b (x) h~ h~', a class's row of blocks at a time; [C*P, C*P], class-major."""
+    (_, classes), width = probability.shape, hidden.shape[1]
+    blocks = joint.view(classes, width, classes, width)
+    for c in range(classes):
+        # Q_ck = [c = k] p_c - p_c p_k, k <= c: the upper triangle is the lower one's mirror image.
+        weight = probability[:, c, None] * -probability[:, : c + 1]
+        weight[:, c] += probability[:, c]
+        sums = hidden.new_zeros(c + 1, width, width)
+        add_curvature(sums, hidden, weight.T)
+        blocks[c, :, : c + 1] += sums.transpose(0, 1)
+        blocks[:c, :, c] += sums[:c]
+
+
+def contrasts_of(joint: Tensor, classes: int, name: str) -> Tensor:
+    """Return :attr:`Posterior.contrasts` of a precision [C*P, C*P], which is changed."""
+    scale = joint.diagonal().view(classes, -1).mean(0)
+    ties = joint.view(classes, len(scale), classes, len(scale)).diagonal(dim1=1, dim2=3)  # [C, C, P]
+    ties.add_(scale.clamp(min=scale.mean()) / classes)
+    return torch.cholesky_inverse(checked_cholesky(joint, name))
 
 
 class KroneckerPosterior(Posterior):
