@@ -11,11 +11,11 @@ import torch
 from posterior_cases import CASES, Data, close, dense_of, make, posterior
 from torch import Tensor, nn
 
-from mtlgrad import Binary, Multiclass, Regression
+from mtlgrad import BayesAgg, Binary, Multiclass, Regression
 from mtlgrad.bayesagg import aggregation
 from mtlgrad.bayesagg.aggregation import Conditioned, batch_posterior, condition, softmax_curvature_factor
 from mtlgrad.bayesagg.heads import Outputs
-from mtlgrad.ops.moments import condition_on_batch
+from mtlgrad.ops.moments import add_curvature, condition_on_batch, invert_at
 from mtlgrad.posterior import Posterior
 from mtlgrad.posterior.cholesky import checked_cholesky
 
@@ -265,3 +265,74 @@ def test_an_ordinary_batch_stays_in_float32(kind: str, structure: str, monkeypat
     conditioned(prior.to(data.features.float()), data.to(torch.float32))
     assert answers
     assert not any(answers)
+
+
+# ---- the host's kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "batch", "width"), [(1, 1, 1), (3, 130, 5), (2, 257, 33), (7, 64, 65), (2, 9, 256)])
+def test_precision_summed_and_inverted(rows: int, batch: int, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(width)
+    hidden = torch.randn(batch, width, generator=generator, dtype=torch.float64).to(dtype)
+    wide = hidden.double()
+    curvature = torch.rand(rows, batch, generator=generator, dtype=torch.float64)
+    before = torch.rand(rows, 1, 1, generator=generator, dtype=torch.float64) * torch.eye(width)
+    sums = before.clone()
+    add_curvature(sums, wide, curvature)
+    expected = torch.einsum("rb,bv,bw->rvw", curvature, wide, wide)
+    close(sums, before + expected, 1e-13)
+    shared = before.new_zeros(1, width, width)
+    add_curvature(shared, wide, None)
+    close(shared[0], wide.T @ wide, 1e-13)
+    prior = 0.1 * torch.eye(width, dtype=torch.float64)[None]
+    found = invert_at(prior, sums, hidden)
+    assert found is not None
+    covariance = torch.linalg.inv(prior + sums)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-10
+    close(found[0], (wide @ covariance).to(dtype), tolerance)
+    close(found[1], covariance.diagonal(dim1=1, dim2=2).to(dtype), tolerance)
+
+
+@pytest.mark.parametrize("value", [-1.0, torch.nan])
+def test_a_precision_that_is_none_is_not_inverted(value: float) -> None:
+    sums = torch.eye(6, dtype=torch.float64).repeat(3, 1, 1)
+    sums[1, 4, 4] = value
+    assert invert_at(torch.zeros(1, 6, 6, dtype=torch.float64), sums, torch.randn(8, 6)) is None
+
+
+@pytest.mark.parametrize("batch", [12, 80])
+@pytest.mark.parametrize("missing", ["none", "alike", "apart"])
+def test_regressions_with_the_same_rows_share_one_covariance(
+    batch: int, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads are as one of two outputs, and cost one factorisation; with other rows they are on their own."""
+    torch.manual_seed(0)
+    width, first, second = 24, nn.Linear(24, 1), nn.Linear(24, 1)
+    both = nn.Linear(24, 2)
+    with torch.no_grad():
+        both.weight.copy_(torch.cat([first.weight, second.weight]))
+        both.bias.copy_(torch.cat([first.bias, second.bias]))
+    x, y = torch.randn(300, width).requires_grad_(), torch.randn(300, 2)
+    if missing != "none":
+        y[::3] = torch.nan
+    if missing == "apart":
+        y[1, 1] = torch.nan
+    apart = BayesAgg([Regression(first), Regression(second)])
+    together = BayesAgg([Regression(both)])
+    for layer, targets in ((apart, [y[:, :1], y[:, 1:]]), (together, [y])):
+        layer(x, targets)
+        layer.refresh()
+    apart.aggregate(x[:batch], [y[:batch, :1], y[:batch, 1:]])  # working copies are made once
+    calls = []
+    for name in ("invert_at", "_condition_rows"):
+        original = getattr(aggregation, name)
+
+        def counted(*arguments: Any, original: Any = original) -> Any:
+            calls.append(len(arguments[0]) if isinstance(arguments[0], Tensor) else 1)
+            return original(*arguments)
+
+        monkeypatch.setattr(aggregation, name, counted)
+    found = apart.aggregate(x[:batch], [y[:batch, :1], y[:batch, 1:]])
+    assert len(calls) == (2 if missing == "apart" else 1)
+    close(found, together.aggregate(x[:batch], [y[:batch]]), 1e-6)
