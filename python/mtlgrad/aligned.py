@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .arguments import Losses, named_losses, parameter_list
-from .graph import check_ordinary_autograd
+from .graph import check_ordinary_autograd, in_a_trace, leaves_of
+from .jacobian import order_of, reorder, rows_of
 from .ops.align import SCALES, AlignResult, Scale, empty_result
 from .traced import copies, stand_ins
 from .world.jacobians import check_averaged
@@ -88,6 +91,10 @@ class AlignedMTL(nn.Module):
         # Not buffers, which .half() would round. Operators write in place, as torch.compile and CUDA graphs need.
         # Here, and not at the first use: what a traced forward creates, its backward could not write to.
         self._used = False
+        self._told: set[str] = set()  # what was warned of
+        self._alone = 0  # backwards of one task alone, in a row
+        self._watched: tuple[weakref.ref[Tensor], int] | None = None  # in evaluation mode: a parameter, and its version
+        self._tasks: tuple[str, ...] | None = None  # the names in the order of the first use that had some
         self._prepare(torch.get_default_device())
 
     def extra_repr(self) -> str:
@@ -117,7 +124,8 @@ class AlignedMTL(nn.Module):
         """T views of the features, one per head: view t goes to head t, and to nothing else.
 
         In the backward the T gradients that arrive meet here, and their aligned sum goes on into the backbone. A view
-        that no loss uses has a zero gradient. In evaluation, or without gradients, the views are all there is.
+        that no loss uses has a zero gradient. All losses must come back in one backward: add them up. In evaluation
+        mode, or without gradients, the views are all there is; ``weights`` are NaN after the former.
 
         Under data parallelism every rank must take part in the backward, even one whose losses are all zero.
 
@@ -133,11 +141,44 @@ class AlignedMTL(nn.Module):
             raise TypeError(f"AlignedMTL: features: expected a tensor, found {type(features).__name__}")
         if not features.is_floating_point():
             raise TypeError(f"AlignedMTL: features: expected a floating dtype, found {features.dtype}")
-        if not (torch.is_grad_enabled() and features.requires_grad):
+        if not (self.training and torch.is_grad_enabled() and features.requires_grad):
+            if torch.is_grad_enabled() and features.requires_grad and not in_a_trace():
+                self._note_evaluation(features)
             return tuple(features.view_as(features) for _ in range(self.num_tasks))
         check_ordinary_autograd("AlignedMTL")
         self._use(features.device)
+        object.__setattr__(self, "_watched", None)
         return _Views.apply(features, self, world_of(self._group))
+
+    def _note_evaluation(self, features: Tensor) -> None:
+        """Of a forward in evaluation mode with gradients: for a look at them, or in a training that is not aligned,
+        between whose forwards parameters move."""
+        self._result.weights.fill_(torch.nan)
+        parameter = next((p for p in leaves_of([features], set()) if isinstance(p, nn.Parameter)), None)
+        before, now = self._watched, None if parameter is None else (weakref.ref(parameter), parameter._version)
+        object.__setattr__(self, "_watched", now)
+        if before is not None and now is not None and before[0]() is parameter and before[1] != now[1]:
+            self._tell(
+                "AlignedMTL: expected to be trained in training mode, found parameters that moved between forwards in "
+                "evaluation mode, where nothing is aligned; call aligned.train() (to freeze BatchNorm put those layers "
+                "alone into eval())"
+            )
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=4)
+
+    def _note_arrived(self, count: int) -> None:
+        """Of a backward in which so many views had a gradient."""
+        alone = self._alone + 1 if count == 1 and self.num_tasks > 1 else 0
+        object.__setattr__(self, "_alone", alone)
+        if alone == max(3, self.num_tasks):
+            self._tell(
+                f"AlignedMTL: expected the gradients of {self.num_tasks} tasks in a backward, found that of one alone, "
+                f"{alone} times in a row: nothing is aligned; call the layer once for all tasks' examples and add the "
+                "losses up, or use task_backward and merge"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> AlignedMTL:
         super()._apply(fn, recurse)
@@ -216,6 +257,10 @@ class AlignedMTL(nn.Module):
                     f"found {list(p.jac.shape)}"
                 )
         check_averaged("AlignedMTL.merge", [p.jac for p in wanted], self._group)
+        every = {rows for p in wanted if (rows := rows_of(p.jac)) is not None}
+        for rows in every:
+            if rows.tasks is not None and (order := self._order("AlignedMTL.merge", rows.tasks)) is not None:
+                reorder([p.jac for p in wanted if rows_of(p.jac) is rows], order)
         listed = [] if heads is None else self._listed(heads, wanted)
         self._use(wanted[0].device)
         for p, gradient in zip(wanted, self._merge_shards(wanted), strict=True):
@@ -226,6 +271,8 @@ class AlignedMTL(nn.Module):
                 local(p.grad).add_(gradient)
             if not retain_jac:
                 del p.jac
+            elif (rows := rows_of(p.jac)) is not None:
+                rows.spent = True
         for head, weight in zip(listed, self._result.weights):
             for p in head:
                 if p.grad is not None:
@@ -265,13 +312,15 @@ class AlignedMTL(nn.Module):
                 are averaged), anything else as features, of which every rank has its own.
 
         Returns:
-            [T], in the losses' dtype, without gradient. The graph is kept; ``.grad`` and ``.jac`` are not touched. T
-            copies of the gradient at ``shared`` are held on the way.
+            [T], in the losses' dtype and order, without gradient. The graph is kept; ``.grad`` and ``.jac`` are not
+            touched. T copies of the gradient at ``shared`` are held on the way.
         """
         check_ordinary_autograd("AlignedMTL.weigh")
         _, values = named_losses("AlignedMTL.weigh", losses)
         if len(values) != self.num_tasks:
             raise ValueError(f"AlignedMTL.weigh: losses: expected {self.num_tasks}, found {len(values)}")
+        order = self._order("AlignedMTL.weigh", tuple(losses)) if isinstance(losses, Mapping) else None
+        values = values if order is None else [values[i] for i in order]
         listed = [shared] if isinstance(shared, Tensor) else list(shared)
         wanted = [tensor for tensor in dict.fromkeys(listed) if tensor.requires_grad]
         if not wanted:
@@ -310,7 +359,14 @@ class AlignedMTL(nn.Module):
         self._use(wanted[0].device)
         self._align(ops.gram(rows, check_finite=self.check_finite and world.size == 1), world)
         dtypes = [loss.dtype for loss in values if loss is not None]
-        return copies([self._result.weights])[0].to(dtypes[0] if dtypes else torch.get_default_dtype())
+        found_weights = copies([self._result.weights])[0].to(dtypes[0] if dtypes else torch.get_default_dtype())
+        return found_weights if order is None else found_weights[[order.index(t) for t in range(len(order))]]
+
+    def _order(self, op: str, tasks: tuple[str, ...]) -> list[int] | None:
+        """Return where the tasks of the first use are among these, which may come in another order now."""
+        if self._tasks is None:
+            object.__setattr__(self, "_tasks", tasks)
+        return order_of(op, tasks, self._tasks or (), "this module's first use")
 
 
 def _checked_preference(preference: Tensor | Sequence[float] | None, tasks: int) -> tuple[float, ...] | None:
@@ -324,11 +380,19 @@ def _checked_preference(preference: Tensor | Sequence[float] | None, tasks: int)
     return values
 
 
+def _goes_on(node: Any) -> bool:
+    """Whether what goes back to a node goes on from there, and is not only looked at (torch.autograd.grad)."""
+    behind = () if node is None else [following for following, _ in node.next_functions if following is not None]
+    return not behind or any(map(torch._C._will_engine_execute_node, behind))
+
+
 class _Views(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, module: AlignedMTL, world: World) -> tuple[Tensor, ...]:
         ctx.module, ctx.world = module, world
         ctx.set_materialize_grads(False)
+        if not torch.compiler.is_compiling():
+            ctx.source, ctx.done = features.grad_fn, False
         ctx.like = features.shape, {"dtype": features.dtype, "device": features.device}
         return tuple(stand_ins(features, module.num_tasks))
 
@@ -341,6 +405,14 @@ class _Views(torch.autograd.Function):
     @staticmethod
     def _merged(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         rows = [gradient for gradient in gradients if gradient is not None]
+        if not torch.compiler.is_compiling() and _goes_on(ctx.source):
+            if ctx.done:
+                raise RuntimeError(
+                    "AlignedMTL: expected one backward through a call of the layer, found a second, to which the first "
+                    "one's tasks are lost; add the losses and call backward() once, or use task_backward and merge"
+                )
+            ctx.done = True
+            ctx.module._note_arrived(len(rows))
         if not rows and ctx.world.size == 1:
             return None, None, None
         if len(rows) < len(gradients):

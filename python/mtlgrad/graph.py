@@ -40,6 +40,11 @@ def leaves_of(tensors: Sequence[Tensor], stop: Edges) -> list[Tensor]:
     return list(found)
 
 
+def in_a_trace() -> bool:
+    """Whether this runs once for many: values and side effects of Python have no place there."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def check_ordinary_autograd(op: str) -> None:
     """Refuse torch.func's transforms: a backward's side effects (``.grad``, the tasks' weights) have no place there."""
     if torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling():

@@ -15,7 +15,7 @@ from torch import Tensor
 from .arguments import Losses, named_losses, parameter_list
 from .graph import check_ordinary_autograd, edges_of, leaves_of, walk
 from .ops.rows import dense
-from .world.jacobians import check_averaged, check_reached, mark_averaged
+from .world.jacobians import check_averaged, check_reached, mark_averaged, still_averaged
 from .world.ranks import Averaging, World, name_of, world_of
 from .world.shards import check_kept, check_no_shards, check_synchronised, is_sharded, like_sharded, local
 
@@ -23,6 +23,40 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _Start = tuple[list[Tensor], list[Any]]  # what a backward starts from: tensors and the gradients that come into them
+
+
+class Rows:
+    """What is known of the rows of ``.jac``, one object for all that a call of :func:`task_backward` made."""
+
+    def __init__(self, tasks: Sequence[str] | None):
+        self.tasks = None if tasks is None else tuple(tasks)  # names, where the losses had some
+        self.spent = False  # whether a step has used them
+
+
+def rows_of(jacobian: Tensor) -> Rows | None:
+    """None of those that others made (TorchJD)."""
+    return getattr(jacobian, "_rows", None)
+
+
+def is_spent(jacobian: Tensor) -> bool:
+    """Whether ``.jac`` is over and done with: an optimizer's step or a merge has used it, or a GradScaler has looked at
+    it and went on to the next step."""
+    rows, unscaled = rows_of(jacobian), getattr(jacobian, "_unscaled", None)
+    if unscaled is not None and unscaled[0] == local(jacobian)._version and unscaled[1]() is None:
+        return True
+    return rows is not None and rows.spent
+
+
+def order_of(op: str, tasks: Sequence[str], wanted: Sequence[str], whose: str) -> list[int] | None:
+    """Return where in ``tasks`` each of ``wanted`` is; None: in their places."""
+    if tuple(tasks) == tuple(wanted):
+        return None
+    if set(tasks) != set(wanted):
+        raise ValueError(
+            f"{op}: losses: expected the tasks of {whose}, {', '.join(map(str, wanted))}, found "
+            f"{', '.join(map(str, tasks))}; give None for a task that is absent, and new tasks a new start"
+        )
+    return [list(tasks).index(task) for task in wanted]
 
 
 def task_backward(
@@ -35,12 +69,15 @@ def task_backward(
 ) -> None:
     """Back-propagate every task's loss: shared parameters get ``.jac``, all others (the heads) ``.grad`` as usual.
 
-    Both accumulate, so micro-batches add up. A parameter that a task does not reach has zeros in that task's row, and
-    so has a task whose loss is constant (no labels in this batch, say) or None: neither is an error. If a pass raises,
-    all ``.grad`` and ``.jac`` are as before.
+    Both accumulate, so micro-batches add up; ``.jac`` that an optimizer's step (or a merge) has used since is started
+    anew, whether or not it was cleared. A parameter that some tasks reach has zeros in the rows of the others, and so
+    has a task whose loss is constant (no labels in this batch, say) or None: neither is an error. A parameter that no
+    task reaches, on any rank, gets no ``.jac``, as it would get no ``.grad``. If a pass raises, all ``.grad`` and
+    ``.jac`` are as before.
 
     Args:
-        losses: one scalar a task, in a sequence or a dict (whose order is the order of rows); None for an absent task.
+        losses: one scalar a task, in a sequence or a dict; None for an absent task. A dict's order is the order of the
+            rows, the first time: from then on rows belong to names, here, in an optimizer and in a merge.
         shared: the parameters whose gradients are kept apart, e.g. ``backbone.parameters()``. Those that require no
             gradient are left out.
         features: the backbone's output, [B, ...], or several such tensors, none computed from another, if the losses
@@ -54,9 +91,9 @@ def task_backward(
             reaches its head, as :func:`mtlgrad.distributed.global_means` makes it.
 
     Raises:
-        ValueError: a loss is not a scalar; a parameter's ``.jac`` is not of shape [T, *shape]; with ``features``, a
-            loss reaches a shared parameter past them, or one of them is computed from another, or the shared
-            parameters are shards (FSDP2).
+        ValueError: a loss is not a scalar; a parameter's ``.jac`` is not of shape [T, *shape], or of other tasks; no
+            loss reaches any shared parameter; with ``features``, a loss reaches a shared parameter past them, or one
+            of them is computed from another, or the shared parameters are shards (FSDP2).
         RuntimeError: the ranks do not have losses for the same tasks, or do not reach the same heads.
 
     Passes through the shared part are ordinary backwards: hooks on parameters and features run once per task, and
@@ -69,7 +106,8 @@ def task_backward(
     check_ordinary_autograd(op)
     names, values = named_losses(op, losses)
     parameters = parameter_list(op, "shared", shared)
-    _check_jacobians(op, parameters, len(values))
+    rows = Rows(list(losses) if isinstance(losses, Mapping) else None)
+    orders = _check_jacobians(op, parameters, len(values), rows)
     sharded = any(map(is_sharded, parameters))
     if sharded and features is not None:
         raise ValueError(
@@ -78,7 +116,7 @@ def task_backward(
         )
     group = name_of(op, process_group)
     world = world_of(group)
-    check_averaged(op, [p.jac for p in parameters if hasattr(p, "jac")], group)
+    check_averaged(op, [p.jac for p in orders], group)  # type: ignore[attr-defined]
     heads: dict[Tensor, Tensor] = {}
     starts: list[_Start | None]
     if features is None:
@@ -93,14 +131,24 @@ def task_backward(
     others = [leaf for leaf in leaves if leaf not in own]
     check_reached(op, names, [start is not None for start in starts], [*others, *heads], world, parameters[0])
     with _added(others, world), as_gradients(dict.fromkeys(parameters)):
-        jacobians = _passes(op, parameters, leaves, starts, retain_graph, world)
+        jacobians, reached = _passes(op, parameters, leaves, starts, retain_graph, world)
+        if not any(reached) and any(start is not None for start in starts):
+            raise ValueError(
+                f"{op}: shared: expected parameters that the losses were computed from, found none among "
+                f"{len(parameters)}; give the parameters of the backbone that made the features"
+            )
     _add(heads, world.average_present(list(heads.values()), list(heads)))
-    for p, jacobian in zip(parameters, jacobians, strict=True):
-        if hasattr(p, "jac"):
-            local(p.jac).add_(jacobian)
-        else:
+    for p, jacobian, some in zip(parameters, jacobians, reached, strict=True):
+        if p in orders:
+            if some:
+                order = orders[p]
+                local(p.jac).add_(jacobian if order is None else jacobian[order])  # type: ignore[attr-defined]
+        elif some:
             p.jac = like_sharded(jacobian, p, len(values)) if is_sharded(p) else jacobian  # type: ignore[attr-defined]
-    mark_averaged([p.jac for p in parameters], group)  # type: ignore[attr-defined]
+            p.jac._rows = rows  # type: ignore[attr-defined]
+        elif hasattr(p, "jac"):
+            del p.jac
+    mark_averaged([p.jac for p, some in zip(parameters, reached) if some], group)  # type: ignore[attr-defined]
 
 
 def _passes(
@@ -110,12 +158,14 @@ def _passes(
     starts: Sequence[_Start | None],
     retain_graph: bool,
     world: World,
-) -> list[Tensor]:
-    """Pass back each task's start; return what arrives at each parameter, [T, *shape], the mean over the ranks."""
+) -> tuple[list[Tensor], list[bool]]:
+    """Pass back each task's start; return what arrives at each parameter, [T, *shape], the mean over the ranks, and
+    whether anything does, on any rank. Where no task has a graph, zeros do."""
     last = max((t for t, start in enumerate(starts) if start is not None), default=-1)
     jacobians: list[Tensor] = []
     averaging = Averaging(world)
     lost = set(parameters).intersection(leaves)
+    reached = [last < 0] * len(parameters)
     sharded = silent = any(map(is_sharded, parameters))
     for t, start in enumerate(starts):
         if start is not None:
@@ -133,14 +183,17 @@ def _passes(
                 jacobians[i][t].zero_()
                 continue
             jacobians[i][t].copy_(gradient)
-            p.grad = None
+            p.grad, reached[i] = None, True
             lost.discard(p)
         if start is not None:
             averaging.wait()  # the last task's, which had this pass to travel: its copies are let go
             averaging.add(jacobian[t] for p, jacobian in zip(parameters, jacobians) if not is_sharded(p))
     averaging.wait()
     check_kept(op, lost)
-    return jacobians
+    if world.size > 1:
+        anywhere = torch.tensor(reached, dtype=torch.float32, device=parameters[0].device)
+        reached = [count > 0.0 for count in world.sum_(anywhere).tolist()]
+    return jacobians, reached
 
 
 def _empty_rows(gradient: Tensor, p: Tensor, tasks: int) -> Tensor:
@@ -148,6 +201,19 @@ def _empty_rows(gradient: Tensor, p: Tensor, tasks: int) -> Tensor:
     if dense(p):
         return gradient.new_empty_strided((tasks, *p.shape), (p.numel(), *p.stride()))
     return gradient.new_empty(tasks, *p.shape)
+
+
+def reorder(jacobians: Iterable[Tensor], order: list[int]) -> None:
+    """Put rows that are one call's in another order, in place."""
+    fresh: Rows | None = None
+    for jacobian in jacobians:
+        rows = rows_of(jacobian)
+        assert rows is not None
+        assert rows.tasks is not None
+        fresh = fresh or Rows([rows.tasks[i] for i in order])
+        with still_averaged([jacobian]):
+            local(jacobian).copy_(local(jacobian)[order])
+        jacobian._rows = fresh  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -192,9 +258,11 @@ def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
             some.update(before)
 
 
-def _check_jacobians(op: str, parameters: list[Tensor], tasks: int) -> None:
+def _check_jacobians(op: str, parameters: list[Tensor], tasks: int, rows: Rows) -> dict[Tensor, list[int] | None]:
+    """Return the parameters whose ``.jac`` is to be added to, and how the new rows have to be ordered for that."""
+    orders: dict[Tensor, list[int] | None] = {}
     for i, p in enumerate(parameters):
-        if not hasattr(p, "jac"):
+        if not hasattr(p, "jac") or (isinstance(p.jac, Tensor) and is_spent(p.jac)):
             continue
         shape = list(p.jac.shape) if isinstance(p.jac, Tensor) else type(p.jac).__name__
         if shape != [tasks, *p.shape]:
@@ -202,6 +270,10 @@ def _check_jacobians(op: str, parameters: list[Tensor], tasks: int) -> None:
                 f"{op}: shared: expected .jac of shape {[tasks, *p.shape]}, one row a task, found {shape} in parameter "
                 f"{i}; clear it with `del parameter.jac`"
             )
+        known = rows_of(p.jac)
+        named = known is not None and known.tasks is not None and rows.tasks is not None
+        orders[p] = order_of(op, rows.tasks, known.tasks, "the .jac that there is") if named else None  # type: ignore[arg-type, union-attr]
+    return orders
 
 
 def _trunk(op: str, features: Tensor | Sequence[Tensor]) -> list[Tensor]:

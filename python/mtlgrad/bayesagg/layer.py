@@ -297,7 +297,7 @@ class BayesAgg(nn.Module):
         pairs = enumerate(zip(self.heads, targets))
         checked = [head.check(f"BayesAgg: heads[{i}]", features, target) for i, (head, target) in pairs]
         if features.device.type == "cpu":
-            check_finite("BayesAgg", features=features)
+            check_finite("BayesAgg: heads[0]", features=features)
         return checked
 
     def total(self, losses: Iterable[Tensor] | Mapping[Any, Tensor]) -> Tensor:

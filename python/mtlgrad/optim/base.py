@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import parameter_list
-from ..jacobian import as_gradients
+from ..jacobian import Rows, as_gradients, order_of, reorder, rows_of
 from ..ops import Operation, Step, TaskStep, step_settings
 from ..world.jacobians import check_averaged, still_averaged
 from ..world.ranks import name_of
@@ -95,6 +95,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         weights, dtype = group["task_weights"], group["moments_dtype"]
         param_group["task_weights"] = None if weights is None else [float(w) for w in weights]
         param_group["moments_dtype"] = None if dtype is None else moments_name(dtype)
+        param_group.setdefault("tasks", self.param_groups[0]["tasks"] if self.param_groups else None)
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -108,6 +109,8 @@ class TaskOptimizer(torch.optim.Optimizer):
                 elif hasattr(p, "jac"):
                     with still_averaged([p.jac]):
                         p.jac.zero_()
+                    if (rows := rows_of(p.jac)) is not None:
+                        rows.spent = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -124,12 +127,13 @@ class TaskOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        jacobians, rows = self._in_order(self._jacobians())
         plans, key = [], 0
         for number, group in enumerate(self.param_groups):
             plans.append(self._plan(number, group, key))
             key += len(group["params"])
         pairs = list(zip(self.param_groups, plans, strict=True))
-        self._check_averaged()
+        check_averaged(f"{type(self).__name__}.step", jacobians, self._group)
         check_gradients(type(self).__name__, pairs)
         present = present_tasks(pairs)
         for group, plan in pairs:
@@ -145,7 +149,31 @@ class TaskOptimizer(torch.optim.Optimizer):
             for own in plan.single.by_device():
                 self._update(number, group, own, None, None, totals)
         totals.add_up()
+        for some in rows:
+            some.spent = True
         return result
+
+    def _in_order(self, jacobians: list[Tensor]) -> tuple[list[Tensor], set[Rows]]:
+        """Return all ``.jac`` and what is known of their rows, after putting these in the order that the tasks' names
+        had in the first step. What an earlier step has used, where others are new, is no gradient of this step's."""
+        known = {rows_of(jacobian) for jacobian in jacobians}
+        spent = {rows for rows in known if rows is not None and rows.spent}
+        if spent and len(known) > len(spent):
+            for p in itertools.chain(*(group["params"] for group in self.param_groups)):
+                if hasattr(p, "jac") and rows_of(p.jac) in spent:
+                    del p.jac
+            return self._in_order(self._jacobians())
+        for rows in known:
+            if rows is None or rows.tasks is None:
+                continue
+            if self.param_groups[0].get("tasks") is None:
+                for group in self.param_groups:
+                    group["tasks"] = list(rows.tasks)
+            tasks = self.param_groups[0]["tasks"]
+            order = order_of(f"{type(self).__name__}.step", rows.tasks, tasks, "this optimizer's first step")
+            if order is not None:
+                reorder([jacobian for jacobian in jacobians if rows_of(jacobian) is rows], order)
+        return jacobians, {rows for rows in map(rows_of, jacobians) if rows is not None}
 
     @torch.no_grad()
     def init_state(self, shared: Iterable[Tensor]) -> None:
@@ -190,9 +218,6 @@ class TaskOptimizer(torch.optim.Optimizer):
     def _ordinary_step(self) -> None:
         # Without torch.optim's wrapper that runs hooks: they run around this class's own step.
         inspect.unwrap(self.ordinary.step)(self)
-
-    def _check_averaged(self, what: str = "step") -> None:
-        check_averaged(f"{type(self).__name__}.{what}", self._jacobians(), self._group)
 
     def _jacobians(self) -> list[Tensor]:
         found = [getattr(p, "jac", None) for group in self.param_groups for p in group["params"]]
