@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mtlgrad import AlignedMTL, task_backward
-from mtlgrad.optim import AdaTaskAdagrad, AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop
+from mtlgrad.optim import AdaTaskAdagrad, AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop, clip_task_grad_norm_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -272,6 +272,82 @@ def test_a_merges_preference_belongs_to_names() -> None:
         ValueError, match=r"AlignedMTL.weigh: losses: expected the tasks of this module's first use, a, c"
     ):
         aligned.weigh({"a": losses["a"], "b": losses["c"]}, net.shared)
+
+
+# ---- a second place for gradients ------------------------------------------------------------------------------------
+
+
+@every_optimizer
+@pytest.mark.parametrize("max_norm", [0.05, 1.0, 1e6])
+def test_the_optimizer_clips_in_its_step(optimizer: Callable[..., Any], max_norm: float) -> None:
+    """As clipping by hand does, tasks by clip_task_grad_norm_ and the heads by torch's; two groups are one."""
+    ends = []
+    for by_hand in (True, False):
+        net, batches = start()
+        groups = [{"params": net.used.parameters()}, {"params": [*net.dropped.parameters(), *net.heads.parameters()]}]
+        opt = optimizer(groups, lr=1e-2, num_tasks=2, max_norm=None if by_hand else max_norm)
+        for x, y in batches:
+            opt.zero_grad()
+            z = net.features(x)
+            task_backward(net.losses(z, y), net.shared, features=z)
+            if by_hand:
+                clip_task_grad_norm_(net.shared, max_norm)
+                nn.utils.clip_grad_norm_(net.heads.parameters(), max_norm)
+            opt.step()
+        ends.append(parameters(net))
+    assert torch.equal(*ends)
+
+
+def test_clipped_norms_are_what_was_asked_for() -> None:
+    net, ((x, y), *_) = start()
+    opt = AdaTaskAdam(net.parameters(), lr=1e-2, num_tasks=2, max_norm=0.1)
+    want = [torch.cat([g.flatten() for g in row]) for row in gradients(net, x, 1e3 * y)]
+    task_backward(net.losses(net.features(x), 1e3 * y), net.shared)
+    opt.step()
+    for t, gradient in enumerate(want):
+        found = torch.cat([p.jac[t].flatten() for p in net.shared])  # type: ignore[attr-defined]
+        torch.testing.assert_close(found, 0.1 * gradient / gradient.norm())
+    heads = torch.cat([p.grad.flatten() for p in net.heads.parameters()])  # type: ignore[union-attr]
+    torch.testing.assert_close(heads.norm(), torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "one"])
+def test_a_norm_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"AdaTaskAdam: max_norm: expected a number above 0, or None, found"):
+        AdaTaskAdam(Net().parameters(), num_tasks=2, max_norm=value)
+    net = Net()
+    opt = AdaTaskAdam(net.used.parameters(), num_tasks=2, max_norm=1.0)
+    with pytest.raises(ValueError, match=r"max_norm: expected 1.0 as in the other groups, found 2.0"):
+        opt.add_param_group({"params": net.dropped.parameters(), "max_norm": 2.0})
+
+
+def test_sharpness_aware_steps_by_jac() -> None:
+    """The guide's five lines: up by the sum of the tasks' gradients, the gradients there, back, and the step."""
+    net, ((x, y), *_) = start()
+    opt = AdaTaskAdam(net.parameters(), lr=1e-2, num_tasks=2)
+    before = [p.detach().clone() for p in net.shared]
+    rows = gradients(net, x, y)
+    uphill = [0.05 * sum(parts) for parts in zip(*rows)]
+    norm = torch.cat([u.flatten() for u in uphill]).norm() / 0.05
+    with torch.no_grad():
+        for p, u in zip(net.shared, uphill):
+            p.add_(u / norm)
+    want = gradients(net, x, y)
+    with torch.no_grad():
+        for p, b in zip(net.shared, before):
+            p.copy_(b)
+    task_backward(net.losses(net.features(x), y), net.shared)
+    with torch.no_grad():
+        ups = [p.jac.sum(0) for p in net.shared]  # type: ignore[attr-defined]
+        scale = 0.05 / torch.cat([u.flatten() for u in ups]).norm()
+        torch._foreach_add_(net.shared, ups, alpha=float(scale))
+    opt.zero_grad()
+    task_backward(net.losses(net.features(x), y), net.shared)
+    with torch.no_grad():
+        torch._foreach_sub_(net.shared, ups, alpha=float(scale))
+    for i, p in enumerate(net.shared):
+        torch.testing.assert_close(p.jac, torch.stack([row[i] for row in want]), rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
+    opt.step()
 
 
 # ---- one backward of one call ----------------------------------------------------------------------------------------

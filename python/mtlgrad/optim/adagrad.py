@@ -29,7 +29,7 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
         params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize: as in
             torch.optim.Adagrad; ``weight_decay`` is added to each task's gradient, every task's sum begins with
             ``initial_accumulator_value``.
-        num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite,
+        num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite, max_norm,
             process_group: as in :class:`mtlgrad.optim.AdaTaskAdam`, which also says which parameters take which rule.
 
     State per parameter with ``.jac``: ``sum_0`` ... ``sum_{T-1}``, each like the parameter; ``step`` [T] and
@@ -56,11 +56,19 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
         stochastic_rounding: bool = True,
         dominance_decay: float | None = 0.99,
         check_finite: bool = False,
+        max_norm: float | None = None,
         process_group: ProcessGroup | None = None,
         **flags: Any,
     ):
         options = TaskOptions(
-            num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
+            num_tasks,
+            task_weights,
+            missing,
+            moments_dtype,
+            stochastic_rounding,
+            dominance_decay,
+            check_finite,
+            max_norm,
         )
         rule = (lr, lr_decay, weight_decay, initial_accumulator_value, eps)
         super().__init__(params, *rule, task_options=options, process_group=process_group, **flags)

@@ -58,11 +58,14 @@ class AdaTaskAdam(_Adam, torch.optim.Adam):
         dominance_decay: of the averages behind :meth:`dominance`, which cost no pass over memory; None: none.
         check_finite: ``ValueError`` for NaN or infinity in a gradient, naming the task, before anything is changed;
             reads T gradients once more, and waits for the device.
+        max_norm: what gradients are clipped to in each step: every task's over all parameters with ``.jac``
+            (:func:`clip_task_grad_norm_`), and the others' together (``torch.nn.utils.clip_grad_norm_``). For trainers
+            that clip by themselves, which see ``.grad`` alone: tell them not to.
         process_group: the ranks that train together; all, if not given and torch.distributed is initialised.
             ``step`` refuses ``.jac`` that is not their mean (:func:`mtlgrad.task_backward` leaves it so; for others'
             there is :func:`mtlgrad.distributed.average_jacobians`): parameters would drift apart, unseen.
 
-    Everything but ``num_tasks`` and ``process_group`` may differ from group to group.
+    Everything but ``num_tasks``, ``max_norm`` and ``process_group`` may differ from group to group.
 
     Parameters that ``fully_shard`` shards: every rank updates its shards, and moments are sharded like the parameter.
     Where that is asked for, one all-reduce of T float64 a parameter (``dominance_decay``) and of T a group each
@@ -95,11 +98,19 @@ class AdaTaskAdam(_Adam, torch.optim.Adam):
         stochastic_rounding: bool = True,
         dominance_decay: float | None = 0.99,
         check_finite: bool = False,
+        max_norm: float | None = None,
         process_group: ProcessGroup | None = None,
         **flags: Any,
     ):
         options = TaskOptions(
-            num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
+            num_tasks,
+            task_weights,
+            missing,
+            moments_dtype,
+            stochastic_rounding,
+            dominance_decay,
+            check_finite,
+            max_norm,
         )
         rule = (lr, betas, eps, weight_decay, amsgrad)
         super().__init__(params, *rule, task_options=options, process_group=process_group, **flags)
@@ -130,11 +141,19 @@ class AdaTaskAdamW(_Adam, torch.optim.AdamW):
         stochastic_rounding: bool = True,
         dominance_decay: float | None = 0.99,
         check_finite: bool = False,
+        max_norm: float | None = None,
         process_group: ProcessGroup | None = None,
         **flags: Any,
     ):
         options = TaskOptions(
-            num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
+            num_tasks,
+            task_weights,
+            missing,
+            moments_dtype,
+            stochastic_rounding,
+            dominance_decay,
+            check_finite,
+            max_norm,
         )
         rule = (lr, betas, eps, weight_decay, amsgrad)
         super().__init__(params, *rule, task_options=options, process_group=process_group, **flags)

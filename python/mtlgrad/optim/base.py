@@ -18,6 +18,7 @@ from ..world.ranks import name_of
 from ..world.shards import Totals, is_sharded, key_of_shard, local, only_row
 from . import amp
 from .checks import all_fit, check_gradients, check_jacobian, present_tasks
+from .clip import clip_rows
 from .dominance import Layers, layer_shares
 from .options import TaskOptions, check_group, moments_name
 from .plan import StepPlan, TaskParameters, gradients_of, standing_still
@@ -135,6 +136,8 @@ class TaskOptimizer(torch.optim.Optimizer):
         pairs = list(zip(self.param_groups, plans, strict=True))
         check_averaged(f"{type(self).__name__}.step", jacobians, self._group)
         check_gradients(type(self).__name__, pairs)
+        if (max_norm := self.param_groups[0].get("max_norm")) is not None:
+            self._clip(max_norm)
         present = present_tasks(pairs)
         for group, plan in pairs:
             for p, _ in plan.ordinary:
@@ -174,6 +177,12 @@ class TaskOptimizer(torch.optim.Optimizer):
             if order is not None:
                 reorder([jacobian for jacobian in jacobians if rows_of(jacobian) is rows], order)
         return jacobians, {rows for rows in map(rows_of, jacobians) if rows is not None}
+
+    def _clip(self, max_norm: float) -> None:
+        every = [p for group in self.param_groups for p in group["params"]]
+        if with_rows := [p for p in every if hasattr(p, "jac")]:
+            clip_rows(with_rows, max_norm)
+        torch.nn.utils.clip_grad_norm_([p for p in every if not hasattr(p, "jac")], max_norm)
 
     @torch.no_grad()
     def init_state(self, shared: Iterable[Tensor]) -> None:

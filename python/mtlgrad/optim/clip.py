@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,6 +54,12 @@ def clip_task_grad_norm_(
         )
     jacobians: list[Tensor] = [p.jac for p in wanted]  # type: ignore[attr-defined]
     check_averaged("clip_task_grad_norm_", jacobians, name_of("clip_task_grad_norm_", process_group))
+    return clip_rows(wanted, max_norm, error_if_nonfinite)
+
+
+def clip_rows(wanted: Sequence[Any], max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
+    """:func:`clip_task_grad_norm_` of parameters that have ``.jac``, which is the mean over the ranks."""
+    jacobians: list[Tensor] = [p.jac for p in wanted]
     rows = [local(jacobian) for jacobian in jacobians]
     squares = [
         sum_over(ops.gram(ops.Stacked([rows[i] for i in places])).diagonal().contiguous(), groups)

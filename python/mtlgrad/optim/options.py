@@ -23,6 +23,7 @@ class TaskOptions(NamedTuple):
     stochastic_rounding: bool
     dominance_decay: float | None
     check_finite: bool
+    max_norm: float | None
 
 
 #: torch.optim's settings that are numbers from zero on: below what.
@@ -68,6 +69,11 @@ def check_group(name: str, group: dict[str, Any], others: Sequence[dict[str, Any
         refuse("num_tasks", "a whole number from 1")
     if any(other["num_tasks"] != tasks for other in others):
         refuse("num_tasks", f"{others[0]['num_tasks']} as in the other groups")
+    max_norm = group["max_norm"]
+    if max_norm is not None and not _number(max_norm) > 0.0:
+        refuse("max_norm", "a number above 0, or None")
+    if any(other["max_norm"] != max_norm for other in others):
+        refuse("max_norm", f"{others[0]['max_norm']} as in the other groups")
     if group["task_weights"] is not None:
         weights = _numbers(group["task_weights"])
         if weights is None or len(weights) != tasks or not all(0.0 <= w < math.inf for w in weights):

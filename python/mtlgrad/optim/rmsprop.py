@@ -29,7 +29,7 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
     Args:
         params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize: as in
             torch.optim.RMSprop; ``weight_decay`` is added to each task's gradient.
-        num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite,
+        num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite, max_norm,
             process_group: as in :class:`mtlgrad.optim.AdaTaskAdam`, which also says which parameters take which rule.
 
     State per parameter with ``.jac``: ``square_avg_0`` ... ``square_avg_{T-1}`` (centered: ``grad_avg_0`` ...) and
@@ -58,11 +58,19 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
         stochastic_rounding: bool = True,
         dominance_decay: float | None = 0.99,
         check_finite: bool = False,
+        max_norm: float | None = None,
         process_group: ProcessGroup | None = None,
         **flags: Any,
     ):
         options = TaskOptions(
-            num_tasks, task_weights, missing, moments_dtype, stochastic_rounding, dominance_decay, check_finite
+            num_tasks,
+            task_weights,
+            missing,
+            moments_dtype,
+            stochastic_rounding,
+            dominance_decay,
+            check_finite,
+            max_norm,
         )
         rule = (lr, alpha, eps, weight_decay, momentum, centered)
         super().__init__(params, *rule, task_options=options, process_group=process_group, **flags)
