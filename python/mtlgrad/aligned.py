@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .arguments import Losses, named_losses, parameter_list
+from .arguments import Losses, NotScripted, check_tensor, named_losses, parameter_list
 from .graph import check_ordinary_autograd, in_a_trace, leaves_of
 from .jacobian import order_of, reorder, rows_of
 from .ops.align import SCALES, AlignResult, Scale, empty_result
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class AlignedMTL(nn.Module):
+class AlignedMTL(NotScripted, nn.Module):
     r"""Aligned-MTL in three forms, each around the same T x T alignment (:func:`mtlgrad.ops.align`).
 
     - ``z = aligned(features)``: a layer between backbone and heads (the paper's upper-bound form, of the gradient at
@@ -137,8 +137,7 @@ class AlignedMTL(nn.Module):
                 "AlignedMTL: scale_heads: expected False in the layer, found True: heads have their gradients before "
                 "the weights exist; use weigh(losses, features), or task_backward and merge(parameters, heads=...)"
             )
-        if not isinstance(features, Tensor):
-            raise TypeError(f"AlignedMTL: features: expected a tensor, found {type(features).__name__}")
+        check_tensor("AlignedMTL", "features", features)
         if not features.is_floating_point():
             raise TypeError(f"AlignedMTL: features: expected a floating dtype, found {features.dtype}")
         if not (self.training and torch.is_grad_enabled() and features.requires_grad):

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, fx
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    """Refuse what a backbone returned in the place of a tensor, or stands for one in a trace."""
+    if isinstance(value, Tensor):
+        return
+    found, way = type(value).__name__, ""
+    if isinstance(value, fx.Proxy):
+        way = "; torch.fx cannot follow what happens in the backward: use torch.export, in evaluation mode"
+    elif hasattr(value, "last_hidden_state"):
+        way = f"; use {name}.last_hidden_state"
+    elif isinstance(value, (list, tuple)):
+        way = f"; use one of its {len(value)} parts"
+    raise TypeError(f"{op}: {name}: expected a tensor, found {found}{way}")
+
+
+class NotScripted:
+    """A module that torch.jit.script cannot compile, and says so before it tries."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"{type(self).__name__}: expected a module that torch.jit.script can compile, found one that acts in the "
+            "backward; use torch.export, or torch.jit.trace, in evaluation mode"
+        )
 
 
 def named_losses(op: str, losses: Losses) -> tuple[list[str], list[Tensor | None]]:

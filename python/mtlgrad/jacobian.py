@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .arguments import Losses, named_losses, parameter_list
+from .arguments import Losses, check_tensor, named_losses, parameter_list
 from .graph import check_ordinary_autograd, edges_of, leaves_of, walk
 from .ops.rows import dense
 from .world.jacobians import check_averaged, check_reached, mark_averaged, still_averaged
@@ -277,6 +277,8 @@ def _check_jacobians(op: str, parameters: list[Tensor], tasks: int, rows: Rows) 
 
 
 def _trunk(op: str, features: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if hasattr(features, "last_hidden_state"):
+        check_tensor(op, "features", features)
     trunk = [features] if isinstance(features, Tensor) else list(features)
     if not trunk:
         raise ValueError(f"{op}: features: expected at least one tensor, found none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mtlgrad import AlignedMTL, task_backward
+from mtlgrad import AlignedMTL, BayesAgg, Regression, task_backward
 from mtlgrad.optim import AdaTaskAdagrad, AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop, clip_task_grad_norm_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -482,3 +483,54 @@ def test_tracing_and_export_in_evaluation_mode() -> None:
     for form in (traced, exported):
         for a, b in zip(form(x), want):
             torch.testing.assert_close(a, b)
+
+
+# ---- what is no tensor -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelOutput:
+    """As transformers' backbones return."""
+
+    last_hidden_state: Tensor
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_a_backbone_returns_in_the_place_of_a_tensor(train: bool) -> None:
+    z = torch.randn(3, 8, requires_grad=True) * 1.0
+    head = nn.Linear(8, 1)
+    layers: list[Callable[..., Any]] = [AlignedMTL(2).train(train), BayesAgg([Regression(head)]).train(train)]
+    for layer, name in zip(layers, ("AlignedMTL", "BayesAgg")):
+        with pytest.raises(
+            TypeError, match=f"{name}: features: expected a tensor, found ModelOutput; use features.last"
+        ):
+            layer(ModelOutput(z))
+        with pytest.raises(TypeError, match=f"{name}: features: expected a tensor, found list; use one of its 2 parts"):
+            layer([z, z])
+    with pytest.raises(
+        TypeError, match=r"task_backward: features: .* found ModelOutput; use features.last_hidden_state"
+    ):
+        task_backward([head(z).sum()], head.parameters(), features=ModelOutput(z))  # type: ignore[arg-type]
+
+
+def test_other_traces_name_the_one_that_works() -> None:
+    for layer in (AlignedMTL(2), BayesAgg([Regression(nn.Linear(8, 1))])):
+        with pytest.raises(
+            TypeError, match=r"expected a tensor, found Proxy; torch.fx cannot follow .* use torch.export"
+        ):
+            torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 8), Wrapped(layer)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of what it deprecates
+            with pytest.raises(RuntimeError, match=r"torch.jit.script can compile, .* use torch.export"):
+                torch.jit.script(nn.Sequential(nn.Linear(4, 8), layer))
+
+
+class Wrapped(nn.Module):
+    """Torch.fx does not look into torch's own containers."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer.forward(x)

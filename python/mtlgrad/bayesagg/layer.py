@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import NotScripted, check_tensor
 from ..graph import check_ordinary_autograd
 from ..ops import define_operator, hide_from_dynamo
 from ..ops.checks import check_finite, refuse, shape_of
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 FORGOTTEN = 5000  # passes without a posterior after which it is said that none was made
 
 
-class BayesAgg(nn.Module):
+class BayesAgg(NotScripted, nn.Module):
     """A layer between the backbone and the heads: identity forward, the paper's aggregated gradient backward.
 
     A Gaussian posterior over each head's weights induces a distribution over the task's gradient at the shared
@@ -171,6 +172,7 @@ class BayesAgg(nn.Module):
                 label here. Not looked at, and may be left out, where the layer is plain identity.
             count: whether the batch enters the statistics. False for a second pass of the same examples.
         """
+        check_tensor("BayesAgg", "features", features)
         if not (self.training and torch.is_grad_enabled() and features.requires_grad):
             if not torch.compiler.is_compiling():
                 self._note_unseen(features)
