@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
 from mtlgrad import BayesAgg, Regression
-from mtlgrad.bayesagg import passes
+from mtlgrad.bayesagg import layer as layers
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -221,12 +221,12 @@ def test_passes_end_with_their_graphs() -> None:
     compiled = torch.compile(whole(net), fullgraph=True, backend="aot_eager")
     for loss in (whole(net), compiled):
         gc.collect()  # of the tests before
-        before = len(passes._PASSES)
+        before = len(layers._PASSES)
         total = loss(net.data[0].features[:6], [data.targets[:6] for data in net.data])
-        assert len(passes._PASSES) == before + 1
+        assert len(layers._PASSES) == before + 1
         total.backward()
         del total
-        assert len(passes._PASSES) == before
+        assert len(layers._PASSES) == before
 
 
 def test_hooks_that_copy_what_is_saved() -> None:
