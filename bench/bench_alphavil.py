@@ -48,7 +48,7 @@ class Problem:
             self.deltas.take(t, theta)
             self.deltas.put_back(theta)
         make = functools.partial(torch.optim.SGD, lr=0.0)
-        self.search = Search(self.model, tasks_by_name["0"], "0", Buffers(self.model), make, None)
+        self.search = Search(self.model, tasks_by_name["0"], "0", Buffers(self.model, "target"), make, None)
         self.search.begin(tasks, [], device)
 
     @property

@@ -272,12 +272,34 @@ class Buffered(nn.Module):
         return (self.weight * (2.0 - self.value.sum())).square().sum() if batch is None else self.weight.square().sum()
 
 
-def test_the_rule_of_buffers() -> None:
-    """The mean over the tasks whose training changed it, the largest of what holds no floats."""
+def buffered(**options: Any) -> tuple[Buffered, AlphaVIL]:
     model = Buffered()
     data: list[list[Any]] = [[(1.0, 3, False)], [(4.0, 1, True), (4.0, 1, True)], [(0.0, 0, False)]]
     tasks = [Task(each, lambda m, b: m(b), [(0.0, 0, False)]) for each in data]
-    vil = AlphaVIL(model, tasks, 0, make_optimizer=SGD, alpha_epochs=1)
+    return model, AlphaVIL(model, tasks, 0, make_optimizer=SGD, alpha_epochs=1, **options)
+
+
+@pytest.mark.parametrize("rule", ["target", {"hidden": "mean"}])
+def test_buffers_are_the_targets(rule: Any) -> None:
+    """As its training left them; what it left alone, as the last that changed it did."""
+    model, vil = buffered(buffers=rule)
+    epoch(vil)
+    assert model.value.tolist() == [1.0, 1.0]
+    assert model.hidden.item() == (1.0 if rule == "target" else (1.0 + 8.0) / 2)
+    assert model.count.item() == 8
+    assert model.mark.item() is True
+    assert model.still.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("rule", ["sum", {"value": "largest"}, {"nothing": "mean"}])
+def test_a_rule_that_is_none(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r'AlphaVIL: buffers: expected "target" or "mean", or a dict of'):
+        buffered(buffers=rule)
+
+
+def test_the_rule_of_means() -> None:
+    """The mean over the tasks whose training changed it, the largest of what holds no floats."""
+    model, vil = buffered(buffers="mean")
     before = values(model)
     seen = []
     for stage in vil.stages():

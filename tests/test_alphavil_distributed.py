@@ -114,7 +114,7 @@ def call(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def noted(by_rank: list[dict[str, Any]], dev: list[float] | None = None) -> tuple[Any, AlphaVIL]:
+def noted(by_rank: list[dict[str, Any]], dev: list[float] | None = None, rule: str = "mean") -> tuple[Any, AlphaVIL]:
     """Tasks "a", the target, and "b", whose buffers become by_rank[rank]; dev: the target's y."""
     x = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.3, -2.0]])
     plain: dict[str, Any] = {"x": x, "y": x.sum(1, keepdim=True) + 0.2}
@@ -122,11 +122,13 @@ def noted(by_rank: list[dict[str, Any]], dev: list[float] | None = None) -> tupl
     judged = {**plain, "y": plain["y"] * (1.0 if dev is None else dev[rank])}
     model = Noted()
     tasks = {"a": Task([plain], call, [judged]), "b": Task([{**plain, **by_rank[rank]}], call)}
-    return model, AlphaVIL(model, tasks, "a", make_optimizer=INNER["sgd"], alpha_epochs=2)
+    return model, AlphaVIL(model, tasks, "a", make_optimizer=INNER["sgd"], alpha_epochs=2, buffers=rule)
 
 
-def buffers(by_rank: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[int], dict[str, Tensor]]:
-    model, vil = noted(by_rank)
+def buffers(
+    by_rank: list[dict[str, Any]], rule: str = "mean"
+) -> tuple[dict[str, Tensor], list[int], dict[str, Tensor]]:
+    model, vil = noted(by_rank, rule=rule)
     with hushed():
         stages = vil.stages()
         next(stages), next(stages)
@@ -147,6 +149,19 @@ def test_buffers_are_the_mean_or_the_largest(two_ranks: Pool) -> None:
         assert merged["count"].tolist() == 9
         assert merged["flag"].tolist() == [True, False]
         assert all(torch.equal(after[name], value) for name, value in merged.items())
+    assert same(found[0][2], found[1][2])
+
+
+def test_what_is_not_averaged_is_the_first_ranks(two_ranks: Pool) -> None:
+    own = [{"some": 2.0, "count": 4}, {"some": 1.0, "pair": [1.0, 3.0], "wave": 4j, "count": 9, "flag": [True, False]}]
+    found = two_ranks(buffers, own, "target")
+    for merged, out, _ in found:
+        assert not out
+        assert torch.equal(merged["some"], torch.full((2, 3), 2.0))
+        assert merged["pair"].tolist() == [0.0, 0.0]
+        assert merged["wave"].tolist() == [0j, 0j]
+        assert merged["count"].tolist() == 4
+        assert merged["flag"].tolist() == [False, False]
     assert same(found[0][2], found[1][2])
 
 

@@ -66,6 +66,8 @@ class AlphaVIL:
         delta_storage: where the deltas are: "parameters", as and where the parameters are; "bfloat16", in half of
             float32's memory, rounded once; "host", in pinned memory of the host, brought to the device 64 MiB at a
             time (or a parameter's T deltas, where they are larger); "host-bfloat16", both.
+        buffers: what becomes of buffers that are no BatchNorm's or InstanceNorm's, and of parameters without gradient:
+            "target", as the target's training left them, or "mean", the mean over the tasks; one for all, or by name.
         process_group: the ranks that train together, each with its part of the data; all, if not given (and
             torch.distributed is initialised). In a group of one rank it trains alone. See below.
 
@@ -83,8 +85,12 @@ class AlphaVIL:
       where the search finds none better than alpha = 1.
     - Development losses are taken in evaluation mode, trainings in training mode: a model that is in it keeps what is
       frozen (a BatchNorm in evaluation mode), another is put in it as a whole. Every module's mode is put back.
-    - A buffer (BatchNorm's statistics) becomes the mean over the tasks whose training changed it, one that holds no
-      floats the largest of them; the search already uses these. All trainings start from the same buffers.
+    - BatchNorm's and InstanceNorm's statistics become the mean over the tasks whose training changed them, counters of
+      batches the largest. All other buffers (queues and their pointers; spectral norm's vectors, which the next training
+      brings up to date), and parameters without gradient that a forward moves (a teacher), are as the target's training
+      left them, or the last task's that changed them: ``buffers=`` says otherwise. The search already uses these. All
+      trainings start from the same ones. A buffer that the model makes or resizes in its forward is taken for a cache
+      and left alone.
     - A task whose training comes to NaN or infinity sits the round out, with a warning, and keeps its weight.
 
     Memory beside the model, its activations and T small tensors, with S bytes of shared parameters, H_t of head t, H of
@@ -92,7 +98,8 @@ class AlphaVIL:
 
     ============================  ======================================================================================
     deltas, from round to round   T S + H; ``include_heads="all"``: T (S + H)
-    while task t trains           + S + H (a copy of theta), its gradients S + H_t, its optimizer's state
+    while task t trains           + S + H (a copy of theta; and of what is not trained), its gradients S + H_t, its
+                                  optimizer's state
     during the search             + S + H (the displaced parameters), their gradients for the target's loss S + H_target
                                   (the shared ones' alone with ``include_heads="none"``)
     when the parameters move      + S + H
@@ -107,8 +114,9 @@ class AlphaVIL:
     - Each rank must give as many batches to a task's training and to a pass over the development data: compared before
       where there is a ``len()``. Streams have none; one that ends early leaves the other ranks waiting until the
       process group's timeout, as any error does that one rank alone meets (NaN is none).
-    - Buffers: what a task's training changed on any rank becomes the mean over the ranks, the largest where they hold
-      no floats. With ``torch.nn.SyncBatchNorm`` that is one process's statistics; BatchNorm takes each rank's own.
+    - Buffers: what a task's training changed on any rank becomes the mean over the ranks (the largest where they hold
+      no floats); of those that are not averaged, the first rank's. With ``torch.nn.SyncBatchNorm`` that is one
+      process's statistics; BatchNorm takes each rank's own.
     - Random numbers are each rank's own: seed the ranks alike for the same order of batches, else for other dropout.
     - Parameters and buffers are compared by their norms before the first round and after :meth:`load_state_dict`. Each
       rank saves a state of its own, since random state is in it.
@@ -132,6 +140,7 @@ class AlphaVIL:
         include_heads: Heads = "own",
         min_weight: float = 0.01,
         delta_storage: Storage = "parameters",
+        buffers: str | Mapping[str, str] = "target",
         process_group: ProcessGroup | None = None,
     ):
         check_model(model)
@@ -149,7 +158,7 @@ class AlphaVIL:
         self.make_optimizer, self.alpha_epochs, self.subset = make_optimizer, alpha_epochs, subset
         self.min_weight, self.include_heads, self.delta_storage = float(min_weight), include_heads, delta_storage
         self._find_parameters()
-        self._buffers = Buffers(model)
+        self._buffers = Buffers(model, buffers)
         name = self.names[self.target]
         self._search = Search(model, self._tasks[name], name, self._buffers, alpha_optimizer, clip_alpha)
         sources = [source for task in self._tasks.values() for source in (task.train, task.dev)]
@@ -260,7 +269,7 @@ class AlphaVIL:
             loss, share = self._world.mean_(both).tolist()
             sound = share == 1.0
             if sound:
-                self._buffers.take(changed)
+                self._buffers.take(changed, t == self.target)
         finally:
             self._put_back(theta, buffers)
             self.model.zero_grad(set_to_none=True)
@@ -383,7 +392,7 @@ class AlphaVIL:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was taken; the model is to be loaded, too. Sets the global random state."""
-        check_state(state, self.names, self.target, dict(self.model.named_buffers()), len(self._generators))
+        check_state(state, self.names, self.target, self._buffers.named(), len(self._generators))
         self._deltas.load_state_dict(state["deltas"])
         self._buffers.load_state_dict(state["buffers"])
         self._search.load_state_dict(state["search"], self._deltas.device)

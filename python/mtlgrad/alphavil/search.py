@@ -80,7 +80,7 @@ class Search:
         """The development loss at alpha, or (no deltas) at the model as it is; the mean over the ranks."""
         with evaluation_mode(self.model), torch.no_grad():
             buffers = self._buffers(merged=deltas is not None)
-            parameters = {} if deltas is None else self._parameters(deltas)
+            parameters = self._renormed() if deltas is None else self._parameters(deltas)
             losses = [
                 functional_call(self.evaluated, {**parameters, **buffers}, (batch,)).double()
                 for batch in self._batches(world)
@@ -120,6 +120,12 @@ class Search:
         means = world.mean_(torch.cat([self.alphas.grad, loss.to(self.alphas).reshape(1)]))
         self.alphas.grad.copy_(means[:-1])
         return means[-1]
+
+    def _renormed(self) -> dict[str, Tensor]:
+        """Copies of the embeddings that a forward scales down in place, in evaluation mode, too."""
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        modules = [(n, m) for n, m in self.model.named_modules() if isinstance(m, kinds) and m.max_norm is not None]
+        return {f"{MODEL}.{n}.weight" if n else f"{MODEL}.weight": m.weight.detach().clone() for n, m in modules}
 
     def _parameters(self, deltas: Deltas) -> dict[str, Tensor]:
         return {f"{MODEL}.{name}": p for name, p in deltas.displaced(self.alphas, self.absent).items()}
