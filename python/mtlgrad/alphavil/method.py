@@ -86,11 +86,11 @@ class AlphaVIL:
     - Development losses are taken in evaluation mode, trainings in training mode: a model that is in it keeps what is
       frozen (a BatchNorm in evaluation mode), another is put in it as a whole. Every module's mode is put back.
     - BatchNorm's and InstanceNorm's statistics become the mean over the tasks whose training changed them, counters of
-      batches the largest. All other buffers (queues and their pointers; spectral norm's vectors, which the next training
-      brings up to date), and parameters without gradient that a forward moves (a teacher), are as the target's training
-      left them, or the last task's that changed them: ``buffers=`` says otherwise. The search already uses these. All
-      trainings start from the same ones. A buffer that the model makes or resizes in its forward is taken for a cache
-      and left alone.
+      batches the largest. All other buffers (queues and their pointers; spectral norm's vectors, which the next
+      training brings up to date), and parameters without gradient that a forward moves (a teacher), are as the target's
+      training left them, or the last task's that changed them: ``buffers=`` says otherwise. The search already uses
+      these. All trainings start from the same ones. A buffer that the model makes or resizes in its forward is taken
+      for a cache and left alone.
     - A task whose training comes to NaN or infinity sits the round out, with a warning, and keeps its weight.
 
     Memory beside the model, its activations and T small tensors, with S bytes of shared parameters, H_t of head t, H of
