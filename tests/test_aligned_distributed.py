@@ -199,14 +199,15 @@ def communication(form: str) -> dict[str, int]:
 def test_communication(two_ranks: Pool) -> None:
     """docs/guide/ddp.md: the bytes that a rank gives to each collective."""
     net, tasks = Net(), 3
-    shared = sum(p.numel() for p in net.backbone.parameters())
+    backbone = list(net.backbone.parameters())
+    shared = sum(p.numel() for p in backbone)
     heads = list(net.heads.parameters())
     other = sum(p.numel() for p in heads)
     expected = {
         "layer": {"all_reduce": 8 * tasks**2},
         "weigh features": {"all_reduce": 8 * tasks**2},
         "weigh": {"all_reduce": 4 * tasks * shared},
-        "merge": {"all_reduce": 4 * tasks * shared + 4 * other + 24 * len(heads), "all_gather": 8},
+        "merge": {"all_reduce": 4 * (tasks * shared + other + len(backbone)) + 24 * len(heads), "all_gather": 8},
     }
     assert net.heads[0].in_features == WIDTH
     for form, size in expected.items():
@@ -283,3 +284,27 @@ def no_gradient() -> None:
 
 def test_a_parameter_without_a_gradient_is_zero(two_ranks: Pool) -> None:
     two_ranks(no_gradient)
+
+
+def dropped_layers() -> tuple[list[bool], Tensor]:
+    """On rank 1 alone the loss passes through the second layer, and through the third on none."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
+    rank = dist.get_rank() if dist.is_initialized() else None
+    x = torch.arange(12.0).view(4, 3) / 10
+    parts = {0: x[:2], 1: x[2:], None: x}
+    z = layers[0](parts[rank])
+    if rank == 1:
+        z = layers[1](z)
+    elif rank is None:
+        z = torch.cat([z[:2], layers[1](z[2:])])
+    mtlgrad.task_backward([z.square().mean(), z.sin().mean()], layers.parameters())
+    return [hasattr(p, "jac") for p in layers.parameters()], layers[1].weight.jac  # type: ignore[return-value]
+
+
+def test_a_layer_that_one_rank_leaves_out(two_ranks: Pool) -> None:
+    there, jacobian = dropped_layers()
+    assert there == [True] * 4 + [False] * 2
+    for found, of_rank in two_ranks(dropped_layers):
+        assert found == there
+        assert_near(of_rank, jacobian)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .arguments import Losses, NotScripted, check_tensor, named_losses, parameter_list
-from .graph import check_ordinary_autograd, in_a_trace, leaves_of
+from .graph import check_ordinary_autograd, goes_on, in_a_trace, leaves_of
 from .jacobian import order_of, reorder, rows_of
 from .ops.align import SCALES, AlignResult, Scale, empty_result
 from .traced import copies, stand_ins
@@ -93,7 +92,7 @@ class AlignedMTL(NotScripted, nn.Module):
         self._used = False
         self._told: set[str] = set()  # what was warned of
         self._alone = 0  # backwards of one task alone, in a row
-        self._watched: tuple[weakref.ref[Tensor], int] | None = None  # in evaluation mode: a parameter, and its version
+        self._watched: tuple[int, int] | None = None  # in evaluation mode: which parameter, and its version
         self._tasks: tuple[str, ...] | None = None  # the names in the order of the first use that had some
         self._prepare(torch.get_default_device())
 
@@ -154,9 +153,9 @@ class AlignedMTL(NotScripted, nn.Module):
         between whose forwards parameters move."""
         self._result.weights.fill_(torch.nan)
         parameter = next((p for p in leaves_of([features], set()) if isinstance(p, nn.Parameter)), None)
-        before, now = self._watched, None if parameter is None else (weakref.ref(parameter), parameter._version)
+        before, now = self._watched, None if parameter is None else (id(parameter), parameter._version)
         object.__setattr__(self, "_watched", now)
-        if before is not None and now is not None and before[0]() is parameter and before[1] != now[1]:
+        if before is not None and now is not None and before[0] == now[0] and before[1] < now[1]:
             self._tell(
                 "AlignedMTL: expected to be trained in training mode, found parameters that moved between forwards in "
                 "evaluation mode, where nothing is aligned; call aligned.train() (to freeze BatchNorm put those layers "
@@ -379,12 +378,6 @@ def _checked_preference(preference: Tensor | Sequence[float] | None, tasks: int)
     return values
 
 
-def _goes_on(node: Any) -> bool:
-    """Whether what goes back to a node goes on from there, and is not only looked at (torch.autograd.grad)."""
-    behind = () if node is None else [following for following, _ in node.next_functions if following is not None]
-    return not behind or any(map(torch._C._will_engine_execute_node, behind))
-
-
 class _Views(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, module: AlignedMTL, world: World) -> tuple[Tensor, ...]:
@@ -404,7 +397,7 @@ class _Views(torch.autograd.Function):
     @staticmethod
     def _merged(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         rows = [gradient for gradient in gradients if gradient is not None]
-        if not torch.compiler.is_compiling() and _goes_on(ctx.source):
+        if not torch.compiler.is_compiling() and goes_on(ctx.source):
             if ctx.done:
                 raise RuntimeError(
                     "AlignedMTL: expected one backward through a call of the layer, found a second, to which the first "

@@ -40,6 +40,13 @@ def leaves_of(tensors: Sequence[Tensor], stop: Edges) -> list[Tensor]:
     return list(found)
 
 
+def goes_on(node: Any) -> bool:
+    """Whether what this backward brings to a node goes on from there, and is not only looked at, as monitors do by
+    torch.autograd.grad. None: a leaf, where it is kept."""
+    behind = () if node is None else [following for following, _ in node.next_functions if following is not None]
+    return not behind or any(map(torch._C._will_engine_execute_node, behind))
+
+
 def in_a_trace() -> bool:
     """Whether this runs once for many: values and side effects of Python have no place there."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None

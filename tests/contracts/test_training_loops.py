@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -534,3 +535,36 @@ class Wrapped(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.layer.forward(x)
+
+
+def test_copies_of_a_model_that_was_evaluated_with_gradients() -> None:
+    """Averages of weights copy the model, and trainers pickle it."""
+    net, ((x, y), *_) = start()
+    aligned = AlignedMTL(2).eval()
+    sum(views_and_losses(aligned, net, x, y)).backward()  # type: ignore[union-attr]
+    for made in (copy.deepcopy(aligned), pickle.loads(pickle.dumps(aligned))):
+        assert made.train()(net.features(x))[0].shape == (16, 8)
+
+
+def test_who_only_looks_at_bayesaggs_gradients_takes_no_backward() -> None:
+    torch.manual_seed(0)
+    body, heads = nn.Linear(4, 8), [nn.Linear(8, 1), nn.Linear(8, 1)]
+    x, ys = torch.randn(32, 4), [torch.randn(32, 1), torch.randn(32, 1)]
+    bayes = BayesAgg([Regression(head) for head in heads])
+    found = []
+    for looks in (None, False, True):
+        body.zero_grad()
+        z = body(x)
+        h = bayes(z, ys, count=looks is None)
+        losses = [functional.mse_loss(head(h), y) for head, y in zip(heads, ys)]
+        if looks:
+            for loss in losses:
+                torch.autograd.grad(loss, z, retain_graph=True)
+        sum(losses).backward(retain_graph=True)  # type: ignore[union-attr]
+        found.append(body.weight.grad)
+        if looks is None:
+            bayes.refresh()
+    assert torch.equal(found[1], found[2])  # type: ignore[arg-type]
+    assert not torch.equal(found[0], found[1])  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"expected one backward through a call of the layer, found a second"):
+        sum(losses).backward()  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import NotScripted, check_tensor
-from ..graph import check_ordinary_autograd
+from ..graph import check_ordinary_autograd, goes_on
 from ..ops import define_operator, hide_from_dynamo
 from ..ops.checks import check_finite, refuse, shape_of
 from ..posterior.posteriors import STRUCTURES, Posterior, posterior_from_state, share_covariances
@@ -324,16 +324,17 @@ class BayesAgg(NotScripted, nn.Module):
         return RecordScale.apply(total, self._latest) if total.requires_grad else total
 
     @torch.no_grad()
-    def _replacement(self, recorded: Pass, gradient: Tensor) -> Tensor:
+    def _replacement(self, recorded: Pass, gradient: Tensor, is_used: bool) -> Tensor:
+        """``is_used``: whether it goes on into the backbone."""
         batch = recorded.batch
         if batch is None:
             return gradient
-        if recorded.done:
+        if recorded.done and is_used:
             raise RuntimeError(
                 f"BayesAgg: batch {recorded.number}: expected one backward through a call of the layer, found a "
                 "second; add the losses and call backward() once, or call the layer again, with count=False"
             )
-        recorded.done = True
+        recorded.done = recorded.done or is_used
         with torch.autocast(gradient.device.type, enabled=False):
             own = Own(batch.outputs, self._groups)
             foreign = None
@@ -669,14 +670,14 @@ def _pass_of(token: Tensor) -> Pass | None:
 
 
 @hide_from_dynamo
-def _replace(gradient: Tensor, token: Tensor) -> Tensor:
+def _replace(gradient: Tensor, token: Tensor, is_used: bool = True) -> Tensor:
     recorded = _pass_of(token)
     if recorded is None or recorded.layer is None:
         raise RuntimeError(
             "BayesAgg: expected the pass that this backward belongs to, found it gone: something copies what compiled "
             "code saves for the backward (torch.autograd.graph.saved_tensors_hooks); keep the layer out of it"
         )
-    return recorded.layer._replacement(recorded, gradient)
+    return recorded.layer._replacement(recorded, gradient, is_used)
 
 
 @hide_from_dynamo
@@ -726,10 +727,10 @@ class ReplaceGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        _, token = ctx.saved_tensors
+        features, token = ctx.saved_tensors
         if torch.compiler.is_compiling():
             return _replace_op(gradient, token), None
-        return _replace(gradient, token), None
+        return _replace(gradient, token, goes_on(features.grad_fn)), None
 
 
 class RecordScale(torch.autograd.Function):
