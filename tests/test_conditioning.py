@@ -336,3 +336,33 @@ def test_regressions_with_the_same_rows_share_one_covariance(
     found = apart.aggregate(x[:batch], [y[:batch, :1], y[:batch, 1:]])
     assert len(calls) == (2 if missing == "apart" else 1)
     close(found, together.aggregate(x[:batch], [y[:batch]]), 1e-6)
+
+
+@pytest.mark.parametrize("batch", [12, 80])
+def test_regressions_that_differ_share_nothing(batch: int) -> None:
+    """With a bias and without; and of one full-data posterior, but other labels in the batch."""
+    torch.manual_seed(0)
+    x, y = torch.randn(300, 24).requires_grad_(), torch.randn(300, 2)
+    lines = [nn.Linear(24, 1), nn.Linear(24, 1)]
+    some = y[:batch].clone()
+    some[::2, 1] = torch.nan
+    for biases, labels in (((False, True), y[:batch]), ((True, True), some)):
+        heads = [Regression(line, bias=bias) for line, bias in zip(lines, biases)]
+        together = BayesAgg(heads, reduction="mean")
+        together(x, [y[:, :1], y[:, 1:]])
+        together.refresh()
+        parts = list(labels.split(1, 1))
+        found = together.aggregate(x[:batch], parts)
+        assert together._working[0].covariance() is together._working[1].covariance() or biases[0] != biases[1]
+        numerator, denominator = torch.zeros(batch, 24), torch.zeros(batch, 24)
+        for t, head in enumerate(heads):
+            alone = BayesAgg([head])
+            alone(x, [y[:, t : t + 1]])
+            alone.refresh()
+            outputs = Outputs([head], x[:batch].detach(), [parts[t]], head.weight(torch.zeros(0, dtype=torch.float64)))
+            row = alone._batch(x[:batch].detach(), [parts[t]], outputs)
+            [(_, moments)] = aggregation._moments(row, 0)
+            weight = torch.where(moments.second[:, 0] < torch.inf, moments.second[:, 0].clamp(min=1e-8) ** -0.05, 0.0)
+            numerator += weight * moments.first[:, 0]
+            denominator += weight
+        close(found, numerator / denominator / batch * together._balance, 1e-5)

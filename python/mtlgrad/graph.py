@@ -44,7 +44,10 @@ def goes_on(node: Any) -> bool:
     """Whether what this backward brings to a node goes on from there, and is not only looked at, as monitors do by
     torch.autograd.grad. None: a leaf, where it is kept."""
     behind = () if node is None else [following for following, _ in node.next_functions if following is not None]
-    return not behind or any(map(torch._C._will_engine_execute_node, behind))
+    try:
+        return not behind or any(map(torch._C._will_engine_execute_node, behind))
+    except RuntimeError:  # torch refuses to tell of a leaf that torch.autograd.grad is to bring a gradient to
+        return True
 
 
 def in_a_trace() -> bool:

@@ -155,6 +155,31 @@ def test_what_no_task_reaches_stays(optimizer: Callable[..., Any]) -> None:
     assert all(map(torch.equal, before, net.dropped.parameters()))
 
 
+def test_jac_of_an_earlier_step_is_gone_where_no_task_reaches() -> None:
+    net, ((x, y), (x2, y2), *_) = start()
+    opt = AdaTaskAdam(net.parameters(), lr=0.1, num_tasks=2)
+    task_backward(net.losses(net.features(x), y), net.shared)
+    opt.step()
+    net.zero_grad()
+    task_backward(net.losses(net.features(x2, drop=True), y2), net.shared)
+    assert [hasattr(p, "jac") for p in net.shared] == [True] * 2 + [False] * 2
+
+
+def test_zeroed_jac_is_added_to_in_place() -> None:
+    """For whoever keeps its memory, as captured graphs do."""
+    net, ((x, y), (x2, y2), *_) = start()
+    opt = AdaTaskAdam(net.parameters(), lr=0.1, num_tasks=2)
+    task_backward(net.losses(net.features(x), y), net.shared)
+    kept = [p.jac for p in net.shared]  # type: ignore[attr-defined]
+    opt.step()
+    opt.zero_grad(set_to_none=False)
+    want = gradients(net, x2, y2)
+    task_backward(net.losses(net.features(x2), y2), net.shared)
+    for i, (p, before) in enumerate(zip(net.shared, kept)):
+        assert p.jac is before  # type: ignore[attr-defined]
+        torch.testing.assert_close(before, torch.stack([row[i] for row in want]))
+
+
 def test_merge_leaves_alone_what_no_task_reaches() -> None:
     net, batches = start()
     aligned, opt = AlignedMTL(2), torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
