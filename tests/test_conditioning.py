@@ -366,3 +366,33 @@ def test_regressions_that_differ_share_nothing(batch: int) -> None:
             numerator += weight * moments.first[:, 0]
             denominator += weight
         close(found, numerator / denominator / batch * together._balance, 1e-5)
+
+
+@pytest.mark.parametrize("batch", [12, 80])
+def test_many_outputs_of_one_head_are_as_many_heads(batch: int) -> None:
+    """The host takes some at a time, each with its own power and loss weight."""
+    torch.manual_seed(0)
+    outputs, powers = 11, [0.05 * (o + 1) for o in range(11)]
+    line = nn.Linear(24, outputs)
+    x, y = torch.randn(300, 24).requires_grad_(), (torch.rand(300, outputs) > 0.5).float()
+    lines = [nn.Linear(24, 1) for _ in range(outputs)]
+    with torch.no_grad():
+        for o, one in enumerate(lines):
+            one.weight.copy_(line.weight[o : o + 1])
+            one.bias.copy_(line.bias[o : o + 1])
+    found = []
+    for heads, targets in (
+        ([Binary(line, power=powers)], [y]),
+        ([Binary(one, power=p) for one, p in zip(lines, powers)], list(y.split(1, 1))),
+    ):
+        layer = BayesAgg(heads)
+        layer(x, targets)
+        layer.refresh()
+        h = x[:batch].detach().requires_grad_()
+        some = [target[:batch] for target in targets]
+        z = layer(h, some)
+        logits = torch.cat([part(z) for head in heads for part in head.layers], 1)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, y[:batch], reduction="none").mean(0)
+        (losses * torch.arange(1.0, outputs + 1.0)).sum().backward()
+        found.append(h.grad)
+    close(*found, 1e-5)  # type: ignore[arg-type, misc]
