@@ -102,8 +102,9 @@ def test_names() -> None:
             self.inner = torch.compile(nn.ModuleDict({"align": mtlgrad.AlignedMTL(2)}), backend="eager")
 
         def training_step(self, batch: Batch, _: int) -> None:
-            features = self.inner.get_submodule("align")(self.backbone(batch[0]))
-            losses = self.losses(*features, *batch[1:])
+            features = self.backbone(batch[0])
+            losses = self.losses(features, features, *batch[1:])
+            self.inner.get_submodule("align").weigh(losses, features)
             mtlgrad.task_backward(losses, shared=self.backbone.parameters())
             for optimizer in self.optimizers():
                 optimizer.step()

@@ -322,6 +322,7 @@ def test_bytes_of_a_step(two_ranks, method, optimizer):
     s, h = sum(p.numel() for p in backbone), sum(p.numel() for p in heads)
     if method == "aligned" or optimizer != "adam":
         step = {"all_reduce": e * (tasks + tasks * s + h) + learned_bytes + 24 * (len(heads) + (learned > 0))}
+        step["all_reduce"] += 4 * len(backbone)
         step["all_gather"] = 8
     else:
         step = {"all_reduce": e * (tasks + s + h) + 8 * len(backbone + heads)}
