@@ -258,6 +258,7 @@ def communicated(alpha: str, norm: bool) -> list[tuple[list[tuple[str, int]], li
     vil = case.vil(alpha_optimizer=ALPHA[alpha])
     tasks = len(case.tasks)
     tensors, buffers = [*case.model.parameters(), *case.model.buffers()], list(case.model.buffers())
+    still = [p for p in case.model.parameters() if not p.requires_grad]
     shared = [p for n, p in case.model.named_parameters() if p.requires_grad and not n.startswith("heads")]
     found = []
     with counted() as sent, hushed():
@@ -270,8 +271,9 @@ def communicated(alpha: str, norm: bool) -> list[tuple[list[tuple[str, int]], li
                     trains = [*shared, *case.model.heads[stage.task].parameters()]
                     step = [("all_reduce", 8 * len(trains)), ("all_reduce", 4 * sum(p.numel() for p in trains))]
                     expected += [("all_gather", 8), *(4 * step)]
+                    expected += [("all_reduce", 8 * (len(buffers) + len(still)))]
                     if norm:  # two of 8 floats, a counter
-                        expected += [("all_reduce", 8 * len(buffers)), ("all_reduce", 2 * 8 * 4), ("all_reduce", 8)]
+                        expected += [("all_reduce", 2 * 8 * 4), ("all_reduce", 8)]
                     expected += [("all_reduce", 16)]
                 elif stage.kind == "evaluate":
                     expected += 2 * [("all_gather", 8), ("all_reduce", 8)]
