@@ -14,7 +14,7 @@ template <typename T, int kBytes>
 using Vector [[gnu::vector_size(kBytes)]] = T;
 
 template <typename T, int kBytes>
-constexpr int64_t kPair = 2 * kBytes / sizeof(T);  // lanes of two vectors: the columns of all matrices here come in pairs
+constexpr int64_t kPair = 2 * kBytes / sizeof(T);  // lanes of two vectors: columns of matrices come in pairs
 
 template <typename T>
 constexpr int64_t kWidest = kPair<T, 64>;

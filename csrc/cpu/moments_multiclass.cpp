@@ -72,7 +72,8 @@ MTLGRAD_INLINE void integrate(const Example<T>& e, double scale) {
   const int64_t classes = e.posterior.num_classes, points = e.num_points, stride = math::point_stride(points);
   const int64_t n = math::multiclass_sizes(e.posterior.structure, classes).phi;
   for (int64_t p = 0; p < points; p += kLanes)
-    math::multiclass_points<kLanes>(s, e.posterior.structure, classes, e.target, e.points + p, stride, p, stride, scale);
+    math::multiclass_points<kLanes>(s, e.posterior.structure, classes, e.target, e.points + p, stride, p, stride,
+                                    scale);
   for (int64_t i = 0; i < n; ++i) {
     double* phi = s.phi + i * stride;
     const double mean = s.first[i] = sum_of(phi, points) / static_cast<double>(points);

@@ -189,8 +189,7 @@ MTLGRAD_INLINE void multiclass_points(const MulticlassSlice& s, Structure struct
     }
     for (int64_t c = 0; c < classes; ++c)
       for (int64_t j = 0; j < classes; ++j)
-        for (int l = 0; l < kLanes; ++l)
-          more[(c * classes + j) * stride + l] = r[c * stride + l] * t[j * stride + l];
+        for (int l = 0; l < kLanes; ++l) more[(c * classes + j) * stride + l] = r[c * stride + l] * t[j * stride + l];
   } else {
     double product[kLanes];  // factor is sqrt(s) L_A: r.L_A u / sqrt(s) = r.factor u / s
     for (int l = 0; l < kLanes; ++l) product[l] = 0.0;
