@@ -166,16 +166,15 @@ def test_large_and_small_numbers_are_finite_and_there(name: str) -> None:
             assert optimizer.state[p]["step"].tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64], ids=str)
 @EVERY
-def test_parameters_without_kernels(name: str, dtype: torch.dtype) -> None:
-    """float16 and complex: in words, before the heads have moved."""
-    head, p = new(1, 4), nn.Parameter(torch.ones(4, dtype=dtype))
+def test_parameters_without_kernels(name: str) -> None:
+    """float16: in words, before the heads have moved."""
+    head, p = new(1, 4), nn.Parameter(torch.ones(4, dtype=torch.float16))
     fill_grad([head], 1)
-    p.jac = torch.ones(3, 4, dtype=dtype)  # type: ignore[attr-defined]
+    p.jac = torch.ones(3, 4, dtype=torch.float16)  # type: ignore[attr-defined]
     optimizer = make(name, [head, p])
     before = values([head, p])
-    with pytest.raises((ValueError, RuntimeError), match=str(dtype)) as error:
+    with pytest.raises((ValueError, RuntimeError), match=r"torch\.float16") as error:
         optimizer.step()
     one_line(error.value, "parameter 1 of group 0", "float32")
     assert same([head, p], before)

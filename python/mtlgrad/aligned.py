@@ -129,7 +129,7 @@ class AlignedMTL(NotScripted, nn.Module):
         Under data parallelism every rank must take part in the backward, even one whose losses are all zero.
 
         Args:
-            features: [B, ...], any floating dtype; of several ranks each its own part of the batch.
+            features: [B, ...], any floating or complex dtype; of several ranks each its own part of the batch.
         """
         if self.scale_heads:
             raise RuntimeError(
@@ -137,8 +137,8 @@ class AlignedMTL(NotScripted, nn.Module):
                 "the weights exist; use weigh(losses, features), or task_backward and merge(parameters, heads=...)"
             )
         check_tensor("AlignedMTL", "features", features)
-        if not features.is_floating_point():
-            raise TypeError(f"AlignedMTL: features: expected a floating dtype, found {features.dtype}")
+        if not features.is_floating_point() and not features.is_complex():
+            raise TypeError(f"AlignedMTL: features: expected a floating or complex dtype, found {features.dtype}")
         if not (self.training and torch.is_grad_enabled() and features.requires_grad):
             if torch.is_grad_enabled() and features.requires_grad and not in_a_trace():
                 self._note_evaluation(features)

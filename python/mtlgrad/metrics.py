@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.rows import AnyRows
+from .ops.rows import AnyRows, as_real
 from .optim.base import TaskOptimizer
 from .optim.dominance import Layers, layer_shares
 
@@ -277,13 +277,15 @@ class Dominance:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
     def _add(self, p: Tensor, group: dict[str, Any], jacobian: Tensor) -> None:
+        [jacobian] = as_real([jacobian])
         gradients = jacobian if jacobian.dtype == torch.float64 else jacobian.float()
         state = self._state.setdefault(p, {})
         if not state:
             state["update_square"] = torch.zeros(self.num_tasks, dtype=torch.float64, device=p.device)
         if isinstance(self.optimizer, _ADAM):
             gradients = self._first_moment(state, group["betas"][0], gradients)
-        updates = gradients * self._step_size(group, self.optimizer.state[p]).to(gradients.dtype)
+        own = {name: as_real([v])[0] for name, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
+        updates = gradients * self._step_size(group, own).to(gradients.dtype)
         squares = updates.flatten(1).double().square().sum(1)
         state["update_square"].mul_(self.decay).add_(squares, alpha=1.0 - self.decay)
 

@@ -8,10 +8,10 @@ its own, and a parameter moves by the sum of what torch.optim's optimizer of the
 for Adam; for RMSProp and AdaGrad with g_t in the place of m_t. Arguments that the three share:
 
 Args:
-    parameters: P tensors, float32, bfloat16 or float64; changed in place.
+    parameters: P tensors, float32, bfloat16 or float64, or complex: two reals an element; changed in place.
     jacobians: P tensors [T, *shape], typed like the parameter; T the same for all. Read only.
     moments (``exp_avgs``, ``square_avgs``, ...): P sequences of T tensors shaped like the parameter, float32 or
-        bfloat16 (one of them for all; float64 for float64); changed in place.
+        bfloat16 (one of them for all; float64 for float64, complex for complex); changed in place.
     steps: P tensors [T] float32, how often each task's moments were updated; counted up here.
     task_weights: w, T numbers; ones if not given. They multiply the update: Adam undoes a factor on the gradient.
     weight_decay: added to each task's gradient times the parameter (Adam with ``decoupled``: taken off the parameter,
@@ -52,7 +52,7 @@ from ..reference.adatask import Lists, Rate
 from ._native import _C, KERNELS, launch_place
 from ._operation import Changed, Operation, hide_from_dynamo, is_eager, mark_written
 from .checks import refuse, shape_of
-from .rows import DTYPE_CODES, in_order_of, pointers, same_order
+from .rows import COMPLEX, DTYPE_CODES, as_real, in_order_of, pointers, same_order
 
 __all__ = ["TaskStep", "adatask_adagrad", "adatask_adam", "adatask_rmsprop"]
 
@@ -140,6 +140,14 @@ class Step(NamedTuple):
     def tensors(self) -> tuple[list[Tensor], ...]:
         """All that is changed."""
         return (self.parameters, *self.moments, self.steps, self.squares)
+
+    def real(self) -> Step:
+        """Return the step on pairs of reals where parameters are complex."""
+        if COMPLEX.isdisjoint(map(_DTYPE, self.parameters)):
+            return self
+        moments = type(self.moments)(*map(as_real, self.moments))
+        jacobians = as_real(map(Tensor.resolve_conj, self.jacobians))
+        return self._replace(parameters=as_real(self.parameters), jacobians=jacobians, moments=moments)
 
     def moment_dtypes(self) -> list[torch.dtype]:
         """One a parameter: that of a second moment, which all of its moments have."""
@@ -243,7 +251,8 @@ def _take_step(
     settings = step_settings(op, tasks, lr, eps, **shared)
     if parameters:
         gradients, counts, averages = list(jacobians), list(steps), list(squares or ())
-        operation(list(parameters), gradients, moments(*flat, *buffers), counts, averages, rule, settings)
+        step = Step(list(parameters), gradients, moments(*flat, *buffers), counts, averages, rule, settings)
+        operation(*step.real())
 
 
 def step_settings(
@@ -508,6 +517,7 @@ class TaskStep:
         self._expected: list[Any] = []  #: the jacobians' shapes, dtypes and devices
 
     def __call__(self, step: Step) -> None:
+        step = step.real()
         kernels = KERNELS.get(step.parameters[0].device.type)
         if kernels is None or not is_eager(step.jacobians) or not self._fits(kernels, step):
             self.operation(*step)

@@ -19,7 +19,7 @@ from ._native import KERNELS, launch_place
 from ._operation import Operation, hide_from_dynamo, is_eager, mark_written
 from .checks import check_floating, check_gram, check_same_device, check_shape, refuse, shape_of
 from .combine import add_gram, write_combination
-from .rows import DTYPE_CODES, AnyRows, Row, Rows, Stacked, pointers
+from .rows import COMPLEX, DTYPE_CODES, AnyRows, Row, Rows, Stacked, as_real, pointers
 
 __all__ = ["SCALES", "AlignResult", "Scale", "TaskMerge", "align", "empty_result", "merge"]
 
@@ -100,14 +100,14 @@ def merge(
     options = Options.of("merge", preference, scale, rtol, own.tasks, own.tensors[0])
     if out is None and result is None:
         found = _merge(own, options, check_finite)
-        merged, result = found[:-FIELDS], AlignResult(*found[-FIELDS:])
+        merged, result = own.given_back(found[:-FIELDS]), AlignResult(*found[-FIELDS:])
     else:
         if out is not None:
             merged = [out] if isinstance(out, Tensor) else list(out)
         else:  # Dynamo cannot ask how gradients lie that are still to come
-            merged = own.empty_row() if own.stacked else list(map(torch.empty_like, own.like()))
+            merged = own.given_back(own.empty_row() if own.stacked else list(map(torch.empty_like, own.like())))
         result = AlignResult(*_new_result(own.tasks, own.tensors[0].device)) if result is None else result
-        _merge.into([*merged, *result], own, options, check_finite)
+        _merge.into([*as_real(merged), *result], own, options, check_finite)
     return (merged if listed else merged[0]), result
 
 
@@ -137,7 +137,7 @@ class TaskMerge:
         """Return whether a kernel can work on such rows, which :func:`merge` took."""
         first, tasks = rows[0], len(rows)
         kernels, by = KERNELS.get(first.device.type), Options.of("merge", self.preference, scale, rtol, tasks, first)
-        if kernels is None or tasks > MAX_TASKS:
+        if kernels is None or tasks > MAX_TASKS or first.dtype in COMPLEX:
             return False
         self._code, self._sizes = DTYPE_CODES[first.dtype], array("q", [first.numel()])
         self._workspace, self._options = kernels.merge_workspace(tasks, first.numel()), by.given()[1][1:]

@@ -2,7 +2,8 @@
 
 ``rows`` are the gradients: a tensor [T, ...], or a sequence of T rows, each a tensor or a sequence of tensors, one per
 parameter (:class:`Stacked` takes them as ``Parameter.jac`` holds them). float32, float64, float16 and bfloat16, also
-mixed from parameter to parameter; any sizes. Rows are copied only where their elements are not dense, or not in the
+mixed from parameter to parameter, and complex64 and complex128, which count as pairs of reals, as in torch.optim; any
+sizes. Rows are copied only where their elements are not dense, or not in the
 same order (channels_last is one) in all rows.
 
 Sums that decide anything, :func:`gram` and :func:`dots`, are float64: products of float32 are exact there, and no
@@ -26,7 +27,7 @@ from .. import reference
 from ._native import launch_place
 from ._operation import Operation
 from .checks import check_gram, check_shape, refuse
-from .rows import AnyRows, Group, Row, Rows, Stacked, pointers
+from .rows import AnyRows, Group, Row, Rows, Stacked, as_real, pointers
 
 __all__ = ["Stacked", "combine", "dots", "gram"]
 
@@ -88,7 +89,7 @@ def dots(rows: AnyRows | Stacked, vector: Row) -> Tensor:
     Source: the derivative of :func:`combine` in its weights; DESIGN 4.5.
     """
     own, _ = Rows.of("dots", rows)
-    result: Tensor = dots_of(own, [vector] if isinstance(vector, Tensor) else list(vector))
+    result: Tensor = dots_of(own, as_real([vector] if isinstance(vector, Tensor) else vector))
     return result
 
 
@@ -142,9 +143,9 @@ def combine(rows: AnyRows | Stacked, weights: Tensor, out: Row | None = None) ->
     own, listed = Rows.of("combine", rows)
     if out is not None:
         parts = [out] if isinstance(out, Tensor) else list(out)
-        _combine.into(parts, own, weights.detach())
+        _combine.into(as_real(parts), own, weights.detach())
         return out if isinstance(out, Tensor) else parts
-    results = list(_combine(own, weights))
+    results = own.given_back(_combine(own, weights))
     return results if listed else results[0]
 
 

@@ -14,7 +14,7 @@ from ._native import launch_place
 from ._operation import Operation
 from .checks import check_floating, check_same_device, check_shape, refuse
 from .combine import dots_of
-from .rows import AnyRows, Row, Rows, Stacked, check_like, empty_like_row, pointers
+from .rows import AnyRows, Row, Rows, Stacked, as_real, check_like, empty_like_row, pointers
 
 __all__ = ["displace"]
 
@@ -55,15 +55,18 @@ def displace(base: Row, rows: AnyRows | Stacked, weights: Tensor, out: Row | Non
     Source: theta + sum_t alpha_t delta_t of arXiv 2405.07769; DESIGN 4.5.
     """
     own, _ = Rows.of("displace", rows)
-    parts = [base] if isinstance(base, Tensor) else list(base)
+    parts = as_real([base] if isinstance(base, Tensor) else base)
     wanted = [t.requires_grad for t in (weights, *parts, *own.tensors)]
     if out is None and torch.is_grad_enabled() and any(wanted):
         results = list(_Displace.apply(Rows([], own.tasks, own.stacked), len(parts), weights, *parts, *own.tensors))
     else:
-        targets = [out] if isinstance(out, Tensor) else out if out is None else list(out)
+        targets = None if out is None else as_real([out] if isinstance(out, Tensor) else out)
         with torch.no_grad():
             results = _displaced(own, parts, weights, targets)
-    return results[0] if isinstance(base if out is None else out, Tensor) else results
+    if out is not None:
+        return out if isinstance(out, Tensor) else list(out)
+    results = own.given_back(results)
+    return results[0] if isinstance(base, Tensor) else results
 
 
 class _Displace(torch.autograd.Function):

@@ -25,6 +25,12 @@ __all__ = ["AnyRows", "Group", "Row", "Rows", "Stacked"]
 _SHAPE, _DTYPE, _DEVICE, _FIRST = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), itemgetter(0)
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+COMPLEX = frozenset((torch.complex64, torch.complex128))
+
+
+def as_real(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """View complex tensors as pairs of reals, [..., 2], as torch.optim takes them; all others as they are."""
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
 
 
 class Stacked(NamedTuple):
@@ -107,6 +113,7 @@ class Rows:
     def __init__(self, tensors: list[Tensor], tasks: int, stacked: bool):
         self.tensors, self.tasks, self.stacked = tensors, tasks, stacked
         self.parameters = len(tensors) if stacked else len(tensors) // tasks  #: P
+        self._complex: list[bool] = []  # which parameters were, before :meth:`_real`; empty: none
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.tensors, self.tasks, self.stacked))
@@ -122,12 +129,33 @@ class Rows:
         return list(map(_DTYPE, self.tensors))
 
     @cached_property
+    def kinds(self) -> set[torch.dtype]:
+        return set(self.dtypes)
+
+    @cached_property
     def contiguous(self) -> bool:
         return all(map(Tensor.is_contiguous, self.tensors))
 
     @staticmethod
     def of(op: str, rows: AnyRows | Stacked) -> tuple[Rows, bool]:
-        """Return the rows, and whether one is a list of tensors; refuse what `check` cannot see any more."""
+        """Return the rows, complex ones as pairs of reals, and whether one is a list of tensors; refuse what `check`
+        cannot see any more."""
+        own, listed = Rows._of(op, rows)
+        return own if COMPLEX.isdisjoint(own.kinds) else own._real(), listed
+
+    def _real(self) -> Rows:
+        own = Rows(as_real(map(Tensor.resolve_conj, self.tensors)), self.tasks, self.stacked)
+        own._complex = [dtype in COMPLEX for dtype in self.dtypes[: self.parameters]]
+        return own
+
+    def given_back(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return a result shaped like a row, complex where the rows were."""
+        if not self._complex:
+            return list(parts)
+        return [torch.view_as_complex(part) if was else part for part, was in zip(parts, self._complex, strict=True)]
+
+    @staticmethod
+    def _of(op: str, rows: AnyRows | Stacked) -> tuple[Rows, bool]:
         if isinstance(rows, Stacked):
             tensors = list(rows.tensors)
             if not tensors:
@@ -198,7 +226,7 @@ class Rows:
         """Refuse shapes, dtypes and devices of which not every row is like the first."""
         shapes, dtypes = self.shapes, self.dtypes
         # What is true of nearly all calls is found out at once; only the rest is worth a loop that can name the tensor.
-        fits = len(set(map(_DEVICE, self.tensors))) == 1 and DTYPE_CODES.keys() >= set(dtypes)
+        fits = len(set(map(_DEVICE, self.tensors))) == 1 and DTYPE_CODES.keys() >= self.kinds
         if self.stacked:
             fits = fits and all(shapes) and list(map(_FIRST, shapes)) == [self.tasks] * len(shapes)
         else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.utils._pytree import tree_map_only
 
+from ..ops.rows import as_real
 from ..world.jacobians import check_averaged, still_averaged
 from ..world.shards import is_sharded, local, shard_groups, sum_over
 
@@ -71,7 +72,7 @@ class _StandIn(Tensor):
         seen = [*jacobians, *others]
         with still_averaged(jacobians):
             values = [tensor._values() if tensor.is_sparse else local(tensor) for tensor in seen]
-            torch._amp_foreach_non_finite_check_and_unscale_(values, found_inf, inv_scale)
+            torch._amp_foreach_non_finite_check_and_unscale_(as_real(values), found_inf, inv_scale)
         for groups in dict.fromkeys(map(shard_groups, filter(is_sharded, seen))):
             sum_over(found_inf, groups).clamp_(max=1.0)
         for jacobian in jacobians:

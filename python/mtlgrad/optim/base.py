@@ -378,7 +378,8 @@ class TaskOptimizer(torch.optim.Optimizer):
             state, dtype = self.state[p], self._moment_dtype(group, p)
             for name in itertools.chain(*names):
                 if name not in state:
-                    state[name] = torch.full_like(p, self._start(group), dtype=dtype)
+                    start = self._start(group)
+                    state[name] = torch.full_like(p, complex(start, start) if p.is_complex() else start, dtype=dtype)
                 elif state[name].dtype != dtype:  # moments_dtype was changed
                     state[name] = state[name].to(dtype)
             shape = [] if tasks is None else [tasks]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _SHAPE, _DTYPE, _DEVICE, _LAYOUT = map(attrgetter, ("shape", "dtype", "device", "layout"))
 
+TASK_DTYPES = {torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128}
+
 Pairs = Sequence[tuple[dict[str, Any], "StepPlan"]]  # the groups and what a step does with them
 Place = tuple[torch.device, tuple[Any, ...]]  # where tensors lie, and which ranks have the rest of them
 
@@ -28,7 +30,7 @@ def all_fit(parameters: Sequence[Tensor], jacobians: Sequence[Any], tasks: int) 
         and set(map(type, parameters)) <= {Tensor, torch.nn.Parameter}
         and list(map(_SHAPE, jacobians)) == [(tasks, *shape) for shape in map(_SHAPE, parameters)]
         and (dtypes := list(map(_DTYPE, jacobians))) == list(map(_DTYPE, parameters))
-        and set(dtypes) <= {torch.float32, torch.bfloat16, torch.float64}
+        and set(dtypes) <= TASK_DTYPES
         and list(map(_DEVICE, jacobians)) == list(map(_DEVICE, parameters))
         and set(map(_LAYOUT, jacobians)) <= {torch.strided}
     )
@@ -46,9 +48,10 @@ def check_jacobian(where: str, p: Tensor, jacobian: Tensor, tasks: int) -> None:
             raise ValueError(
                 f"{where}: expected .jac on the parameter's {what}, {getattr(p, what)}, found {getattr(jacobian, what)}"
             )
-    if tasks > 1 and p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+    if tasks > 1 and p.dtype not in TASK_DTYPES:
         raise ValueError(
-            f"{where}: expected float32, bfloat16 or float64, found {p.dtype}; keep float32 parameters and use autocast"
+            f"{where}: expected float32, bfloat16, float64, complex64 or complex128, found {p.dtype}; keep float32 "
+            "parameters and use autocast"
         )
     if jacobian.layout != torch.strided:
         raise ValueError(f"{where}: expected a dense .jac, found {jacobian.layout}; use .to_dense()")
@@ -61,7 +64,7 @@ def _place(p: Tensor) -> Place:
 
 def _marks(rows: list[Tensor]) -> Tensor:
     """[T] float64: zero if all of a task's gradients are, NaN if one is not finite, else one. Marks may be added."""
-    if all(row.dtype != torch.float64 for row in rows):
+    if {row.dtype for row in rows}.isdisjoint((torch.float64, torch.complex128)):
         sizes = ops.gram(ops.Stacked(rows)).diagonal()
     else:
         # Squares of float64 may overflow or underflow.
