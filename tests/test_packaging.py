@@ -27,7 +27,7 @@ def test_import_touches_no_cuda_and_is_light() -> None:
         "import sys, torch\n"
         "import mtlgrad\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = {'accelerate', 'lightning', 'matplotlib', 'rich', 'tensorboard', 'torch._dynamo'}\n"
+        "heavy = {'accelerate', 'lightning', 'matplotlib', 'rich', 'tensorboard', 'torch._dynamo', 'transformers'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert result.returncode == 0, result.stderr

@@ -554,6 +554,8 @@ class BayesAgg(NotScripted, nn.Module):
         repeats an uninterrupted one bit for bit. The statistics are those of this rank's examples: within an epoch
         every rank needs its own state, after :meth:`refresh` they are the same, and any number of ranks may go on with
         one. A layer that has seen nothing has no state, and one may be loaded from a checkpoint without it."""
+        if not self._has_state():
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         state = {
             "version": 2,
             "heads": self._signature(),
@@ -568,8 +570,12 @@ class BayesAgg(NotScripted, nn.Module):
         torch.save(state, file)
         return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
 
+    def _has_state(self) -> bool:
+        return self._posteriors is not None or bool(self._full_data[0].count)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._posteriors is not None or self._full_data[0].count:
+        # Who made the model without memory is about to fill it, by its keys (transformers' from_pretrained).
+        if self._has_state() or self.heads[0].layers[0].weight.is_meta:
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
@@ -587,8 +593,11 @@ class BayesAgg(NotScripted, nn.Module):
         ]
 
     def set_extra_state(self, saved: Tensor) -> None:
+        if not saved.numel():
+            return
+        weight = self.heads[0].layers[0].weight
         file = io.BytesIO(bytes(saved.cpu().numpy()))
-        state = torch.load(file, map_location=self.heads[0].layers[0].weight.device, weights_only=True)
+        state = torch.load(file, map_location=saved.device if weight.is_meta else weight.device, weights_only=True)
         if state.get("version") != 2:
             raise ValueError(f"BayesAgg.load_state_dict: expected version 2, found {state.get('version')}")
         if state["heads"] != self._signature():
