@@ -233,7 +233,9 @@ void bind(py::module_& m, const char* name, Result (*kernel)(Arguments...)) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Free-threaded Python needs no GIL here: kernels, which run without it, have no state outside their arguments; and a
+// table's buffer is held as long as the call reads it.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "mtlgrad kernels on raw pointers; mtlgrad.ops is the checked tensor API";
 
 #ifdef __clang__

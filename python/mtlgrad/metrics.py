@@ -291,7 +291,7 @@ class Dominance:
 
     def _first_moment(self, state: dict[str, Tensor], beta: float, gradients: Tensor) -> Tensor:
         if "exp_avg" not in state:
-            state["exp_avg"], state["count"] = torch.zeros_like(gradients), torch.zeros(())
+            state["exp_avg"], state["count"] = torch.zeros_like(gradients), torch.zeros((), device="cpu")
         average = state["exp_avg"].lerp_(gradients, 1.0 - beta)
         state["count"] += 1
         return average / (1.0 - beta ** float(state["count"]))

@@ -73,8 +73,9 @@ class Buffers:
         named = {name: b for name, b in self.named().items() if name in before and before[name].shape == b.shape}
         if not named:
             return {}
-        here = torch.tensor([not torch.equal(b, before[name]) for name, b in named.items()], dtype=torch.int64)
-        counts = world.sum_(here.to(world.control_device(next(iter(named.values())).device))).tolist()
+        moved = [not torch.equal(b, before[name]) for name, b in named.items()]
+        where = world.control_device(next(iter(named.values())).device)
+        counts = world.sum_(torch.tensor(moved, dtype=torch.int64, device=where)).tolist()
         found = {name: b.clone() for (name, b), count in zip(named.items(), counts, strict=True) if count}
         averaged = self.averaged()
         if not world.is_rank0:

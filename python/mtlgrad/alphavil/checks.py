@@ -72,7 +72,7 @@ def checked_weights(weights: Any, tasks: int) -> Tensor:
     try:
         found = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
+        found = torch.empty(0, device="cpu")
     if found.shape != (tasks,) or not found.isfinite().all():
         shown = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) and weights.dim() != 1 else f"{weights!r}"
         if len(shown) > 80:

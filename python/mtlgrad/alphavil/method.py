@@ -163,7 +163,7 @@ class AlphaVIL:
         self._search = Search(model, self._tasks[name], name, self._buffers, alpha_optimizer, clip_alpha)
         sources = [source for task in self._tasks.values() for source in (task.train, task.dev)]
         self._generators = random_state.generators_of(sources)
-        self._task_weights = torch.ones(len(self.names), dtype=torch.float64)
+        self._task_weights = torch.ones(len(self.names), dtype=torch.float64, device="cpu")
         self.rounds = 0
         self.last: Round | None = None
         self._round: Round | None = None

@@ -66,7 +66,7 @@ class Search:
         self.model, self.task, self.name, self.buffers, self.clip = model, task, name, buffers, clip
         self.make_optimizer = make_optimizer
         self.evaluated, self.derived = _Evaluated(model, task, name), _Derived(model, task, name)
-        self.alphas = torch.empty(0)
+        self.alphas = torch.empty(0, device="cpu")
         self.absent: list[int] = []
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -154,7 +154,7 @@ class Search:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         if state["optimizer"] is None:
-            self.alphas, self.absent, self.optimizer = torch.empty(0), [], None
+            self.alphas, self.absent, self.optimizer = torch.empty(0, device="cpu"), [], None
             return
         self.begin(len(state["alphas"]), state["absent"], device)
         assert self.optimizer is not None

@@ -170,7 +170,7 @@ def sample(name: str, batches: Iterable[Any], subset: float | int) -> Iterator[A
     count = subset if isinstance(subset, int) else count_of(batches, subset)
     empty = True
     if isinstance(batches, Sequence):
-        for i in torch.randperm(len(batches))[:count].tolist():
+        for i in torch.randperm(len(batches), device="cpu")[:count].tolist():
             empty = False
             yield batches[i]
     else:

@@ -95,8 +95,8 @@ def read(
         left = torch.sub(flat, other, alpha=scale)
         missed, allowed = float(left @ left), (ROUNDINGS * eps) ** 2
         if missed <= allowed * size or missed <= allowed * (size + scale**2 * float(own.noise.sum())):
-            scales = torch.full((own.groups.shape[0],), scale, dtype=torch.float64)
-            return Incoming(scales, None, torch.ones((), dtype=torch.bool))
+            scales = torch.full_like(own.groups[:, 0], scale)
+            return Incoming(scales, None, torch.ones((), dtype=torch.bool, device=g.device))
     if foreign is not None:  # look where these heads cannot reach
         basis = torch.linalg.qr(weights[foreign].T).Q
         seen, weights = (x - (x @ basis) @ basis.T for x in (g, weights))

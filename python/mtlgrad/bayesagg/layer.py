@@ -138,7 +138,7 @@ class BayesAgg(NotScripted, nn.Module):
         self._working: list[Posterior] = []  # the posteriors as the batches use them: dtype and device
         self._deviations: list[Tensor | None] = []
         self._powers: list[Tensor] = []
-        self._groups = torch.zeros(0)  # [T, K] float64, which rows of the heads' weights are a task's
+        self._groups = torch.zeros(0, device="cpu")  # [T, K] float64, which rows of the heads' weights are a task's
         self._balance: float | None = None  # see _make_posteriors
         self._number = 0  # of passes; seeds the samples, names the batch in errors
         self._since = 0  # passes since the posterior was made
@@ -366,9 +366,8 @@ class BayesAgg(NotScripted, nn.Module):
                 )
         if not self._foreign:
             return None
-        return torch.cat([torch.full((head.outputs,), i in self._foreign) for i, head in enumerate(self.heads)]).to(
-            gradient.device
-        )
+        marked = [i in self._foreign for i, head in enumerate(self.heads) for _ in range(head.outputs)]
+        return torch.tensor(marked, device=gradient.device)
 
     @staticmethod
     def _refuse_nan(result: Tensor, number: int, gradient: Tensor | None = None) -> None:

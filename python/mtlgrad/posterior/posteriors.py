@@ -253,7 +253,9 @@ class BlockPosterior(Posterior):
             self.blocks = prior.blocks.to(self.anchor).clone()  # type: ignore[attr-defined]
             return
         shared = 1 if self.likelihood.is_exact else rows
-        self.blocks = torch.eye(width).to(self.anchor).div(self.gamma).repeat(shared, 1, 1)
+        self.blocks = (
+            torch.eye(width, dtype=self.anchor.dtype, device=self.anchor.device).div(self.gamma).repeat(shared, 1, 1)
+        )
 
     def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
         count = 1 if terms.curvature is None else terms.curvature.shape[1]
@@ -349,7 +351,7 @@ class JointPosterior(Posterior):
         if prior is not None:
             self.joint = prior.joint.to(self.anchor).clone()  # type: ignore[attr-defined]
         else:
-            self.joint = torch.eye(self.anchor.numel()).to(self.anchor) / self.gamma
+            self.joint = torch.eye(self.anchor.numel(), dtype=self.anchor.dtype, device=self.anchor.device) / self.gamma
 
     @staticmethod
     def sum_curvature(hidden: Tensor, terms: Terms) -> Tensor:

@@ -116,8 +116,9 @@ class World(NamedTuple):
         for i in places:
             if (value := found[i]) is not None and value.layout != torch.strided:
                 found[i] = value.to_dense()  # what is sparse here may be dense, or missing, elsewhere
-        has = torch.tensor([found[i] is not None for i in places], dtype=torch.int64)
-        counts = self.sum_(has.to(self.control_device(leaves[places[0]].device))).tolist()
+        where = self.control_device(leaves[places[0]].device)
+        has = torch.tensor([found[i] is not None for i in places], dtype=torch.int64, device=where)
+        counts = self.sum_(has).tolist()
         for i, count in zip(places, counts, strict=True):
             if found[i] is None and count:
                 found[i] = torch.zeros_like(leaves[i])
