@@ -94,7 +94,8 @@ def task_backward(
         ValueError: a loss is not a scalar; a parameter's ``.jac`` is not of shape [T, *shape], or of other tasks; no
             loss reaches any shared parameter; with ``features``, a loss reaches a shared parameter past them, or one
             of them is computed from another, or the shared parameters are shards (FSDP2).
-        RuntimeError: the ranks do not have losses for the same tasks, or do not reach the same heads.
+        RuntimeError: the ranks do not have losses for the same tasks, or do not reach the same heads; a hook took a
+            shared parameter's gradient away.
 
     Passes through the shared part are ordinary backwards: hooks on parameters and features run once per task, and
     non-reentrant activation checkpointing works. With ``features`` the heads' gradients are accumulated here, without
@@ -167,9 +168,17 @@ def _passes(
     lost = set(parameters).intersection(leaves)
     reached = [last < 0] * len(parameters)
     sharded = silent = any(map(is_sharded, parameters))
+    hooked = {p for p in parameters if p._post_accumulate_grad_hooks}
     for t, start in enumerate(starts):
         if start is not None:
+            expected = hooked and hooked.intersection(leaves_of(start[0], set()))
             torch.autograd.backward(*start, retain_graph=retain_graph or t != last)
+            if taken := [p for p in expected if p.grad is None]:
+                raise RuntimeError(
+                    f"{op}: shared: expected gradients that stay where they arrive, found {len(taken)} that a hook "
+                    "(register_post_accumulate_grad_hook) took: it would step by each task's alone; remove the hook, and "
+                    "step after this"
+                )
             if sharded:
                 silent &= all(p.grad is None for p in parameters)
                 check_synchronised(op, silent and t == last, leaves)

@@ -206,3 +206,65 @@ def test_an_embedding_that_forward_scales_down() -> None:
         return lambda m, _: (m[h](m["e"](words)) - 1.0).square().mean()
 
     check_rounds(model, vil_of(model, {h: loss(h) for h in "ac"}))
+
+
+class Codebook(nn.Module):
+    """Vector quantisation, its codes moved by running means (no gradients), which go with the counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(6, 3))
+        self.register_buffer("counts", torch.ones(6))
+        self.register_buffer("sums", self.codes.clone())
+
+    def forward(self, z: Tensor) -> Tensor:
+        chosen = torch.cdist(z, self.codes).argmin(1)
+        if self.training:
+            hot = nn.functional.one_hot(chosen, 6).to(z.dtype)
+            self.counts.mul_(0.9).add_(hot.sum(0), alpha=0.1)
+            self.sums.mul_(0.9).add_(hot.T @ z.detach(), alpha=0.1)
+            self.codes.copy_(self.sums / (self.counts + 1e-5).unsqueeze(1))
+        return z + (self.codes[chosen] - z).detach()
+
+
+class Observer(nn.Module):
+    """The range of what passes, as quantisation-aware training notes it: of no size before the first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.empty(0))
+        self.register_buffer("high", torch.empty(0))
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.training:
+            low, high = z.detach().amin(0), z.detach().amax(0)
+            seen = self.low.numel() > 0
+            self.low = torch.minimum(self.low, low) if seen else low
+            self.high = torch.maximum(self.high, high) if seen else high
+        return z.clamp(self.low, self.high) if self.low.numel() else z
+
+
+@pytest.mark.filterwarnings("ignore:AlphaVIL. target 'a'. expected the search to lower")
+@pytest.mark.parametrize("make", [Codebook, Observer])
+def test_statistics_that_go_together_are_of_the_targets_training(make: Callable[[], nn.Module]) -> None:
+    """In every round: those that its own training from the same start comes to."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"l": nn.Linear(4, 3), "v": make(), "a": nn.Linear(3, 1), "c": nn.Linear(3, 1)})
+    xs = {"a": torch.randn(16, 4), "c": 3.0 * torch.randn(16, 4)}
+
+    def loss(h: str) -> Callable[[Any, Any], Tensor]:
+        return lambda m, _: (m[h](m["v"](m["l"](xs[h]))) - xs[h][:, :1]).square().mean()
+
+    model["v"].train()(model["l"](xs["a"]))  # what has no size yet is no statistic yet
+    vil = vil_of(model, {h: loss(h) for h in "ac"})
+    for _ in range(2):
+        alone = copy.deepcopy(model)
+        opt = torch.optim.SGD([*alone["l"].parameters(), *alone["a"].parameters()], lr=0.05)
+        for _ in range(5):
+            opt.zero_grad()
+            (vil.task_weights[0].item() * loss("a")(alone.train(), 0)).backward()
+            opt.step()
+        assert vil.epoch().kept != "none"
+        for (name, found), expected in zip(model["v"].named_buffers(), alone["v"].buffers(), strict=True):
+            torch.testing.assert_close(found, expected, msg=lambda text: f"{name}: {text}")  # noqa: B023
+    check_rounds(model, vil)

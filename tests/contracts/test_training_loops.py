@@ -377,6 +377,68 @@ def test_sharpness_aware_steps_by_jac() -> None:
     opt.step()
 
 
+# ---- gradients that a backward adds by itself, or a hook takes -------------------------------------------------------
+
+
+class AddGradient(torch.autograd.Function):
+    """Passes on what comes, and has a loss of its own in every backward."""
+
+    @staticmethod
+    def forward(_: Any, z: Tensor, own: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.ones(())
+
+
+@pytest.mark.parametrize("through", ["layer", "features", "whole graph"])
+def test_a_loss_of_the_backbones_own(through: str) -> None:
+    """As the guide says: once in the layer form, in every row where the backbone is passed back for each task."""
+    net, ((x, y), *_) = start()
+    want = gradients(net, x, y)
+    [own] = torch.autograd.grad(net.used(x).square().mean(), net.used.weight)
+    inner = net.used(x)
+    z = AddGradient.apply((inner + net.dropped(x)).tanh(), inner.square().mean())
+    if through == "layer":
+        aligned = AlignedMTL(2)
+        u, v = aligned(z)
+        (net.losses(u, y)["a"] + net.losses(v, y)["c"]).backward()
+        weights = aligned.weights
+        plain = sum(float(w) * row[0] for w, row in zip(weights, want))  # type: ignore[arg-type]
+        torch.testing.assert_close(net.used.weight.grad, plain + own)
+        return
+    task_backward(net.losses(z, y), net.shared, features=z if through == "features" else None)
+    torch.testing.assert_close(net.used.weight.jac, torch.stack([row[0] + own for row in want]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("through", ["features", "whole graph"])
+def test_a_hook_that_takes_gradients_is_an_error(through: str) -> None:
+    """An optimizer in the backward; one that looks at them is none."""
+    net, ((x, y), (x2, y2), *_) = start()
+    inside, seen = torch.optim.SGD([net.used.weight], lr=0.0), []
+
+    def step(_: Tensor) -> None:
+        inside.step()
+        inside.zero_grad()
+
+    net.dropped.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm()))  # type: ignore[union-attr]
+    z = net.features(x)
+    task_backward(net.losses(z, y), net.shared, features=z if through == "features" else None)
+    assert len(seen) == 2
+    before = [p.jac.clone() for p in net.shared]  # type: ignore[attr-defined]
+    hook = net.used.weight.register_post_accumulate_grad_hook(step)
+    z = net.features(x2)
+    with pytest.raises(
+        RuntimeError, match=r"task_backward: shared: expected gradients that stay .* found 1 that a hook"
+    ):
+        task_backward(net.losses(z, y2), net.shared, features=z if through == "features" else None)
+    assert all(torch.equal(p.jac, b) for p, b in zip(net.shared, before))  # type: ignore[attr-defined]
+    hook.remove()
+    z = net.features(x2, drop=True)  # what no task reaches, the other hook did not take
+    task_backward(net.losses(z, y2), net.shared, features=z)
+
+
 # ---- one backward of one call ----------------------------------------------------------------------------------------
 
 
