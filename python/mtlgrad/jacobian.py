@@ -176,8 +176,8 @@ def _passes(
             if taken := [p for p in expected if p.grad is None]:
                 raise RuntimeError(
                     f"{op}: shared: expected gradients that stay where they arrive, found {len(taken)} that a hook "
-                    "(register_post_accumulate_grad_hook) took: it would step by each task's alone; remove the hook, and "
-                    "step after this"
+                    "(register_post_accumulate_grad_hook) took: it would step by each task's alone; remove the hook, "
+                    "and step after this"
                 )
             if sharded:
                 silent &= all(p.grad is None for p in parameters)
