@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Build tools live in the environment too: with them pip needs no isolated build, and recompiles only what changed.
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
@@ -17,9 +18,9 @@ help:  ## Show this list
 demo: $(VENV)/installed  ## Train a four-task model, sum of losses against BayesAgg-MTL (DEMO_ARGS="--epochs 2 ...")
 	$(BIN)/mtlgrad train --data clothing --compare sum bayesagg $(DEMO_ARGS)
 
-test: $(VENV)/installed-dev  ## Run all tests, the CUDA kernels in the host emulator (TEST_ARGS="-k moments ...")
+test: $(VENV)/installed-dev  ## Run all tests, JOBS=2 at a time, CUDA kernels in the host emulator (TEST_ARGS="-k moments ...")
 	$(BIN)/python tests/simt/build.py
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(TEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## Check style and types
 	$(BIN)/ruff check .
