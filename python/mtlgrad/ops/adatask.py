@@ -52,7 +52,7 @@ from ..reference.adatask import Lists, Rate
 from ._native import _C, KERNELS, launch_place
 from ._operation import Changed, Operation, hide_from_dynamo, is_eager, mark_written
 from .checks import refuse, shape_of
-from .rows import COMPLEX, DTYPE_CODES, as_real, in_order_of, pointers, same_order
+from .rows import DTYPE_CODES, as_real, in_order_of, pointers, same_order, some_complex
 
 __all__ = ["TaskStep", "adatask_adagrad", "adatask_adam", "adatask_rmsprop"]
 
@@ -143,7 +143,7 @@ class Step(NamedTuple):
 
     def real(self) -> Step:
         """Return the step on pairs of reals where parameters are complex."""
-        if COMPLEX.isdisjoint(map(_DTYPE, self.parameters)):
+        if not some_complex(self.parameters):
             return self
         moments = type(self.moments)(*map(as_real, self.moments))
         jacobians = as_real(map(Tensor.resolve_conj, self.jacobians))

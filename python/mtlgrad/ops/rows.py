@@ -28,6 +28,12 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.floa
 COMPLEX = frozenset((torch.complex64, torch.complex128))
 
 
+def some_complex(tensors: Sequence[Tensor]) -> bool:
+    if torch.compiler.is_compiling():  # Dynamo knows no attrgetter
+        return any([tensor.is_complex() for tensor in tensors])  # noqa: C419
+    return not COMPLEX.isdisjoint(map(_DTYPE, tensors))
+
+
 def as_real(tensors: Iterable[Tensor]) -> list[Tensor]:
     """View complex tensors as pairs of reals, [..., 2], as torch.optim takes them; all others as they are."""
     return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
@@ -129,10 +135,6 @@ class Rows:
         return list(map(_DTYPE, self.tensors))
 
     @cached_property
-    def kinds(self) -> set[torch.dtype]:
-        return set(self.dtypes)
-
-    @cached_property
     def contiguous(self) -> bool:
         return all(map(Tensor.is_contiguous, self.tensors))
 
@@ -141,7 +143,7 @@ class Rows:
         """Return the rows, complex ones as pairs of reals, and whether one is a list of tensors; refuse what `check`
         cannot see any more."""
         own, listed = Rows._of(op, rows)
-        return own if COMPLEX.isdisjoint(own.kinds) else own._real(), listed
+        return own._real() if some_complex(own.tensors) else own, listed
 
     def _real(self) -> Rows:
         own = Rows(as_real(map(Tensor.resolve_conj, self.tensors)), self.tasks, self.stacked)
@@ -226,7 +228,7 @@ class Rows:
         """Refuse shapes, dtypes and devices of which not every row is like the first."""
         shapes, dtypes = self.shapes, self.dtypes
         # What is true of nearly all calls is found out at once; only the rest is worth a loop that can name the tensor.
-        fits = len(set(map(_DEVICE, self.tensors))) == 1 and DTYPE_CODES.keys() >= self.kinds
+        fits = len(set(map(_DEVICE, self.tensors))) == 1 and DTYPE_CODES.keys() >= set(dtypes)
         if self.stacked:
             fits = fits and all(shapes) and list(map(_FIRST, shapes)) == [self.tasks] * len(shapes)
         else:
