@@ -1,4 +1,4 @@
-"""``torch.set_default_device``: what is made on the way lies where parameters do. The device of no memory, meta, stands
+"""Another default device (``torch.set_default_device``, ``with torch.device``): what is made on the way lies where parameters do. The device of no memory, meta, stands
 for one that is not the parameters': what is made there by mistake cannot be read."""
 
 from __future__ import annotations
@@ -125,11 +125,8 @@ def run(method: str, default: str) -> tuple[list[Tensor], Any]:
     torch.manual_seed(0)
     net, batches = Net(), [(torch.randn(8, 4), torch.randn(8, 1), torch.randint(3, (8,))) for _ in range(6)]
     torch.manual_seed(1)
-    torch.set_default_device(default)
-    try:
+    with torch.device(default):
         found = METHODS[method](net, batches)
-    finally:
-        torch.set_default_device(None)
     return [p.detach() for p in net.parameters()], found
 
 
