@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -160,6 +162,8 @@ def half_of_them() -> None:
     with pytest.raises(RuntimeError, match=r"the mean over the 4 ranks"):
         mtlgrad.optim.AdaTaskAdam([p], num_tasks=2).step()
     mtlgrad.optim.AdaTaskAdam([p], num_tasks=2, process_group=pair).step()
+    if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+        return  # an older torch sorts them always
     turned = dist.new_group([3, 1, 0, 2], sort_ranks=False)
     world = world_of(name_of("test", turned))
     every = world.gather_rows(torch.full((1,), float(world.rank)), [1] * 4)

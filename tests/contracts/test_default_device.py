@@ -1,5 +1,5 @@
-"""Another default device (``torch.set_default_device``, ``with torch.device``): what is made on the way lies where parameters do. The device of no memory, meta, stands
-for one that is not the parameters': what is made there by mistake cannot be read."""
+"""Another default device (``torch.set_default_device``): what is made on the way lies where parameters do. The device of
+no memory, meta, stands for one that is not the parameters': what is made there by mistake cannot be read."""
 
 from __future__ import annotations
 
@@ -130,9 +130,23 @@ def run(method: str, default: str) -> tuple[list[Tensor], Any]:
     return [p.detach() for p in net.parameters()], found
 
 
+def torchs_own_can() -> bool:
+    """Until 2.12 torch.optim makes its step counts on the default device, and then wants them elsewhere."""
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    with torch.device("meta"):
+        try:
+            torch.optim.Adam([p]).step()
+        except RuntimeError:
+            return False
+    return True
+
+
 @pytest.mark.filterwarnings("ignore:AlphaVIL. target")
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_made_elsewhere(method: str) -> None:
+    if method in ("merge", "adam") and not torchs_own_can():
+        pytest.skip("torch's own optimizer makes its state elsewhere")
     expected, shown = run(method, "cpu")
     found, seen = run(method, "meta")
     assert all(map(torch.equal, found, expected))

@@ -28,9 +28,8 @@ def hide_from_dynamo(function: _Function) -> _Function:
     decorators: their code is shared with functions of others.
     """
     frames = torch._C._dynamo.eval_frame
-    if hasattr(frames, "set_code_exec_strategy"):  # torch from 2.7
-        skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
 
@@ -170,7 +169,8 @@ class Operation:
     def _flat(self, arguments: Sequence[Any]) -> list[Any]:
         flat: list[Any] = []
         for struct, argument in zip(self._structs, arguments, strict=True):
-            flat.extend(argument) if struct else flat.append(argument)
+            for value in argument if struct else (argument,):  # Dynamo extends no list by a struct
+                flat.append(value)  # noqa: PERF402
         return flat
 
     def _arguments(self, flat: Sequence[Any]) -> list[Any]:
@@ -267,11 +267,7 @@ def is_eager(tensors: Sequence[Tensor]) -> bool:
 def mark_written(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that a kernel has written them: what it may have saved for a backward is gone."""
     ordinary = list(filterfalse(Tensor.is_inference, tensors))
-    try:
-        torch.autograd.graph.increment_version(ordinary)
-    except (AttributeError, TypeError):  # an older torch takes them one by one
-        for tensor in ordinary:
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version(ordinary)
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------

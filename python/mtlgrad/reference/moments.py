@@ -199,7 +199,7 @@ def multiclass_at(
     u = sobol_normal(num_points, classes, seed).to(h)
     mu = h @ mean.T
     z = mu[:, None] + torch.einsum("bck,sk->bsc", factor, u)
-    r = torch.softmax(z, -1) - functional.one_hot(targets.masked_fill(missing, 0), classes).to(h)[:, None]
+    r = torch.softmax(z, -1) - _labels(targets, h, classes)[:, None]
     conditional = torch.einsum("bsc,cd->bsd", r, mean[:, :-1])
     for j in range(classes):
         conditional = conditional + torch.einsum("bsc,s,bcd->bsd", r, u[:, j], k_cd[..., j])
@@ -223,9 +223,14 @@ def sampled_moments(features: Tensor, targets: Tensor, samples: Tensor, *, kind:
         g = torch.einsum("sbc,scd->sbcd", r, samples[..., :-1])
     else:
         missing = (targets == IGNORE)[:, None]
-        labels = functional.one_hot(targets.masked_fill(targets == IGNORE, 0), samples.shape[1]).to(h)
-        g = torch.einsum("sbc,scd->sbd", torch.softmax(z, -1) - labels, samples[..., :-1])[:, :, None]
+        r = torch.softmax(z, -1) - _labels(targets, h, samples.shape[1])
+        g = torch.einsum("sbc,scd->sbd", r, samples[..., :-1])[:, :, None]
     return _without_label(g.mean(0), ((g - g.mean(0)) ** 2).mean(0), missing[..., None])
+
+
+def _labels(targets: Tensor, like: Tensor, classes: int) -> Tensor:
+    """[B, C], one where the class is the target; where there is none: zeros."""
+    return (targets[:, None] == torch.arange(classes, device=targets.device)).to(like)
 
 
 def precision_mean(means: Tensor, variances: Tensor, power: float | Sequence[float] | Tensor = 1.0) -> Tensor:
