@@ -1,5 +1,5 @@
-"""Another default device (``torch.set_default_device``): what is made on the way lies where parameters do. The device of
-no memory, meta, stands for one that is not the parameters': what is made there by mistake cannot be read."""
+"""Another default device (``torch.set_default_device``): what is made on the way lies where parameters do. That of no
+memory, meta, stands for one that is not the parameters': what is made there by mistake cannot be read."""
 
 from __future__ import annotations
 
