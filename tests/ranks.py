@@ -35,6 +35,7 @@ class RankError(Exception):
 def _worker(rank: int, size: int, store: str, connection: Connection) -> None:
     # pytest's own filters do not reach a new process.
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message="Guards may run slower on Python 3.13.0", category=RuntimeWarning)
     # torch.compile looks at everything, and makes objects that nobody should.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from posterior_cases import Data, make
 from torch import Tensor, nn
 
 from mtlgrad import BayesAgg, Binary, Multiclass, Regression
+from mtlgrad.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,6 +98,56 @@ def test_a_resumed_run_is_the_uninterrupted_run(options: dict[str, Any]) -> None
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         assert same(train(net, optimizer, stop), whole), stop
+
+
+SMALL = [2, 1, 3, 2, 9, 1, 2, 4]  # examples in a batch: fewer than weights, but for one
+
+
+def small_batches(net: Net, first: int = 0, last: int = len(SMALL)) -> Iterator[slice]:
+    """The rows of one batch after the other, between which the heads move."""
+    for step in range(first, last):
+        at = sum(SMALL[:step])
+        with torch.no_grad():
+            for i, p in enumerate(net.heads.parameters()):
+                p.add_(0.05 * torch.sin(torch.arange(p.numel()) + step + i).view_as(p))
+        yield slice(at, at + SMALL[step])
+
+
+def contents(posteriors: Sequence[Posterior]) -> list[Tensor]:
+    parts = [(p.mean, *(p.precision if isinstance(p.precision, tuple) else [p.precision])) for p in posteriors]
+    return [part for some in parts for part in some]
+
+
+def refreshed(net: Net) -> list[Tensor]:
+    net.layer.refresh()
+    assert net.layer.posteriors is not None
+    return contents(net.layer.posteriors)
+
+
+@pytest.mark.parametrize("covariance", ["full", "block", "diag"])  # a Kronecker mean depends on what came first
+def test_batches_of_few_examples(covariance: str) -> None:
+    """They are added to the statistics several at a time: all are in the posterior, at the weights that they met, as
+    in one that is updated batch by batch; a run that stops anywhere goes on to the same bits."""
+    net, other = Net(covariance=covariance), Net(covariance=covariance)
+    expected = [full_data.empty(full_data.anchor()) for full_data in other.layer._full_data]
+    for rows, same_rows in zip(small_batches(net), small_batches(other), strict=True):
+        net.loss(rows).backward()
+        features = other.backbone(other.data[0].rows(same_rows).features).detach().double()
+        for head, posterior, data in zip(other.layer.heads, expected, other.data, strict=True):
+            at = None if head.likelihood.is_exact else head.weight(features)
+            posterior.add(features, data.rows(same_rows).targets, at)
+    for posterior in expected:
+        posterior.add_prior()
+    whole = refreshed(net)
+    torch.testing.assert_close(whole, contents(expected), rtol=1e-9, atol=1e-9)
+    for stop in range(1, len(SMALL)):
+        net, again = Net(covariance=covariance), Net(covariance=covariance)
+        for rows in small_batches(net, 0, stop):
+            net.loss(rows).backward()
+        again.load_state_dict(copy.deepcopy(net.state_dict()))
+        for rows in small_batches(again, stop):
+            again.loss(rows).backward()
+        assert same(refreshed(again), whole)
 
 
 def test_the_run_depends_on_what_is_saved() -> None:
@@ -413,7 +464,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a state of the future": (
         lambda: with_state(lambda state: state.update(version=7)),
-        r"BayesAgg.load_state_dict: expected version 2, found 7",
+        r"BayesAgg.load_state_dict: expected version 3, found 7",
     ),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..posterior.likelihoods import Terms
 from ..posterior.posteriors import Posterior, empty_posterior, posterior_from_state, sum_over_ranks
 from ..world.alike import check_same
 from ..world.ranks import World
@@ -20,8 +21,12 @@ SMALLEST_NOISE = 1e-6  #: relative to the targets' mean square: a perfect fit is
 
 class FullData:
     """``stored``: the features and targets themselves, as published; ``streaming``: sums, in a posterior without prior
-    that is updated batch by batch and expanded at the weights that each batch met; ``moving``: these sums, of which
-    half is left after ``half_life`` batches. All end in float64."""
+    expanded at the weights that each batch met; ``moving``: these sums, of which half is left after ``half_life``
+    batches. All end in float64.
+
+    To add a small batch to large sums costs their memory's way to the cores and back, and hardly any arithmetic:
+    ``streaming`` adds batches of fewer examples than weights together, as many as come to that number.
+    """
 
     def __init__(self, head: Head, structure: str, statistics: str, half_life: float):
         self.head = head
@@ -31,6 +36,7 @@ class FullData:
         self.features: list[Tensor] = []
         self.targets: list[Tensor] = []
         self.running: Posterior | None = None
+        self.waiting: list[tuple[Tensor, Terms]] = []  # batches that are to be added to it: inputs [B, W] and terms
         self.count = 0  # of examples since the last refresh
         self.weight = 0.0  # of examples in the sums
         self.epoch = 0  # examples between the last two refreshes: what moving sums stand for; 0: not known
@@ -41,6 +47,7 @@ class FullData:
         self.epoch, self.count = self.count, 0
         if self.statistics != "moving":
             self.features, self.targets, self.running, self.weight, self.squares = [], [], None, 0.0, None
+            self.waiting = []
 
     @property
     def estimates_noise(self) -> bool:
@@ -77,14 +84,29 @@ class FullData:
             self.running = self.empty(torch.zeros_like(weight[:, : hidden.shape[1]]) if self.is_exact else weight)
         elif self.running.anchor.device != features.device:  # resumed from a checkpoint that was mapped elsewhere
             self.running = posterior_from_state(self.running.state(), hidden)
+            self.waiting = [(rows.to(hidden), terms.to(hidden)) for rows, terms in self.waiting]
         if self.decay < 1.0:
             self.running.scale(self.decay)
-        shared = not self.running.uses_lemma(hidden.shape[0])  # with the batch posterior, which then sums it, too
-        known = outputs.curvature(index, self.running) if shared else None
-        self.running.add_terms(hidden, outputs.terms[index], weight, known)
+        if not self.running.uses_lemma(hidden.shape[0]):  # nor does the batch posterior: it needs the same sum
+            self._take_in()
+            self.running.add_terms(hidden, outputs.terms[index], weight, outputs.curvature(index, self.running))
+        elif self.decay < 1.0:
+            self.running.add_terms(hidden, outputs.terms[index], weight)
+        else:
+            self.waiting.append((hidden, outputs.terms[index]))
+            if sum(len(rows) for rows, _ in self.waiting) >= hidden.shape[1]:
+                self._take_in()
+
+    def _take_in(self) -> None:
+        """Add what waits. Where it was expanded, its terms know: structures that wait ask for no weights."""
+        if self.waiting and self.running is not None:
+            hidden, terms = (list(parts) for parts in zip(*self.waiting))
+            self.running.add_terms(torch.cat(hidden), Terms.joined(terms), self.running.anchor)
+            self.waiting = []
 
     def sums(self, anchor: Tensor) -> Posterior:
         """Return a new posterior of the data alone, without prior."""
+        self._take_in()
         if self.running is not None:
             return posterior_from_state(self.running.state())
         posterior = self.empty(anchor)
@@ -115,6 +137,7 @@ class FullData:
             "features": list(self.features),
             "targets": list(self.targets),
             "running": None if self.running is None else self.running.state(),
+            "waiting": [(hidden, tuple(terms)) for hidden, terms in self.waiting],
             "counts": (self.count, self.weight, self.epoch),
             "squares": self.squares,
         }
@@ -123,6 +146,7 @@ class FullData:
         self.features, self.targets = list(state["features"]), list(state["targets"])
         self.count, self.weight, self.epoch = state["counts"]
         self.running = None if state["running"] is None else posterior_from_state(state["running"])
+        self.waiting = [(hidden, Terms(*terms)) for hidden, terms in state["waiting"]]
         self.squares = state["squares"]
 
     def noise(self, posterior: Posterior, factor: float, world: World) -> Tensor | None:

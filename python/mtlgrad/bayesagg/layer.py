@@ -556,7 +556,7 @@ class BayesAgg(NotScripted, nn.Module):
         if not self._has_state():
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         state = {
-            "version": 2,
+            "version": 3,
             "heads": self._signature(),
             "number": self._number,
             "since": self._since,
@@ -597,8 +597,8 @@ class BayesAgg(NotScripted, nn.Module):
         weight = self.heads[0].layers[0].weight
         file = io.BytesIO(bytes(saved.cpu().numpy()))
         state = torch.load(file, map_location=saved.device if weight.is_meta else weight.device, weights_only=True)
-        if state.get("version") != 2:
-            raise ValueError(f"BayesAgg.load_state_dict: expected version 2, found {state.get('version')}")
+        if state.get("version") != 3:
+            raise ValueError(f"BayesAgg.load_state_dict: expected version 3, found {state.get('version')}")
         if state["heads"] != self._signature():
             raise ValueError(
                 f"BayesAgg.load_state_dict: expected a state of {', '.join(self._signature())}; found one of "

@@ -31,6 +31,24 @@ class Terms(NamedTuple):
     def to(self, like: Tensor) -> Terms:
         return Terms(*(x.to(like) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self))  # type: ignore[arg-type]
 
+    @staticmethod
+    def joined(parts: Sequence[Terms]) -> Terms:
+        """Return those of several batches of a head as those of one."""
+        first, q = parts[0], [terms.curvature for terms in parts]
+        rows = max([1 if some is None else some.shape[1] for some in q])
+        filled = [p.slopes.new_ones(len(p.slopes), 1) if some is None else some for p, some in zip(parts, q)]
+        labels = [torch.as_tensor(terms.labels).to(terms.slopes).expand(len(terms.slopes)) for terms in parts]
+        return Terms(
+            torch.cat([terms.slopes for terms in parts]),
+            torch.cat([terms.logits for terms in parts]),
+            None if first.residual is None else torch.cat([p.residual for p in parts if p.residual is not None]),
+            None if all(some is None for some in q) else torch.cat([some.expand(-1, rows) for some in filled]),
+            torch.cat(labels),
+            None
+            if first.probability is None
+            else torch.cat([p.probability for p in parts if p.probability is not None]),
+        )
+
     def curved(self, logits: Tensor) -> Tensor:
         """Q_b logits_b for every example, [B, R], with the diagonal of Q alone."""
         return logits if self.curvature is None else logits * self.curvature
