@@ -37,7 +37,7 @@ class Terms(NamedTuple):
         first, q = parts[0], [terms.curvature for terms in parts]
         rows = max([1 if some is None else some.shape[1] for some in q])
         filled = [p.slopes.new_ones(len(p.slopes), 1) if some is None else some for p, some in zip(parts, q)]
-        labels = [torch.as_tensor(terms.labels).to(terms.slopes).expand(len(terms.slopes)) for terms in parts]
+        labels = [p.slopes.new_ones(len(p.slopes)) * p.labels for p in parts]
         return Terms(
             torch.cat([terms.slopes for terms in parts]),
             torch.cat([terms.logits for terms in parts]),
