@@ -152,6 +152,15 @@ def test_a_scaler() -> None:
     )
 
 
+def test_numbers_whose_squares_overflow_are_finite_and_there() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex128))
+    opt = AdaTaskAdam([p], num_tasks=2, check_finite=True, missing="still")
+    for size in (1e200, 1e-200):
+        p.jac = torch.full((2, 3), size * (1 - 1j), dtype=torch.complex128)  # type: ignore[attr-defined]
+        opt.step()
+    assert opt.state[p]["step"].tolist() == [2.0, 2.0]
+
+
 def test_norms_and_clipping() -> None:
     found = []
     for net in both():
