@@ -208,7 +208,7 @@ def test_a_rule_that_a_transform_was_the_first_to_ask_for() -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch from 2.15, of operators without a batched form
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch 2.15, of operators without a batched form
 def test_align_under_vmap() -> None:
     """The T x T part takes a batch of Gram matrices."""
     rows = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
