@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import OptState
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.utils._pytree import tree_map_only
 
 from ..ops.rows import as_real
@@ -136,7 +136,7 @@ def check_unscaled(optimizer: TaskOptimizer) -> None:
 
 def _within_scaler() -> bool:
     frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), torch.amp.GradScaler):
+    while frame is not None and not isinstance(frame.f_locals.get("self"), GradScaler):
         frame = frame.f_back
     return frame is not None
 
@@ -179,7 +179,7 @@ class _Alone:
         self.param_groups = [{"params": carriers}] if carriers else []
 
 
-def unscale_jac_(scaler: torch.amp.GradScaler | None, optimizer: Any) -> None:
+def unscale_jac_(scaler: GradScaler | None, optimizer: Any) -> None:
     """Divides ``.jac`` by the scale, in place, for what reads it before the step::
 
         scaler.unscale_(optimizer)
