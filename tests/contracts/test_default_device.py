@@ -131,7 +131,7 @@ def run(method: str, default: str) -> tuple[list[Tensor], Any]:
 
 
 def torchs_own_can() -> bool:
-    """Until 2.12 torch.optim makes its step counts on the default device, and then wants them elsewhere."""
+    """In 2.11 torch.optim makes its step counts on the default device, and then wants them elsewhere."""
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.ones(2)
     with torch.device("meta"):

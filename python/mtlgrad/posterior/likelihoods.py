@@ -29,7 +29,10 @@ class Terms(NamedTuple):
     probability: Tensor | None = None  # [B, C], multiclass only: Q = diag(p) - p p'
 
     def to(self, like: Tensor) -> Terms:
-        return Terms(*(x.to(like) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self))  # type: ignore[arg-type]
+        moved = (
+            x if not isinstance(x, Tensor) else x.to(like) if x.is_floating_point() else x.to(like.device) for x in self
+        )
+        return Terms(*moved)  # type: ignore[arg-type]
 
     @staticmethod
     def joined(parts: Sequence[Terms]) -> Terms:
