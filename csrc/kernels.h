@@ -76,7 +76,7 @@ struct Alignment {
   double* transform;                  // [T, T]
 };
 
-// The largest number of tasks that align takes.
+// The largest number of tasks that align and the rules take.
 constexpr int64_t kMaxAlignTasks = 64;
 
 // The largest number of tasks that a step of AdaTask's optimizers takes on a device; the host takes any.
@@ -227,6 +227,18 @@ int64_t merge_workspace(int64_t tasks, int64_t columns);
 void merge(DType, Rows, const double* preference, Scale, double rtol, Alignment, void* const* out, double* workspace,
            Place);
 
+// Other rules: gram -> weights [T]; math/rules.h has the formulas. T <= kMaxAlignTasks; preference [T] (null: 1 / T).
+// Anything not finite in gram makes every weight NaN. upgrad's workspace holds T x T float64.
+void upgrad(const double* gram, const double* preference, int64_t tasks, double* weights, double* workspace, Place);
+void dualproj(const double* gram, const double* preference, int64_t tasks, double* weights, Place);
+void mgda(const double* gram, int64_t tasks, double* weights, Place);
+void cagrad(const double* gram, double c, int64_t tasks, double* weights, Place);
+void fairgrad(const double* gram, double alpha, bool normalize, int64_t tasks, double* weights, Place);
+void imtlg(const double* gram, int64_t tasks, double* weights, Place);
+
+// step [1], on the kernel's device: seed and step alone decide the orders.
+void pcgrad(const double* gram, int64_t seed, const int64_t* step, int64_t tasks, double* weights, Place);
+
 // One step of an optimizer, every element read and written once: moments and parameters in place, and, where `squares`
 // is given, squares[p][t] <- square_decay squares[p][t] + (1 - square_decay) * the sum of squares over the tensor of the
 // task's update. `gradients` are of the parameters' type. Float32 arithmetic (float64 for float64), rounded once to the
@@ -269,6 +281,13 @@ void adagrad(DType parameters, DType moments, const Rows& gradients, const StepT
   K(align) \
   K(merge_workspace) \
   K(merge) \
+  K(upgrad) \
+  K(dualproj) \
+  K(mgda) \
+  K(cagrad) \
+  K(fairgrad) \
+  K(imtlg) \
+  K(pcgrad) \
   K(adatask_workspace) \
   K(adam) \
   K(rmsprop) \

@@ -23,8 +23,9 @@ from .recipes.base import ADAM, Interrupted, Settings, TrainError
 from .recipes.comparison import RECIPES, Comparison, Stop, Watcher, Watchers, device_of
 from .recipes.optimizers import ADATASK, OPTIMIZERS, RATES
 from .recipes.rounds import ROUNDS
-from .recipes.weighting import ALIGNED, SUMS
+from .recipes.toy import RULES, WITH_PREFERENCE
 from .recipes.weighting import METHODS as WEIGHTINGS
+from .recipes.weighting import SUMS, methods_with
 
 METHODS = (*WEIGHTINGS, *ROUNDS)
 COVARIANCES = ("full", "block", "kron", "diag")
@@ -134,9 +135,9 @@ def _add_train(commands: Any) -> None:
     structures = ", ".join(COVARIANCES)
     covariance = f"bayesagg: structure of the multiclass posterior, {structures} (default: {default.covariance})"
     add("--covariance", type=_one_of(COVARIANCES), help=covariance)
-    preference = f"{', '.join(ALIGNED)}: the tasks' weights, one number a task (default: ones)"
+    preference = f"{', '.join(methods_with('preference'))}: the tasks' weights, one number a task (default: all the same)"
     add("--preference", type=_not_negative, nargs="+", metavar="P", help=preference)
-    scale = f"{', '.join(ALIGNED)}: the aligned gradients' length, {', '.join(SCALES)} (default: {default.scale})"
+    scale = f"{', '.join(methods_with('scale'))}: the aligned gradients' length, {', '.join(SCALES)} (default: {default.scale})"
     add("--scale", type=_one_of(SCALES), help=scale)
     add("--target", metavar="NAME", help=f"{', '.join(ROUNDS)}: the task for whose good all are trained")
     subset = f"{', '.join(ROUNDS)}: the part of an epoch's batches that a task is trained on in a round"
@@ -153,14 +154,17 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_toy(commands: Any) -> None:
-    toy = commands.add_parser("toy", help="two tasks on a landscape of two parameters: where sum and Aligned-MTL end")
+    toy = commands.add_parser("toy", help="two tasks on a landscape of two parameters: where methods end")
     add = toy.add_argument
-    preference = "the tasks' weights (default: 0.7 0.3)"
-    add("--preference", type=_not_negative, nargs=2, default=(0.7, 0.3), metavar=("P1", "P2"), help=preference)
+    methods = f"which to draw, of {', '.join(RULES)} (default: sum aligned)"
+    add("--methods", type=_one_of(RULES), nargs="+", default=("sum", "aligned"), metavar="METHOD", help=methods)
+    preference = f"{', '.join(WITH_PREFERENCE)}, each drawn without and with it: the tasks' weights (default: 0.7 0.3)"
+    unset = argparse.SUPPRESS
+    add("--preference", type=_not_negative, nargs=2, default=unset, metavar=("P1", "P2"), help=preference)
     add("--steps", type=_whole(1, 10_000_000), default=35_000, metavar="N", help="(default: %(default)s)")
     add("--lr", type=_positive, default=1e-3, help="Adam's learning rate, constant (default: %(default)s)")
-    scale = f"the aligned gradients' length, {', '.join(SCALES)} (default: %(default)s)"
-    add("--scale", type=_one_of(SCALES), default="min", help=scale)
+    scale = f"aligned: the aligned gradients' length, {', '.join(SCALES)} (default: min)"
+    add("--scale", type=_one_of(SCALES), default=unset, help=scale)
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the folder is made (default: %(default)s)")
     add("--name", type=_name, help="name of the folder (default: date, time and toy)")
 
@@ -181,7 +185,13 @@ def _settings(given: dict[str, Any]) -> Settings:
     # A short run is not all warm-up, unless that is asked for.
     given.setdefault("warmup", max(1, min(Settings.warmup, given["epochs"] // 2)))
     settings = Settings(**given)
-    _check_options(given, settings.methods)
+    rounds_only, alpha_only = tuple(ROUNDS), ("alphavil",)
+    whose = {name: methods_with(name) for name in ("preference", "scale")}
+    _check_options(
+        given,
+        settings.methods,
+        {**whose, "target": rounds_only, "subset": rounds_only, "alpha_epochs": alpha_only},
+    )
     rounds = [method for method in settings.methods if method in ROUNDS]
     merging = [method for method in settings.methods if method not in (*SUMS, *ROUNDS)]
     if (merging or rounds) and (apart := [name for name in settings.optimizers if name in ADATASK]):
@@ -200,13 +210,9 @@ def _settings(given: dict[str, Any]) -> Settings:
     return settings
 
 
-def _check_options(given: dict[str, Any], methods: Sequence[str]) -> None:
-    """Options that only some methods know, given with none of those."""
-    alpha = ("alphavil",)
-    for name, those in {
-        "preference": ALIGNED, "scale": ALIGNED,
-        "target": tuple(ROUNDS), "subset": tuple(ROUNDS), "alpha_epochs": alpha,
-    }.items():  # fmt: skip
+def _check_options(given: dict[str, Any], methods: Sequence[str], whose: dict[str, tuple[str, ...]]) -> None:
+    """Options that only some methods know (`whose` they are), given with none of those."""
+    for name, those in whose.items():
         if name in given and not set(those) & set(methods):
             option, found = name.replace("_", "-"), ", ".join(methods)
             raise TrainError(f"argument --{option}: expected with {' or '.join(those)}, found {found}; drop it")
@@ -282,9 +288,12 @@ def _train(given: dict[str, Any], stop: Stop) -> int:
 def _toy(given: dict[str, Any], stop: Stop) -> int:
     from .recipes.toy_run import run
 
-    _check_preference(given["preference"], ("task 1", "task 2"))
+    given["methods"] = tuple(dict.fromkeys(given["methods"]))
+    _check_options(given, given["methods"], {"preference": WITH_PREFERENCE, "scale": ("aligned",)})
+    preference, scale = given.pop("preference", (0.7, 0.3)), given.pop("scale", "min")
+    _check_preference(preference, ("task 1", "task 2"))
     try:
-        run(**given, stop=stop)
+        run(**given, preference=preference, scale=scale, stop=stop)
     except Interrupted:
         print("stopped; nothing was written")
         return STOPPED

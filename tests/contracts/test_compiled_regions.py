@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,24 @@ from optim_cases import fill, make, several, state_tensors
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mtlgrad import AlignedMTL, BayesAgg, Binary, Multiclass, Regression, metrics, ops
+from mtlgrad import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    BayesAgg,
+    Binary,
+    CAGrad,
+    DualProj,
+    FairGrad,
+    GramRule,
+    Multiclass,
+    NashMTL,
+    PCGrad,
+    Regression,
+    UPGrad,
+    metrics,
+    ops,
+)
 from mtlgrad.ops.align import empty_result
 from mtlgrad.traced import copies
 
@@ -64,10 +82,24 @@ def assert_same(found: Sequence[Found], expected: Sequence[Found]) -> None:
 
 STAGES = ("backbone", "layer", "heads", "losses", "total", "backward")
 
+
+def untraceable(gram: Tensor) -> Tensor:
+    return torch.tensor([1.0 / math.sqrt(entry) for entry in gram.diagonal().tolist()])
+
+
 METHODS: dict[str, Function] = {
     "aligned min": lambda heads: AlignedMTL(3, scale="min"),
     "aligned median": lambda heads: AlignedMTL(3, scale="median"),
     "aligned rmse": lambda heads: AlignedMTL(3, scale="rmse"),
+    "upgrad": lambda heads: UPGrad(3),
+    "dualproj": lambda heads: DualProj(3),
+    "mgda": lambda heads: MGDA(3),
+    "cagrad": lambda heads: CAGrad(3),
+    "nash": lambda heads: NashMTL(3),
+    "fairgrad": lambda heads: FairGrad(3),
+    "imtlg": lambda heads: IMTLG(3),
+    "pcgrad": lambda heads: PCGrad(3),
+    "a weighting of one's own": lambda heads: GramRule(3, untraceable),
     "bayesagg": BayesAgg,
     "bayesagg without its total": BayesAgg,
 }
@@ -120,7 +152,8 @@ class Net:
 
     def backward(self, total: Tensor, y: list[Tensor]) -> list[Tensor]:
         (2.5 * total).backward()  # as a loss scale
-        return [total.detach()] if self.refreshes else [total.detach(), self.own.weights, self.own.rank]
+        shown = [self.own.weights, self.own.rank] if isinstance(self.own, AlignedMTL) else []
+        return [total.detach(), *shown]
 
     def train(self, step: Callable[[Data], Sequence[Tensor]], sizes: Sequence[int] = SIZES) -> list[Found]:
         """What each step returns and leaves behind. BayesAgg's first pass over the sizes is its warm-up."""
@@ -134,7 +167,7 @@ class Net:
             found: dict[str, Any] = {f"result {j}": result for j, result in enumerate(results)}
             found.update({f"gradient {j}": p.grad for j, p in enumerate(parameters)})
             shown = ("task_weights", "gradient_variance") if self.refreshes else ("weights", "singular_values", "rank")
-            found.update({name: getattr(self.own, name) for name in shown})
+            found.update({name: getattr(self.own, name, None) for name in shown})
             steps.append({name: value for name, value in found.items() if value is not None})
         return steps
 

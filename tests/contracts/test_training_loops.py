@@ -489,7 +489,7 @@ def test_a_call_for_one_task_at_a_time_is_told_once() -> None:
             for t, name in enumerate(net.heads):
                 net.losses(aligned(net.features(x))[t], y)[name].backward()
 
-    with pytest.warns(UserWarning, match=r"found that of one alone, 3 times in a row: nothing is aligned") as told:
+    with pytest.warns(UserWarning, match=r"found that of one alone, 3 times in a row: nothing is merged") as told:
         train()
     assert len(told) == 1
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..aligned import AlignedMTL
 from ..bayesagg import BayesAgg
 from ..optim.base import TaskOptimizer
+from ..rules import AlignedMTL
 
 try:
     from lightning.pytorch import LightningModule, Trainer

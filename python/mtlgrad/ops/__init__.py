@@ -6,6 +6,7 @@ from .align import AlignResult, TaskMerge, align, merge
 from .combine import Stacked, combine, dots, gram
 from .displacement import displace
 from .moments import binary_moments, multiclass_moments, precision_mean, regression_moments, sampled_moments
+from .rules import cagrad, dualproj, fairgrad, imtlg, mgda, pcgrad, upgrad
 
 __all__ = [
     "AlignResult",
@@ -19,16 +20,23 @@ __all__ = [
     "adatask_rmsprop",
     "align",
     "binary_moments",
+    "cagrad",
     "combine",
     "define_operator",
     "displace",
     "dots",
+    "dualproj",
+    "fairgrad",
     "gram",
     "hide_from_dynamo",
+    "imtlg",
     "merge",
+    "mgda",
     "multiclass_moments",
+    "pcgrad",
     "precision_mean",
     "regression_moments",
     "sampled_moments",
     "step_settings",
+    "upgrad",
 ]

@@ -54,7 +54,7 @@ class Settings:
     power: tuple[float, float] = (0.05, 0.05)  #: regression, classification
     warmup: int = 4
     covariance: str = "block"
-    preference: tuple[float, ...] | None = None  #: Aligned-MTL's, one number a task; ones if None
+    preference: tuple[float, ...] | None = None  #: one number a task, of those that have one; their own default if None
     scale: Scale = "min"  #: Aligned-MTL's
     target: str | None = None  #: the task that alphavil and diw train the others for
     # alphaVIL's own (diw shares the first); its optimizers and the size of its development batches are in rounds.py.

@@ -6,6 +6,7 @@ A training step is: ``views = w.through(features, targets)``, each head on its v
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..aligned import AlignedMTL
 from ..jacobian import task_backward
+from ..rules import IMTLG, MGDA, AlignedMTL, CAGrad, DualProj, FairGrad, GramRule, NashMTL, PCGrad, UPGrad
 from .base import MultiTaskNet, Settings, Task
 from .parts import Batch
 from .team import with_global_values
@@ -40,6 +41,8 @@ class Weighting(nn.Module):
     sums: ClassVar[bool] = True
     #: Whether `backward` leaves means over the ranks, if there are several.
     averages: ClassVar[bool] = False
+    #: The settings that are this method's, among those that not all have.
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tasks: tuple[Task, ...], net: MultiTaskNet, settings: Settings):
         super().__init__()
@@ -142,44 +145,48 @@ class LogSum(_OverLosses):
         return weights / weights.sum()
 
 
-class _Alignment(Weighting):
-    """What both forms of Aligned-MTL share."""
+class _Ruled(Weighting):
+    """What both forms of a rule over the Gram matrix of the tasks' gradients share."""
 
     sums = False
+    make: ClassVar[type[Any]]
 
     def __init__(self, tasks: tuple[Task, ...], net: MultiTaskNet, settings: Settings):
         super().__init__(tasks, net, settings)
-        self.aligned = AlignedMTL(len(tasks), settings.preference, settings.scale)
+        self.rule: GramRule = self.make(len(tasks), **{name: getattr(settings, name) for name in self.options})
 
     def shares(self, losses: Tensor) -> Tensor | None:
-        """Negative where alignment turns the update against a task's gradient, for the good of the others."""
-        if self.aligned.weights is None:
+        """Negative where the rule's weights are; zeros if all of them are."""
+        if self.rule.weights is None:
             return None
-        weights = self.aligned.weights.float().cpu()
-        return weights / weights.abs().sum()
+        weights = self.rule.weights.float().cpu()
+        return weights / weights.abs().sum().clamp_min(1e-12)
 
     def system(self) -> tuple[float, int] | None:
-        condition, rank = self.aligned.condition_number, self.aligned.rank
+        if not isinstance(self.rule, AlignedMTL):
+            return None
+        condition, rank = self.rule.condition_number, self.rule.rank
         return None if condition is None or rank is None else (float(condition), int(rank))
 
-    def _merged(self, rows: Sequence[Any]) -> object:
-        """As in `AlignedMTL`, whose record of the last backward stays as it is."""
-        return ops.merge(rows, self.aligned.preference, self.aligned.scale)
+    def _once_more(self) -> GramRule:
+        """A copy to merge with: the rule's record of the last backward, and what it has drawn, stay as they are."""
+        rule = copy.deepcopy(self.rule)
+        rule._draws = False  # nothing is sent to other ranks
+        return rule
 
 
-class Aligned(_Alignment):
-    """Aligned-MTL of the tasks' gradients on the backbone's parameters: one backward per task through the backbone."""
+class _OnParameters(_Ruled):
+    """A rule over the tasks' gradients on the backbone's parameters: one backward per task through the backbone."""
 
-    name = "aligned"
     averages = True  # as `task_backward` does
 
     def backward(self, net: MultiTaskNet, features: Tensor, losses: list[Tensor]) -> None:
         shared = list(net.backbone.parameters())
         task_backward(losses, shared, features=features)
-        self.aligned.merge(shared)
+        self.rule.merge(shared)
 
     def own_work(self, step: Step) -> Callable[[], object] | None:
-        """All passes through the backbone but one, the Gram matrix, the alignment and the weighted sum."""
+        """All passes through the backbone but one, the Gram matrix, the rule and the weighted sum."""
         shared = list(step.net.backbone.parameters())
         incoming = at_features(self.tasks, step)
         with forked(step.features.device):  # dropout draws again
@@ -188,22 +195,36 @@ class Aligned(_Alignment):
         def passed_back(gradient: Tensor) -> tuple[Tensor, ...]:
             return torch.autograd.grad(features, shared, gradient, retain_graph=True)
 
-        first = passed_back(incoming[0])
-        return lambda: self._merged([first, *(passed_back(gradient) for gradient in incoming[1:])])
+        first, rule = passed_back(incoming[0]), self._once_more()
+
+        def work() -> object:
+            rows = [first, *(passed_back(gradient) for gradient in incoming[1:])]
+            return rule._merge(ops.Stacked([torch.stack(column) for column in zip(*rows, strict=True)]))
+
+        return work
 
 
-class AlignedAtFeatures(_Alignment):
-    """Aligned-MTL's upper-bound form, a layer: the gradients at the shared representation, in one ordinary backward."""
-
-    name = "aligned-ub"
+class _AtFeatures(_Ruled):
+    """A rule as a layer, over the gradients at the shared representation, in one ordinary backward."""
 
     def through(self, features: Tensor, targets: list[Tensor]) -> Sequence[Tensor]:
-        return cast("Sequence[Tensor]", self.aligned(features))
+        return cast("Sequence[Tensor]", self.rule(features))
 
     def own_work(self, step: Step) -> Callable[[], object] | None:
-        """The Gram matrix, the alignment and the weighted sum."""
-        rows = at_features(self.tasks, step)
-        return lambda: self._merged(rows)
+        """The Gram matrix, the rule and the weighted sum."""
+        rows, rule = list(at_features(self.tasks, step)), self._once_more()
+        return lambda: rule._merge(rows)
+
+
+def _forms(name: str, rule: type[GramRule], *options: str) -> list[type[Weighting]]:
+    """NAME on the backbone's parameters, and NAME-ub (the upper bound of Aligned-MTL's and MGDA's papers) on features.
+
+    `options` are settings that the rule takes under the same names.
+    """
+    return [
+        type(rule.__name__ + form.__name__, (form,), {"name": name + suffix, "make": rule, "options": options})
+        for form, suffix in ((_OnParameters, ""), (_AtFeatures, "-ub"))
+    ]
 
 
 class BayesAggregation(Weighting):
@@ -282,10 +303,27 @@ class BayesAggregation(Weighting):
 
 
 METHODS: dict[str, type[Weighting]] = {
-    w.name: w for w in (Weighting, Uncertainty, LogSum, Aligned, AlignedAtFeatures, BayesAggregation)
+    w.name: w
+    for w in (
+        *(Weighting, Uncertainty, LogSum),
+        *_forms("aligned", AlignedMTL, "preference", "scale"),
+        *_forms("upgrad", UPGrad, "preference"),
+        *_forms("dualproj", DualProj, "preference"),
+        *_forms("mgda", MGDA),
+        *_forms("cagrad", CAGrad),
+        *_forms("nash", NashMTL),
+        *_forms("fairgrad", FairGrad),
+        *_forms("imtl", IMTLG),
+        *_forms("pcgrad", PCGrad),
+        BayesAggregation,
+    )
 }
-ALIGNED = tuple(name for name, method in METHODS.items() if issubclass(method, _Alignment))
 SUMS = tuple(name for name, method in METHODS.items() if method.sums)
+
+
+def methods_with(option: str) -> tuple[str, ...]:
+    """The names of those that take this setting."""
+    return tuple(name for name, method in METHODS.items() if option in method.options)
 
 
 def batch_losses(net: MultiTaskNet, tasks: Sequence[Task], views: Sequence[Tensor], batch: Batch) -> list[Tensor]:

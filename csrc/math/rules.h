@@ -1,0 +1,739 @@
+// Solvers of the `rules` stem: task weights from the T x T Gram matrix M of the gradients, shared by the host and device
+// kernels. Each is written for a team of lanes that share memory: one thread of the host (Alone, below), or a warp
+// (cuda/rules.cuh). All lanes call all functions together, and know all scalars; vectors lie in shared memory.
+//
+//   UPGrad, DualProj (arXiv 2406.16232): v = argmin {v'Mv : v >= u}, u = e_i for each i, or the preference
+//   MGDA (arXiv 1810.04650):             w = argmin {w'Mw : w >= 0, 1'w = 1}
+//   CAGrad (arXiv 2110.14048):           w on that simplex minimises w'Mu + k sqrt(w'Mw), u = 1/T, k = c sqrt(u'Mu);
+//                                        the weights are u + k w / sqrt(w'Mw)
+//   Nash-MTL (arXiv 2202.01017), FairGrad (arXiv 2402.15638): M a = a^(-1/alpha), a > 0; alpha = 1 for the former
+//   IMTL-G (ICLR 2021): M a = k sqrt(diag M), 1'a = 1
+//   PCGrad (arXiv 2001.06782): for each i, g_i loses its negative part along g_j, for all j in a random order; their sum
+//
+// The first three are one problem, x'Ax / 2 - b'x over x >= 0, which an active set solves in finitely many steps:
+// v = u + x with A = M, b = -Mu; and w = x / 1'x with A = M + s 11', b = s 1, for any s > 0, since x = r w has the value
+// r^2 w'Mw / 2 + s (r - 1)^2 / 2 up to a constant, least in r for r = s / (s + w'Mw), and increasing in w'Mw then.
+// CAGrad's w is MGDA's for the gradients g_i + t g_0 at the t for which sqrt(w'Mw) = k t.
+#pragma once
+#include "math/scalar.h"
+
+#if defined(__CUDACC__)
+#define MTLGRAD_SOLVER __device__ inline
+#else
+#define MTLGRAD_SOLVER inline
+#endif
+
+namespace mtlgrad::math {
+
+// A value and whose it is; nobody's is -1.
+struct Extreme {
+  double value;
+  int at;
+};
+
+MTLGRAD_INLINE Extreme larger(Extreme a, Extreme b) {
+  const bool second = b.at >= 0 && (a.at < 0 || b.value > a.value || (b.value == a.value && b.at < a.at));
+  return second ? b : a;
+}
+
+// The team of one.
+struct Alone {
+  static constexpr int kLanes = 1;
+  static constexpr int lane = 0;
+  void sync() const {}  // what lanes wrote before, all may read after
+  double sum(double x) const { return x; }
+  bool any(bool p) const { return p; }
+  Extreme largest(Extreme e) const { return e; }
+};
+
+constexpr double kRounding = 2.3e-16;
+constexpr double kStationary = 1e-12;  // w'Mw is zero for all that float64 knows if below this times |w|'|M||w|
+
+// Entry (i, j) of a symmetric matrix of which the upper triangle counts.
+MTLGRAD_INLINE double entry(const double* gram, int n, int i, int j) { return gram[i < j ? i * n + j : j * n + i]; }
+
+template <typename Team>
+MTLGRAD_SOLVER bool is_finite(Team team, const double* gram, int n) {
+  bool finite = true;
+  for (int i = 0; i < n; ++i)
+    for (int j = i + team.lane; j < n; j += Team::kLanes) finite = finite && fabs(gram[i * n + j]) < infinity<double>();
+  return !team.any(!finite);
+}
+
+template <typename Team>
+MTLGRAD_SOLVER double largest_square(Team team, const double* gram, int n) {
+  Extreme most{0.0, -1};
+  for (int i = team.lane; i < n; i += Team::kLanes) most = larger(most, {gram[i * n + i], i});
+  return team.largest(most).value;
+}
+
+template <typename Team>
+MTLGRAD_SOLVER void fill(Team team, double* x, int n, double value) {
+  team.sync();
+  for (int i = team.lane; i < n; i += Team::kLanes) x[i] = value;
+  team.sync();
+}
+
+// ---- Cholesky of the rows and columns that take part -----------------------------------------------------------------
+
+// R with R'R = A over `members`, in this order; R[i, r] at factor[i * n + r], its diagonal's inverses apart.
+template <typename Team>
+struct Cholesky {
+  Team team;
+  int n, size;
+  const double* a;           // [n, n]
+  double *factor, *inverse;  // [n, n], [n]
+  double* scratch;           // [n]
+  int* members;              // [n]
+
+  // Writes the next column of R, that of number j, down to the diagonal, and returns the square of this.
+  MTLGRAD_SOLVER double border(int j) {
+    for (int i = team.lane; i < size; i += Team::kLanes) scratch[i] = a[j * n + members[i]];
+    team.sync();
+    double square = 0.0;
+    for (int i = 0; i < size; ++i) {
+      const double v = scratch[i] * inverse[i];
+      square += v * v;
+      if (team.lane == 0) factor[i * n + size] = v;
+#pragma omp simd
+      for (int r = i + 1 + team.lane; r < size; r += Team::kLanes) scratch[r] -= factor[i * n + r] * v;
+      team.sync();
+    }
+    return a[j * n + j] - square;
+  }
+
+  MTLGRAD_SOLVER void accept(int j, double pivot) {
+    if (team.lane == 0) inverse[size] = 1.0 / sqrt(pivot), members[size] = j;
+    team.sync();
+    ++size;
+  }
+
+  // v <- R'^-1 v
+  MTLGRAD_SOLVER void forward(double* v) {
+    for (int i = 0; i < size; ++i) {
+      const double value = v[i] * inverse[i];
+#pragma omp simd
+      for (int r = i + 1 + team.lane; r < size; r += Team::kLanes) v[r] -= factor[i * n + r] * value;
+      team.sync();
+      if (team.lane == 0) v[i] = value;
+    }
+    team.sync();
+  }
+
+  // v <- R^-1 v
+  MTLGRAD_SOLVER void backward(double* v) {
+    for (int i = size - 1; i >= 0; --i) {
+      double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+      for (int r = i + 1 + team.lane; r < size; r += Team::kLanes) sum += factor[i * n + r] * v[r];
+      sum = team.sum(sum);
+      if (team.lane == 0) v[i] = (v[i] - sum) * inverse[i];
+      team.sync();
+    }
+  }
+};
+
+// ---- x'Ax / 2 - b'x over x >= 0 --------------------------------------------------------------------------------------
+
+// The active set of Lawson and Hanson: from x = 0 on, whoever gains most enters; of the members' solution, and on the way
+// to it, whoever would fall below zero leaves. A member to be that depends on the others (A is singular) enters in the
+// place of the first that leaves on the way along A's null vector. A has ones on its diagonal; numbers that are barred
+// from the start stay zero.
+template <typename Team>
+struct NonNegative {
+  static constexpr int kFree = 0, kMember = 1, kBarred = 2, kNever = 3;
+
+  Cholesky<Team> r;
+  double *b, *x, *rest, *bound, *half, *trial;
+  int* state;
+
+  static constexpr int kVectors = 10;  // and one matrix
+
+  MTLGRAD_SOLVER NonNegative(Team team, int n, const double* a, double* arena) {
+    double* vectors = arena + n * n;
+    r = {team, n, 0, a, arena, vectors, vectors + n, nullptr};
+    b = vectors + 2 * n, x = b + n, rest = x + n, bound = rest + n, half = bound + n, trial = half + n;
+    r.members = reinterpret_cast<int*>(trial + n);
+    state = r.members + n;
+    for (int i = team.lane; i < n; i += Team::kLanes) state[i] = kFree;
+    team.sync();
+  }
+
+  MTLGRAD_SOLVER void solve() {
+    const Team team = r.team;
+    const int n = r.n;
+    r.size = 0;
+    for (int i = team.lane; i < n; i += Team::kLanes) {
+      x[i] = 0.0;
+      if (state[i] != kNever) state[i] = kFree;
+    }
+    team.sync();
+    for (int round = 0; round < 10 * n + 20; ++round) {
+      const int entering = chosen();
+      if (entering < 0) return;
+      if (!enter(entering)) continue;
+      settle(entering);
+    }
+  }
+
+ private:
+  // Who gains most; -1 if nobody gains anything that is not rounding.
+  MTLGRAD_SOLVER int chosen() {
+    const Team team = r.team;
+    const int n = r.n;
+    for (int i = team.lane; i < n; i += Team::kLanes) rest[i] = b[i], bound[i] = fabs(b[i]);
+    for (int k = 0; k < r.size; ++k) {
+      const double* row = r.a + r.members[k] * n;
+      const double factor = x[r.members[k]];
+#pragma omp simd
+      for (int i = team.lane; i < n; i += Team::kLanes) {
+        const double term = row[i] * factor;
+        rest[i] -= term, bound[i] += fabs(term);
+      }
+    }
+    Extreme most{0.0, -1};
+    for (int i = team.lane; i < n; i += Team::kLanes)
+      if (state[i] == kFree && rest[i] > 2.0 * kRounding * n * bound[i]) most = larger(most, {rest[i], i});
+    return team.largest(most).at;
+  }
+
+  MTLGRAD_SOLVER void mark(int i, int what) {
+    if (r.team.lane == 0) state[i] = what;
+    r.team.sync();
+  }
+
+  // half = R'^-1 b, one number more.
+  MTLGRAD_SOLVER void accept(int j, double pivot) {
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = r.team.lane; i < r.size; i += Team::kLanes) sum += r.factor[i * r.n + r.size] * half[i];
+    sum = r.team.sum(sum);
+    if (r.team.lane == 0) half[r.size] = (b[j] - sum) / sqrt(pivot);
+    r.accept(j, pivot);
+  }
+
+  MTLGRAD_SOLVER void leave(int place) {
+    const int gone = r.members[place], before = r.size;
+    r.team.sync();
+    if (r.team.lane == 0) x[gone] = 0.0;
+    mark(gone, kFree);
+    r.size = place;
+    for (int k = place + 1; k < before; ++k) {
+      const int j = r.members[k];
+      const double pivot = r.border(j);
+      accept(j, pivot > 0.0 ? pivot : kRounding);
+    }
+  }
+
+  // Returns whether j is a member now.
+  MTLGRAD_SOLVER bool enter(int j) {
+    const Team team = r.team;
+    while (true) {
+      const double pivot = r.border(j);
+      if (pivot > kRounding * r.n) {
+        accept(j, pivot);
+        mark(j, kMember);
+        return true;
+      }
+      // Along the null vector x_j gains what the members lose.
+      for (int i = team.lane; i < r.size; i += Team::kLanes) trial[i] = r.factor[i * r.n + r.size];
+      team.sync();
+      r.backward(trial);
+      Extreme first{0.0, -1};  // the largest loss per value
+      for (int i = team.lane; i < r.size; i += Team::kLanes)
+        if (trial[i] > 0.0) first = larger(first, {x[r.members[i]] > 0.0 ? trial[i] / x[r.members[i]] : 1e300, i});
+      first = team.largest(first);
+      if (first.at < 0) {
+        mark(j, kBarred);
+        return false;
+      }
+      const double gain = first.value == 1e300 ? 0.0 : 1.0 / first.value;
+      for (int i = team.lane; i < r.size; i += Team::kLanes) {
+        const double left = x[r.members[i]] - gain * trial[i];
+        x[r.members[i]] = left > 0.0 ? left : 0.0;
+      }
+      if (team.lane == 0) x[j] += gain;
+      team.sync();
+      leave(first.at);
+    }
+  }
+
+  // From x to the solution of the members, the last of whom is `entered`, and on if that is not positive.
+  MTLGRAD_SOLVER void settle(int entered) {
+    const Team team = r.team;
+    bool moved = false;
+    while (r.size > 0) {
+      for (int i = team.lane; i < r.size; i += Team::kLanes) trial[i] = half[i];
+      team.sync();
+      r.backward(trial);
+      Extreme first{0.0, -1};  // the largest part of the way that is too much
+      for (int i = team.lane; i < r.size; i += Team::kLanes)
+        if (!(trial[i] > 0.0)) {
+          const double now = x[r.members[i]];
+          first = larger(first, {(now - trial[i]) / (now > 0.0 ? now : 1e-300), i});
+        }
+      first = team.largest(first);
+      const double part = first.at < 0 ? 1.0 : 1.0 / first.value;
+      for (int i = team.lane; i < r.size; i += Team::kLanes) {
+        double& value = x[r.members[i]];
+        const double next = first.at < 0 ? trial[i] : value + part * (trial[i] - value);
+        value = next > 0.0 ? next : 0.0;
+      }
+      team.sync();
+      if (first.at < 0) {
+        moved = true;
+        break;
+      }
+      const int gone = r.members[first.at];
+      leave(first.at);
+      if (gone == entered && !moved) mark(gone, kBarred);  // it gained by rounding alone
+      moved = moved || part > 0.0;
+    }
+    if (!moved) return;
+    for (int i = team.lane; i < r.n; i += Team::kLanes)
+      if (state[i] == kBarred) state[i] = kFree;
+    team.sync();
+  }
+};
+
+// ---- the dual cone: UPGrad, DualProj ---------------------------------------------------------------------------------
+
+// A matrix for NonNegative, and lengths: cosines and norms of the gradients, zeros for gradients of zero. Returns whether
+// any is not.
+template <typename Team>
+MTLGRAD_SOLVER void cosines(Team team, const double* gram, int n, double* out, double* lengths) {
+  for (int i = team.lane; i < n; i += Team::kLanes) lengths[i] = gram[i * n + i] > 0.0 ? sqrt(gram[i * n + i]) : 0.0;
+  team.sync();
+  for (int i = 0; i < n; ++i)
+    for (int j = team.lane; j < n; j += Team::kLanes) {
+      const bool some = lengths[i] > 0.0 && lengths[j] > 0.0;
+      out[i * n + j] = i == j ? 1.0 : some ? entry(gram, n, i, j) / lengths[i] / lengths[j] : 0.0;
+    }
+  team.sync();
+}
+
+template <typename Team>
+MTLGRAD_SOLVER void bar_zeros(NonNegative<Team>& problem, const double* lengths) {
+  for (int i = problem.r.team.lane; i < problem.r.n; i += Team::kLanes)
+    if (lengths[i] == 0.0) problem.state[i] = NonNegative<Team>::kNever;
+  problem.r.team.sync();
+}
+
+constexpr int64_t dual_cone_arena(int64_t n) { return 2 * n * n + (NonNegative<Alone>::kVectors + 2) * n; }
+
+// UPGrad's part of task i: v >= e_i, [n].
+template <typename Team>
+MTLGRAD_SOLVER void project_task(Team team, const double* gram, int n, int i, double* arena, double* v) {
+  double *matrix = arena, *lengths = arena + n * n;
+  if (!is_finite(team, gram, n)) return fill(team, v, n, not_a_number<double>());
+  cosines(team, gram, n, matrix, lengths);
+  NonNegative<Team> problem(team, n, matrix, lengths + 2 * n);
+  bar_zeros(problem, lengths);
+  const bool some = lengths[i] > 0.0;
+  for (int j = team.lane; j < n; j += Team::kLanes) problem.b[j] = some && lengths[j] > 0.0 ? -matrix[i * n + j] : 0.0;
+  team.sync();
+  problem.solve();
+  for (int j = team.lane; j < n; j += Team::kLanes)
+    v[j] = (i == j ? 1.0 : 0.0) + (problem.x[j] > 0.0 ? lengths[i] * problem.x[j] / lengths[j] : 0.0);
+  team.sync();
+}
+
+// DualProj: v >= u.
+template <typename Team>
+MTLGRAD_SOLVER void project_preference(Team team, const double* gram, const double* u, int n, double* arena,
+                                       double* v) {
+  double *matrix = arena, *lengths = arena + n * n, *wanted = lengths + n;
+  if (!is_finite(team, gram, n)) return fill(team, v, n, not_a_number<double>());
+  cosines(team, gram, n, matrix, lengths);
+  NonNegative<Team> problem(team, n, matrix, wanted + n);
+  bar_zeros(problem, lengths);
+  Extreme most{0.0, -1};
+  for (int j = team.lane; j < n; j += Team::kLanes) {
+    wanted[j] = (u ? u[j] : 1.0 / n) * lengths[j];
+    most = larger(most, {fabs(wanted[j]), j});
+  }
+  const double scale = team.largest(most).value;
+  fill(team, problem.b, n, 0.0);
+  for (int i = 0; i < n && scale > 0.0; ++i) {
+    const double factor = wanted[i] / scale;
+    for (int j = team.lane; j < n; j += Team::kLanes)
+      if (lengths[j] > 0.0) problem.b[j] -= matrix[i * n + j] * factor;
+  }
+  team.sync();
+  problem.solve();
+  for (int j = team.lane; j < n; j += Team::kLanes)
+    v[j] = (u ? u[j] : 1.0 / n) + (problem.x[j] > 0.0 ? scale * problem.x[j] / lengths[j] : 0.0);
+  team.sync();
+}
+
+// ---- the simplex: MGDA, CAGrad ---------------------------------------------------------------------------------------
+
+constexpr int64_t simplex_arena(int64_t n) { return 2 * n * n + (NonNegative<Alone>::kVectors + 5) * n; }
+
+// The point of least norm in the convex hull of g_i + t g_0, for a Gram matrix of the g_i whose largest square is
+// `largest`: all is relative to that.
+template <typename Team>
+struct Hull {
+  Team team;
+  int n;
+  const double* gram;
+  double largest;
+  double *means, mean;     // <g_i, g_0>, [n], and |g_0|^2
+  double *matrix, *scale;  // [n, n], [n]
+  double *w, *products;    // [n], the point's weights, and M w
+  NonNegative<Team> problem;
+
+  MTLGRAD_SOLVER Hull(Team team, const double* gram, int n, double largest, double* arena)
+      : team(team),
+        n(n),
+        gram(gram),
+        largest(largest),
+        means(arena + n * n),
+        mean(0.0),
+        matrix(arena),
+        scale(means + n),
+        w(scale + n),
+        products(w + n),
+        problem(team, n, matrix, products + 2 * n) {
+    double total = 0.0;
+    for (int i = team.lane; i < n; i += Team::kLanes) {
+      double sum = 0.0;
+      for (int j = 0; j < n; ++j) sum += entry(gram, n, i, j) / largest;
+      means[i] = sum / n;
+      total += means[i];
+    }
+    mean = team.sum(total) / n;
+    team.sync();
+  }
+
+  MTLGRAD_SOLVER double product(int i, int j, double t) const {
+    return entry(gram, n, i, j) / largest + t * (means[i] + means[j] + t * mean);
+  }
+
+  // w for t; where gradients g_i + t g_0 are zero they share the weight.
+  MTLGRAD_SOLVER void solve(double t) {
+    Extreme least{0.0, -1}, most{0.0, -1};
+    for (int i = team.lane; i < n; i += Team::kLanes) {
+      scale[i] = product(i, i, t);
+      least = larger(least, {-scale[i], i}), most = larger(most, {scale[i], i});
+    }
+    const double shortest = -team.largest(least).value, longest = team.largest(most).value;
+    if (!(shortest > 0.0) && t == 0.0) {
+      double zeros = 0.0;
+      for (int i = team.lane; i < n; i += Team::kLanes) zeros += scale[i] > 0.0 ? 0.0 : 1.0;
+      zeros = team.sum(zeros);
+      for (int i = team.lane; i < n; i += Team::kLanes) w[i] = scale[i] > 0.0 ? 0.0 : 1.0 / zeros;
+      team.sync();
+      return;
+    }
+    const double floor = t == 0.0 ? 0.0 : 1e-15 * longest;  // what is left of a difference
+    const double s = shortest > floor ? shortest : floor;
+    for (int i = team.lane; i < n; i += Team::kLanes) {
+      scale[i] = sqrt((scale[i] > 0.0 ? scale[i] : 0.0) + s);
+      problem.b[i] = sqrt(s) / scale[i];
+    }
+    team.sync();
+    for (int i = 0; i < n; ++i)
+      for (int j = team.lane; j < n; j += Team::kLanes)
+        matrix[i * n + j] = i == j ? 1.0 : (product(i, j, t) + s) / scale[i] / scale[j];
+    team.sync();
+    problem.solve();
+    double total = 0.0;
+    for (int i = team.lane; i < n; i += Team::kLanes) total += problem.x[i] / scale[i];
+    total = team.sum(total);
+    for (int i = team.lane; i < n; i += Team::kLanes) w[i] = problem.x[i] / scale[i] / total;
+    team.sync();
+  }
+
+  // products = M w; returns w'Mw, and w'|M|w.
+  MTLGRAD_SOLVER double square(double* absolute) {
+    double sum = 0.0, bound = 0.0;
+    for (int i = team.lane; i < n; i += Team::kLanes) {
+      double own = 0.0, size = 0.0;
+      for (int j = 0; j < n; ++j) {
+        const double term = entry(gram, n, i, j) / largest * w[j];
+        own += term, size += fabs(term);
+      }
+      products[i] = own;
+      sum += w[i] * own, bound += w[i] * size;
+    }
+    sum = team.sum(sum);
+    *absolute = team.sum(bound);
+    team.sync();
+    return sum > 0.0 ? sum : 0.0;
+  }
+
+  // |dw/dt|^2 in the norm of M, while the members stay: w moves by q, the solution of A q = -b + v 1 with 1'q = 0.
+  MTLGRAD_SOLVER double speed_square(double* y) {
+    Cholesky<Team>& r = problem.r;
+    for (int k = team.lane; k < r.size; k += Team::kLanes) y[k] = means[r.members[k]] / scale[r.members[k]];
+    team.sync();
+    r.forward(y);
+    r.backward(y);
+    double sum = 0.0, along = 0.0, mean_of_w = 0.0;
+    for (int k = team.lane; k < r.size; k += Team::kLanes) {
+      const int i = r.members[k];
+      sum += y[k] / scale[i], along += y[k] / scale[i] * means[i], mean_of_w += w[i] * means[i];
+    }
+    const double found = team.sum(along) - team.sum(sum) * team.sum(mean_of_w);
+    team.sync();
+    return found > 0.0 ? found : 0.0;
+  }
+};
+
+// MGDA.
+template <typename Team>
+MTLGRAD_SOLVER void least_norm(Team team, const double* gram, int n, double* arena, double* weights) {
+  if (!is_finite(team, gram, n)) return fill(team, weights, n, not_a_number<double>());
+  const double largest = largest_square(team, gram, n);
+  if (!(largest > 0.0)) return fill(team, weights, n, 1.0 / n);
+  Hull<Team> hull(team, gram, n, largest, arena);
+  hull.solve(0.0);
+  for (int i = team.lane; i < n; i += Team::kLanes) weights[i] = hull.w[i];
+  team.sync();
+}
+
+// CAGrad. |w| - k t decreases in t: where the members stay, |w|^2 = d^2 + t^2 q^2, of which the root is known; a bracket
+// guards the search for the members.
+template <typename Team>
+MTLGRAD_SOLVER void conflict_averse(Team team, const double* gram, double c, int n, double* arena, double* weights) {
+  if (!is_finite(team, gram, n)) return fill(team, weights, n, not_a_number<double>());
+  const double largest = largest_square(team, gram, n);
+  fill(team, weights, n, 1.0 / n);
+  if (!(largest > 0.0) || c == 0.0) return;
+  Hull<Team> hull(team, gram, n, largest, arena);
+  double bound = 0.0;
+  for (int i = team.lane; i < n; i += Team::kLanes)
+    for (int j = 0; j < n; ++j) bound += fabs(entry(gram, n, i, j)) / largest;
+  if (!(hull.mean > kStationary * team.sum(bound) / n / n)) return;  // g_0 is zero
+  const double k = c * sqrt(hull.mean);
+  double low = 0.0, high = 1.0 / k, t = 0.0, square = 0.0, absolute = 0.0;
+  for (int round = 0; round < 100; ++round) {
+    hull.solve(t);
+    square = hull.square(&absolute);
+    const double gap = square - k * t * (k * t);
+    if (fabs(gap) <= 8.0 * kRounding * absolute && t > 0.0) break;
+    if (gap > 0.0 || t == 0.0)
+      low = t;
+    else
+      high = t;
+    const double speed = hull.speed_square(hull.products), fixed = square - t * t * speed;
+    double next = k * k > speed && fixed > 0.0 ? sqrt(fixed / (k * k - speed)) : high;
+    if (!(next > low && next < high)) next = low > 0.0 ? sqrt(low) * sqrt(high) : high / 64.0;
+    if (fabs(next - t) <= kRounding * t) break;
+    t = next;
+  }
+  if (!(square > kStationary * absolute)) return;
+  for (int i = team.lane; i < n; i += Team::kLanes) weights[i] += k / sqrt(square) * hull.w[i];
+  team.sync();
+}
+
+// ---- fairness: Nash-MTL, FairGrad ------------------------------------------------------------------------------------
+
+constexpr int64_t fair_arena(int64_t n) { return simplex_arena(n); }
+
+// What the utility x^(1 - p) / (1 - p), log x for p = 1, gains from x to x + step.
+MTLGRAD_SOLVER double utility_gain(double x, double step, double p) {
+  const double grown = log1p(step / x);
+  return p == 1.0 ? grown : pow(x, 1.0 - p) * expm1((1.0 - p) * grown) / (1.0 - p);
+}
+
+// With p = 1 / alpha, C the cosines and d the lengths, x = d a solves C x = k x^-p, k = d^(p - 1): the minimum of
+// x'Cx / 2 - sum_i k_i utility(x_i). Newton's method, each step halved until it gains enough. Without a solution (a convex
+// combination of the gradients is zero) the weights are that combination's, MGDA's.
+template <typename Team>
+MTLGRAD_SOLVER void fair(Team team, const double* gram, double alpha, bool normalize, int n, double* arena,
+                         double* weights) {
+  if (!is_finite(team, gram, n)) return fill(team, weights, n, not_a_number<double>());
+  const double largest = largest_square(team, gram, n);
+  if (!(largest > 0.0)) return fill(team, weights, n, 1.0);
+  double norm = 0.0;
+  for (int i = team.lane; i < n; i += Team::kLanes)
+    for (int j = 0; j < n; ++j) {
+      const double e = entry(gram, n, i, j) / largest;
+      norm += e * e;
+    }
+  norm = normalize ? sqrt(team.sum(norm)) : 1.0 / largest;  // of M / largest
+  const double p = 1.0 / alpha;
+
+  double *factor = arena, *matrix = factor + n * n, *x = matrix + n * n;
+  double *k = x + n, *gains = k + n, *slopes = gains + n, *step = slopes + n, *lengths = step + n;
+  double *inverse = lengths + n, *scratch = inverse + n;
+  int *members = reinterpret_cast<int*>(scratch + n), *of = members + n;
+
+  int count = 0;  // tasks whose gradient is not zero
+  for (int i = 0; i < n; ++i)
+    if (gram[i * n + i] > 0.0) {
+      if (team.lane == 0) of[count] = i, lengths[count] = sqrt(gram[i * n + i] / largest / norm);
+      ++count;
+    }
+  team.sync();
+  for (int i = 0; i < count; ++i)
+    for (int j = team.lane; j < count; j += Team::kLanes)
+      matrix[i * count + j] = entry(gram, n, of[i], of[j]) / largest / norm / lengths[i] / lengths[j];
+  Extreme most{0.0, -1};
+  for (int i = team.lane; i < count; i += Team::kLanes) most = larger(most, {(p - 1.0) * log(lengths[i]), i});
+  const double log_k = team.largest(most).value;  // x and k are relative to it
+  for (int i = team.lane; i < count; i += Team::kLanes) {
+    k[i] = exp((p - 1.0) * log(lengths[i]) - log_k);
+    x[i] = pow(k[i], 1.0 / (1.0 + p));
+  }
+  team.sync();
+
+  bool found = false;
+  for (int round = 0; round < 200; ++round) {
+    // gains_i = k_i x_i^(1 - p) and slopes_i = x_i (C x)_i are equal at the solution.
+    double quadratic = 0.0, absolute = 0.0, total = 0.0;
+    Extreme off{0.0, -1};
+    for (int i = team.lane; i < count; i += Team::kLanes) {
+      double own = x[i], size = x[i];
+      for (int j = 0; j < count; ++j)
+        if (j != i) own += matrix[j * count + i] * x[j], size += fabs(matrix[j * count + i] * x[j]);
+      gains[i] = k[i] * pow(x[i], 1.0 - p), slopes[i] = x[i] * own;
+      quadratic += slopes[i], absolute += x[i] * size, total += gains[i];
+      off = larger(off, {fabs(gains[i] - slopes[i]) / (gains[i] + x[i] * size), i});
+    }
+    quadratic = team.sum(quadratic), absolute = team.sum(absolute), total = team.sum(total);
+    const double worst = team.largest(off).value;
+    found = quadratic > kStationary * absolute && worst <= 1e-9;
+    if (!(quadratic > kStationary * absolute) || worst <= 4.0 * kRounding * count) break;
+    if (round == 0) {  // the best multiple of the start
+      const double best = pow(total / quadratic, 1.0 / (1.0 + p));
+      for (int i = team.lane; i < count; i += Team::kLanes) x[i] *= best;
+      team.sync();
+      continue;
+    }
+    for (int i = team.lane; i < count; i += Team::kLanes) {
+      matrix[i * count + i] = 1.0 + p * gains[i] / (x[i] * x[i]);
+      step[i] = (gains[i] - slopes[i]) / x[i];
+    }
+    team.sync();
+    Cholesky<Team> r{team, count, 0, matrix, factor, inverse, scratch, members};
+    for (int i = 0; i < count; ++i) {
+      const double pivot = r.border(i);
+      r.accept(i, pivot > 0.0 ? pivot : kRounding * matrix[i * count + i]);
+    }
+    r.forward(step);
+    r.backward(step);
+
+    double decrement = 0.0, linear = 0.0, curved = 0.0;
+    Extreme down{0.0, -1};
+    for (int i = team.lane; i < count; i += Team::kLanes) {
+      double own = step[i];
+      for (int j = 0; j < count; ++j)
+        if (j != i) own += matrix[j * count + i] * step[j];
+      const double relative = step[i] / x[i];
+      decrement += relative * (gains[i] - slopes[i]), linear += relative * slopes[i], curved += step[i] * own;
+      down = larger(down, {-relative, i});
+    }
+    decrement = team.sum(decrement), linear = team.sum(linear), curved = team.sum(curved);
+    down = team.largest(down);
+    double part = down.value > 0.9 ? 0.9 / down.value : 1.0;
+    for (int halving = 0; halving < 40 && decrement > 1e-10 * quadratic; ++halving, part *= 0.5) {
+      double change = 0.0;  // of the utilities
+      for (int i = team.lane; i < count; i += Team::kLanes) change += k[i] * utility_gain(x[i], part * step[i], p);
+      if (part * (linear + 0.5 * part * curved) - team.sum(change) <= -1e-4 * part * decrement) break;
+    }
+    for (int i = team.lane; i < count; i += Team::kLanes) x[i] += part * step[i];
+    team.sync();
+  }
+  if (!found) return least_norm(team, gram, n, arena, weights);
+  fill(team, weights, n, 0.0);
+  const double size = exp(log_k / (1.0 + p));
+  for (int i = team.lane; i < count; i += Team::kLanes) weights[of[i]] = size * x[i] / lengths[i];
+  team.sync();
+}
+
+// ---- IMTL-G ----------------------------------------------------------------------------------------------------------
+
+// weights = y / d over their sum, for y = C^+ 1; zeros where that is zero, as for opposites: no other combination than
+// zero has equal projections.
+template <typename Team>
+MTLGRAD_SOLVER void equal_projections(Team team, const double* y, const double* lengths, int n, double* weights) {
+  Extreme most{0.0, -1};
+  for (int i = team.lane; i < n; i += Team::kLanes) most = larger(most, {lengths[i], i});
+  const double longest = team.largest(most).value;
+  if (!(longest > 0.0)) return fill(team, weights, n, 1.0 / n);
+  double total = 0.0, absolute = 0.0;
+  for (int i = team.lane; i < n; i += Team::kLanes) {
+    weights[i] = lengths[i] > 0.0 ? y[i] * (longest / lengths[i]) : 0.0;
+    total += weights[i], absolute += fabs(weights[i]);
+  }
+  total = team.sum(total), absolute = team.sum(absolute);
+  const bool none = !(fabs(total) > kStationary * absolute);
+  for (int i = team.lane; i < n; i += Team::kLanes) weights[i] = none ? 0.0 : weights[i] / total;
+  team.sync();
+}
+
+constexpr int64_t imtlg_arena(int64_t n) { return 2 * (n + 1) * (n + 1) + 7 * n; }
+
+// y = C^-1 1 of cosines [n, n] that are far from singular; returns whether they are. Zero gradients: y = 1.
+template <typename Team>
+MTLGRAD_SOLVER bool inverse_times_ones(Team team, const double* matrix, int n, double* factor, double* vectors,
+                                       double* y) {
+  Cholesky<Team> r{team, n, 0, matrix, factor, vectors, vectors + n, reinterpret_cast<int*>(vectors + 2 * n)};
+  for (int i = 0; i < n; ++i) {
+    const double pivot = r.border(i);
+    if (!(pivot > 1e-6)) return false;
+    r.accept(i, pivot);
+  }
+  fill(team, y, n, 1.0);
+  r.forward(y);
+  r.backward(y);
+  return true;
+}
+
+// y = C^+ 1, without the eigenvalues that are rounding: C's eigenvalue k at values[k * stride], element i of its
+// eigenvector at vectors[k * across + i * along].
+template <typename Team>
+MTLGRAD_SOLVER void pseudo_inverse_times_ones(Team team, const double* values, int stride, const double* vectors,
+                                              int across, int along, const double* lengths, int n, double* parts,
+                                              double* y) {
+  Extreme most{0.0, -1};
+  for (int k = team.lane; k < n; k += Team::kLanes) most = larger(most, {values[k * stride], k});
+  const double least = 1e-14 * n * team.largest(most).value;
+  for (int k = team.lane; k < n; k += Team::kLanes) {
+    double sum = 0.0;
+    for (int i = 0; i < n; ++i) sum += lengths[i] > 0.0 ? vectors[k * across + i * along] : 0.0;
+    parts[k] = values[k * stride] > least && fabs(sum) > kStationary ? sum / values[k * stride] : 0.0;
+  }
+  team.sync();
+  for (int i = team.lane; i < n; i += Team::kLanes) {
+    y[i] = 0.0;
+    for (int k = 0; k < n; ++k) y[i] += parts[k] * vectors[k * across + i * along];
+  }
+  team.sync();
+}
+
+// ---- PCGrad ----------------------------------------------------------------------------------------------------------
+
+// 64 bits that look random, of a counter (splitmix64).
+MTLGRAD_INLINE uint64_t scrambled(uint64_t x) {
+  x += 0x9E3779B97F4A7C15u;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+// Task i's gradient without its conflicts, v [n], the others met in an order drawn from seed, step and task alone; `order`
+// has n entries. One lane does it.
+MTLGRAD_SOLVER void resolve_conflicts(const double* gram, int n, int i, int64_t seed, int64_t step, int* order,
+                                      double* v) {
+  const uint64_t key = scrambled(scrambled(scrambled(static_cast<uint64_t>(seed)) + static_cast<uint64_t>(step)) +
+                                 static_cast<uint64_t>(i));
+  for (int j = 0; j < n; ++j) v[j] = i == j ? 1.0 : 0.0, order[j] = j;
+  for (int j = n - 1; j > 0; --j) {
+    const int other = static_cast<int>(scrambled(key + static_cast<uint64_t>(j)) % static_cast<uint64_t>(j + 1));
+    const int kept = order[j];
+    order[j] = order[other], order[other] = kept;
+  }
+  for (int k = 0; k < n; ++k) {
+    const int j = order[k];
+    if (j == i) continue;
+    double product = 0.0;
+    for (int l = 0; l < n; ++l) product += entry(gram, n, j, l) * v[l];
+    if (product < 0.0) v[j] -= product / gram[j * n + j];
+  }
+}
+
+}  // namespace mtlgrad::math
