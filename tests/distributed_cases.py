@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from ranks import by_rank
 from torch import Tensor, nn
 from torch.nn import functional
 
+import mtlgrad
 from mtlgrad.distributed import global_means
 
 WIDTH, CLASSES = 12, 4
+
+
+def own_draw(gram: Tensor) -> Tensor:
+    """A weighting that differs from rank to rank, where it is asked."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return gram.diagonal().rsqrt() * (1 + rank)
+
+
+RULES: dict[str, Callable[[], mtlgrad.GramRule]] = {
+    "min": lambda: mtlgrad.AlignedMTL(3, [1.0, 2.0, 0.5]),
+    "rmse": lambda: mtlgrad.AlignedMTL(3, [1.0, 2.0, 0.5], scale="rmse"),
+    "upgrad": lambda: mtlgrad.UPGrad(3, [1.0, 2.0, 0.5]),
+    "dualproj": lambda: mtlgrad.DualProj(3),
+    "mgda": lambda: mtlgrad.MGDA(3),
+    "cagrad": lambda: mtlgrad.CAGrad(3),
+    "nash": lambda: mtlgrad.NashMTL(3),
+    "fairgrad": lambda: mtlgrad.FairGrad(3),
+    "imtlg": lambda: mtlgrad.IMTLG(3),
+    "pcgrad": lambda: mtlgrad.PCGrad(3, seed=dist.get_rank() if dist.is_initialized() else 0),
+    "of one's own": lambda: mtlgrad.GramRule(3, own_draw),
+}
+
+
+def shown(rule: mtlgrad.GramRule) -> dict[str, Tensor]:
+    """What a rule tells of its latest use."""
+    values = {"weights": rule.weights, "singular values": getattr(rule, "singular_values", None)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class Batch(NamedTuple):

@@ -1,4 +1,4 @@
-"""Aligned-MTL and task_backward on several ranks equal one process with the concatenated batch."""
+"""The rules over the Gram matrix and task_backward on several ranks equal one process with the concatenated batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import WIDTH, Batch, Net, assert_near, batches, cut, losses, whole
+from distributed_cases import RULES, WIDTH, Batch, Net, assert_near, batches, cut, losses, shown, whole
 from ranks import Pool, counted
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,12 +21,12 @@ CUTS = {
 }
 
 
-def gradients(form: str, parts: list[Batch], scale: str) -> dict[str, Tensor]:
+def gradients(form: str, parts: list[Batch], rule: str) -> dict[str, Tensor]:
     """What a step leaves; of one process if torch.distributed was not initialised."""
     alone = not dist.is_initialized()
     batch = whole(parts) if alone else parts[dist.get_rank()]
     net = Net()
-    aligned = mtlgrad.AlignedMTL(3, [1.0, 2.0, 0.5], scale=scale)  # type: ignore[arg-type]
+    aligned = RULES[rule]()
     model = net if alone else DistributedDataParallel(net)
     shared = list(net.backbone.parameters())
     if form.startswith("merge"):
@@ -46,9 +46,7 @@ def gradients(form: str, parts: list[Batch], scale: str) -> dict[str, Tensor]:
     # One vector each: an entry's error is measured by the largest of all, also in a bias whose gradient nearly cancels.
     parts_of = {"backbone": net.backbone, "heads": net.heads}
     found = {name: torch.cat([p.grad.flatten() for p in m.parameters()]) for name, m in parts_of.items()}  # type: ignore[union-attr]
-    assert aligned.weights is not None
-    assert aligned.singular_values is not None
-    return {**found, "weights": aligned.weights, "singular values": aligned.singular_values}
+    return {**found, **shown(aligned)}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -57,9 +55,9 @@ def test_equal_to_one_process(form: str, size: int, two_ranks: Pool, four_ranks:
     pool = two_ranks if size == 2 else four_ranks
     for counts, absent in CUTS[size]:
         parts = cut(batches(1, 11, seed=len(absent))[0], counts, absent)
-        for scale in ("min", "rmse"):
-            expected = gradients(form, parts, scale)
-            for found in pool(gradients, form, parts, scale):
+        for rule in RULES:
+            expected = gradients(form, parts, rule)
+            for found in pool(gradients, form, parts, rule):
                 for name, value in expected.items():
                     assert_near(found[name], value)
 

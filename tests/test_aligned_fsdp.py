@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import WIDTH, Batch, Net, assert_near, batches, cut, losses, whole
+from distributed_cases import RULES, WIDTH, Batch, Net, assert_near, batches, cut, losses, shown, whole
 from ranks import Pool, counted
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,12 +37,14 @@ def full(tensor: Tensor | None) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def gradients(form: str, parts: list[Batch], heads: bool, replicas: int) -> dict[str, Tensor]:
+def gradients(form: str, parts: list[Batch], heads: bool, replicas: int, rule: str = "min") -> dict[str, Tensor]:
     alone = not dist.is_initialized()
     batch = whole(parts) if alone else parts[dist.get_rank()]
     net = Net() if alone else sharded(Net(), heads=heads, replicas=replicas)
     shared = list(net.backbone.parameters())  # before the model is called, which swaps them for a while
-    aligned = mtlgrad.AlignedMTL(3, [1.0, 2.0, 0.5], scale_heads=form == "scaled")
+    aligned = RULES[rule]()
+    if form == "scaled":
+        aligned.scale_heads = True
     z = net.backbone(batch.x)
     if form == "layer":
         torch.stack(losses(net, list(aligned(z)), batch)).sum().backward()
@@ -66,9 +68,7 @@ def gradients(form: str, parts: list[Batch], heads: bool, replicas: int) -> dict
         name: torch.cat([full(p.grad).flatten() for p in module.parameters()])
         for name, module in {"backbone": net.backbone, "heads": net.heads}.items()
     }
-    assert aligned.weights is not None
-    assert aligned.singular_values is not None
-    return {**found, "weights": aligned.weights, "singular values": aligned.singular_values}
+    return {**found, **shown(aligned)}
 
 
 @pytest.mark.parametrize("form", ["layer", "merge", "twice", "scaled"])
@@ -82,6 +82,17 @@ def test_equal_to_one_process(
     for found in (two_ranks if size == 2 else four_ranks)(gradients, form, parts, heads, replicas):
         for name, value in expected.items():
             assert_near(found[name], value)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("min", "rmse")])
+def test_every_rule(rule: str, two_ranks: Pool, four_ranks: Pool) -> None:
+    for pool, counts, replicas in ((two_ranks, [7, 4], 1), (four_ranks, [1, 4, 4, 2], 2)):
+        parts = cut(batches(1, 14, seed=3)[0], counts, {1: 2})
+        for form in ("layer", "merge", "scaled"):
+            expected = gradients(form, parts, True, replicas, rule)
+            for found in pool(gradients, form, parts, True, replicas, rule):
+                for name, value in expected.items():
+                    assert_near(found[name], value)
 
 
 def shards() -> list[int]:

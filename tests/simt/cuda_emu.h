@@ -55,7 +55,7 @@
 #define DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(emu::dynamic_shared())
 #define EMU_UNPAREN(...) __VA_ARGS__
 #define KERNEL_LAUNCH(kernel, grid, block, smem, stream, ...)                                         \
-  ((void)(stream), emu::launch(reinterpret_cast<const void*>(&EMU_UNPAREN kernel), grid, block, smem, \
+  ((void)(stream), emu::launch(reinterpret_cast<const void*>(+EMU_UNPAREN kernel), grid, block, smem, \
                                [&] { EMU_UNPAREN kernel(__VA_ARGS__); }))
 
 #if defined(__SANITIZE_THREAD__)
