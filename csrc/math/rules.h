@@ -530,7 +530,7 @@ MTLGRAD_SOLVER void conflict_averse(Team team, const double* gram, double c, int
 
 // ---- fairness: Nash-MTL, FairGrad ------------------------------------------------------------------------------------
 
-constexpr int64_t fair_arena(int64_t n) { return simplex_arena(n); }
+constexpr int64_t fair_arena(int64_t n) { return simplex_arena(n); }  // which has one vector more
 
 // What the utility x^(1 - p) / (1 - p), log x for p = 1, gains from x to x + step.
 MTLGRAD_SOLVER double utility_gain(double x, double step, double p) {
@@ -538,9 +538,25 @@ MTLGRAD_SOLVER double utility_gain(double x, double step, double p) {
   return p == 1.0 ? grown : pow(x, 1.0 - p) * expm1((1.0 - p) * grown) / (1.0 - p);
 }
 
-// With p = 1 / alpha, C the cosines and d the lengths, x = d a solves C x = k x^-p, k = d^(p - 1): the minimum of
-// x'Cx / 2 - sum_i k_i utility(x_i). Newton's method, each step halved until it gains enough. Without a solution (a convex
-// combination of the gradients is zero) the weights are that combination's, MGDA's.
+// Row i of `matrix`, whose diagonal is apart, times x; returns that, and what its roundings are relative to. Each product's
+// and each sum's rounding is added up, too: where the row nearly cancels, that is what is left.
+MTLGRAD_SOLVER double exact_product(const double* matrix, const double* diagonal, const double* x, int n, int i,
+                                    double* size) {
+  double sum = diagonal[i] * x[i], left = fma(diagonal[i], x[i], -sum);
+  *size = sum;
+  for (int j = 0; j < n; ++j) {
+    if (j == i) continue;
+    const double e = matrix[j * n + i], term = e * x[j], next = sum + term, back = next - sum;
+    left += fma(e, x[j], -term) + ((sum - (next - back)) + (term - back));
+    sum = next, *size += fabs(term);
+  }
+  return sum + left;
+}
+
+// With p = 1 / alpha and N the norm to divide by, x = d a solves C x = k x^-p, C_ij = M_ij / (d_i d_j), k = N d^(p - 1):
+// the minimum of x'Cx / 2 - sum_i k_i utility(x_i). d are the gradients' lengths, rounded to powers of two, so that C has
+// all digits of M. Newton's method, each step halved until it gains enough. Without a solution (a convex combination of
+// the gradients is zero) the weights are that combination's, MGDA's.
 template <typename Team>
 MTLGRAD_SOLVER void fair(Team team, const double* gram, double alpha, bool normalize, int n, double* arena,
                          double* weights) {
@@ -553,50 +569,56 @@ MTLGRAD_SOLVER void fair(Team team, const double* gram, double alpha, bool norma
       const double e = entry(gram, n, i, j) / largest;
       norm += e * e;
     }
-  norm = normalize ? sqrt(team.sum(norm)) : 1.0 / largest;  // of M / largest
+  const double log_norm = normalize ? 0.5 * log(team.sum(norm)) + log(largest) : 0.0;
   const double p = 1.0 / alpha;
 
   double *factor = arena, *matrix = factor + n * n, *x = matrix + n * n;
   double *k = x + n, *gains = k + n, *slopes = gains + n, *step = slopes + n, *lengths = step + n;
-  double *inverse = lengths + n, *scratch = inverse + n;
-  int *members = reinterpret_cast<int*>(scratch + n), *of = members + n;
+  double *inverse = lengths + n, *scratch = inverse + n, *diagonal = scratch + n;
+  int *members = reinterpret_cast<int*>(diagonal + n), *of = members + n;
 
   int count = 0;  // tasks whose gradient is not zero
   for (int i = 0; i < n; ++i)
     if (gram[i * n + i] > 0.0) {
-      if (team.lane == 0) of[count] = i, lengths[count] = sqrt(gram[i * n + i] / largest / norm);
+      if (team.lane == 0) of[count] = i, lengths[count] = exp2(rint(0.5 * log2(gram[i * n + i])));
       ++count;
     }
   team.sync();
   for (int i = 0; i < count; ++i)
     for (int j = team.lane; j < count; j += Team::kLanes)
-      matrix[i * count + j] = entry(gram, n, of[i], of[j]) / largest / norm / lengths[i] / lengths[j];
+      matrix[i * count + j] = entry(gram, n, of[i], of[j]) / lengths[i] / lengths[j];
   Extreme most{0.0, -1};
-  for (int i = team.lane; i < count; i += Team::kLanes) most = larger(most, {(p - 1.0) * log(lengths[i]), i});
+  for (int i = team.lane; i < count; i += Team::kLanes) {
+    k[i] = log_norm + (p - 1.0) * log(lengths[i]);
+    most = larger(most, {k[i], i});
+  }
   const double log_k = team.largest(most).value;  // x and k are relative to it
   for (int i = team.lane; i < count; i += Team::kLanes) {
-    k[i] = exp((p - 1.0) * log(lengths[i]) - log_k);
-    x[i] = pow(k[i], 1.0 / (1.0 + p));
+    k[i] = exp(k[i] - log_k);
+    diagonal[i] = gram[of[i] * n + of[i]] / lengths[i] / lengths[i];
+    x[i] = pow(k[i] / diagonal[i], 1.0 / (1.0 + p));
   }
   team.sync();
 
   bool found = false;
+  double before = infinity<double>();
   for (int round = 0; round < 200; ++round) {
     // gains_i = k_i x_i^(1 - p) and slopes_i = x_i (C x)_i are equal at the solution.
     double quadratic = 0.0, absolute = 0.0, total = 0.0;
     Extreme off{0.0, -1};
     for (int i = team.lane; i < count; i += Team::kLanes) {
-      double own = x[i], size = x[i];
-      for (int j = 0; j < count; ++j)
-        if (j != i) own += matrix[j * count + i] * x[j], size += fabs(matrix[j * count + i] * x[j]);
-      gains[i] = k[i] * pow(x[i], 1.0 - p), slopes[i] = x[i] * own;
+      double size;
+      slopes[i] = x[i] * exact_product(matrix, diagonal, x, count, i, &size);
+      gains[i] = k[i] * pow(x[i], 1.0 - p);
       quadratic += slopes[i], absolute += x[i] * size, total += gains[i];
-      off = larger(off, {fabs(gains[i] - slopes[i]) / (gains[i] + x[i] * size), i});
+      off = larger(off, {fabs(gains[i] - slopes[i]) / gains[i], i});
     }
     quadratic = team.sum(quadratic), absolute = team.sum(absolute), total = team.sum(total);
     const double worst = team.largest(off).value;
-    found = quadratic > kStationary * absolute && worst <= 1e-9;
-    if (!(quadratic > kStationary * absolute) || worst <= 4.0 * kRounding * count) break;
+    const bool stationary = !(quadratic > kStationary * absolute);
+    found = !stationary && worst * total <= 1e-9 * absolute;
+    if (stationary || worst <= 4.0 * kRounding || (worst < 1e-6 && worst >= 0.5 * before)) break;
+    before = worst;
     if (round == 0) {  // the best multiple of the start
       const double best = pow(total / quadratic, 1.0 / (1.0 + p));
       for (int i = team.lane; i < count; i += Team::kLanes) x[i] *= best;
@@ -604,7 +626,7 @@ MTLGRAD_SOLVER void fair(Team team, const double* gram, double alpha, bool norma
       continue;
     }
     for (int i = team.lane; i < count; i += Team::kLanes) {
-      matrix[i * count + i] = 1.0 + p * gains[i] / (x[i] * x[i]);
+      matrix[i * count + i] = diagonal[i] + p * gains[i] / (x[i] * x[i]);
       step[i] = (gains[i] - slopes[i]) / x[i];
     }
     team.sync();
@@ -619,11 +641,10 @@ MTLGRAD_SOLVER void fair(Team team, const double* gram, double alpha, bool norma
     double decrement = 0.0, linear = 0.0, curved = 0.0;
     Extreme down{0.0, -1};
     for (int i = team.lane; i < count; i += Team::kLanes) {
-      double own = step[i];
-      for (int j = 0; j < count; ++j)
-        if (j != i) own += matrix[j * count + i] * step[j];
+      double size;
       const double relative = step[i] / x[i];
-      decrement += relative * (gains[i] - slopes[i]), linear += relative * slopes[i], curved += step[i] * own;
+      decrement += relative * (gains[i] - slopes[i]), linear += relative * slopes[i];
+      curved += step[i] * exact_product(matrix, diagonal, step, count, i, &size);
       down = larger(down, {-relative, i});
     }
     decrement = team.sum(decrement), linear = team.sum(linear), curved = team.sum(curved);
