@@ -1,9 +1,9 @@
-"""Solvers of what rules over a Gram matrix minimise, to all the digits of float64: through the gradients themselves, one
-column a task, where the package knows only their Gram matrix; and residuals of the conditions that a minimiser meets."""
+"""Solvers of what rules over a Gram matrix minimise, to all the digits of float64: from the gradients themselves, one
+column a task, where the package knows only their Gram matrix; residuals of the conditions that a minimiser meets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ _LOG = np.vectorize(mp.log, otypes=[object])
 
 
 def systems(count: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield gradients [N, T] of many ranks: unrelated, of a common direction, or in strong conflict; some of very unequal norms."""
+    """Yield gradients [N, T] of many ranks: unrelated, of a common direction or in conflict; some of unequal norms."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         tasks = int(rng.choice(SIZES))
@@ -34,11 +34,11 @@ def systems(count: int, seed: int) -> Iterator[np.ndarray]:
         yield rng.standard_normal((tasks + int(rng.integers(1, 12)), rank)) @ mixing
 
 
-# -- solvers ------------------------------------------------------------------------------------------------------------
+# -- solvers ---------------------------------------------------------------------------------------------------------
 
 
 def dual_cone(G: ArrayLike, u: ArrayLike) -> np.ndarray:
-    """Return the v >= u of least ||G v||: several have it where columns of G depend on another, and only G v is unique."""
+    """Return the v >= u of least ||G v||; only G v is unique where columns of G depend on each other."""
     G, u = np.asarray(G, np.float64), np.asarray(u, np.float64)
     return (u + _nonnegative(G, -(G.astype(np.longdouble) @ u))).astype(np.float64)
 
@@ -70,10 +70,8 @@ def cagrad(G: ArrayLike, c: float) -> np.ndarray:
         return u
 
     def at(s: float) -> tuple[np.ndarray, float]:
-        w = min_norm(
-            G.astype(np.longdouble) + np.multiply.outer(s / radius * mean.astype(np.longdouble), np.ones(tasks))
-        )
-        return w, float(np.linalg.norm(np.float64(G @ w)))
+        w = min_norm(G.astype(np.longdouble) + (s / radius * mean.astype(np.longdouble))[:, None])
+        return w, float(np.linalg.norm(G @ w))
 
     least = min_norm(G)
     low, high = float(np.linalg.norm(G @ least)), float(norms.max())
@@ -81,16 +79,17 @@ def cagrad(G: ArrayLike, c: float) -> np.ndarray:
         if np.linalg.norm(G @ (dual_cone(G, u) - u)) <= radius * (1 + 1e-12):
             return u
         low = high
-        while at(low)[1] < low:
-            low /= 8
-    low, high = np.log(low * 0.999), np.log(high * 1.001)
+    low *= 0.999
+    while at(low)[1] < low and low > 1e-60 * high:
+        low /= 8
+    low, high = np.log(low), np.log(high * 1.001)
     root = np.exp(brentq(lambda s: at(np.exp(s))[1] / np.exp(s) - 1, low, high, xtol=1e-14, rtol=1e-14))
     w, length = at(root)
     return u + _on_face(G, radius / length * w, radius)
 
 
 def fair(M: ArrayLike, alpha: float) -> np.ndarray:
-    """Return the a > 0 with M a = a^(-1/alpha), by Newton's method in 50 digits; ValueError where there seems to be none.
+    """Return the a > 0 with M a = a^(-1/alpha), by Newton's method in 50 digits; ValueError where none is found.
 
     It minimises a'M a / 2 - sum a^e / e, e = 1 - 1/alpha, or the logarithm in the power's place; there is none where
     some a >= 0 has M a = 0, as of opposite gradients.
@@ -110,10 +109,8 @@ def fair(M: ArrayLike, alpha: float) -> np.ndarray:
             want = a**-power
             gradient = exact @ a - want
             curved = (power * want / a / diagonal).astype(np.float64)
-            step = np.linalg.solve(
-                cosines + np.diag(curved), -(gradient / norms / (norms * a).max()).astype(np.float64)
-            )
-            step = _EXACT(step) * (norms * a).max() / norms
+            left = (gradient / norms / (norms * a).max()).astype(np.float64)
+            step = -_EXACT(np.linalg.solve(cosines + np.diag(curved), left)) * (norms * a).max() / norms
             size = np.abs(step / a).max()
             if size < 1e-30:
                 return a.astype(np.float64)
@@ -121,15 +118,21 @@ def fair(M: ArrayLike, alpha: float) -> np.ndarray:
                 break
             length = min(mp.mpf(1), 0.9 / max(-step / a)) if (step < 0).any() else mp.mpf(1)
             slope = gradient @ step
-            while size > 1e-9 and length > 1e-20 and value(a + length * step) > now + length * slope / 4:
+            shortest = length / 1e4
+            while size > 1e-9 and length > shortest and value(a + length * step) > now + length * slope / 4:
                 length /= 2
+            if length <= shortest:
+                break
             a = a + length * step
             now = value(a)
     raise ValueError("no a > 0 found with M a = a^(-1/alpha)")
 
 
 def imtlg(G: ArrayLike, rtol: float = 1e-10) -> np.ndarray:
-    """Return IMTL-G's weights, of sum one; zero for a gradient that is. Singular values below rtol, of one, count as zero."""
+    """Return IMTL-G's weights; zero for a gradient that is zero. ValueError where they have no sum to divide by.
+
+    Singular values of the unit gradients count as zero up to rtol times the largest: rtol^2 for those of the cosines.
+    """
     G = np.asarray(G, np.longdouble)
     norms = np.sqrt(np.square(G).sum(0))
     kept = norms > 0
@@ -163,7 +166,7 @@ def pcgrad(M: ArrayLike, order: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def _nonnegative(A: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the x >= 0 of least ||A x - b||: SciPy's, of columns of about unit norm, with its positive entries refined."""
+    """Return the x >= 0 of least ||A x - b||: SciPy's, for columns of about unit norm, then refined where positive."""
     A, b = A.astype(np.longdouble), b.astype(np.longdouble)
     norms = np.sqrt(np.square(A).sum(0))
     scale = np.exp2(np.round(np.log2(np.where(norms > 0, norms, 1))))
@@ -179,16 +182,16 @@ def _nonnegative(A: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _normal(A: np.ndarray, b: np.ndarray, c: float, x: np.ndarray) -> np.ndarray:
-    """Return the solution of A'A x = A'b + c, refined in long doubles, or in 50 digits if ill-conditioned; x if singular."""
+    """Return x refined to A'A x = A'b + c in long doubles, or solved in 50 digits if ill-conditioned; x if singular."""
     triangle = np.linalg.qr(A.astype(np.float64), mode="r")
     if len(triangle) < len(x) or np.linalg.cond(triangle) > 1e6:
         with mp.workdps(50):
-            exact = [_EXACT(y.astype(np.float64)) + _EXACT((y - y.astype(np.float64)).astype(np.float64)) for y in (A, b)]
-            square, right = exact[0].T @ exact[0], exact[0].T @ exact[1] + c
+            A, b = (_EXACT(part := y.astype(np.float64)) + _EXACT((y - part).astype(np.float64)) for y in (A, b))
             try:
-                return np.array(mp.lu_solve(mp.matrix(square.tolist()), mp.matrix(right.tolist())).T.tolist()[0], float)
+                solved = mp.lu_solve(mp.matrix((A.T @ A).tolist()), mp.matrix((A.T @ b + c).tolist()))
             except ZeroDivisionError:
                 return x
+            return np.array([float(y) for y in solved])
     left = A.T @ (b - A @ x) + c
     for _ in range(20):
         new = x + np.linalg.solve(triangle, np.linalg.solve(triangle.T, left.astype(np.float64)))
@@ -200,40 +203,36 @@ def _normal(A: np.ndarray, b: np.ndarray, c: float, x: np.ndarray) -> np.ndarray
 
 
 def _on_face(G: np.ndarray, z: np.ndarray, radius: float) -> np.ndarray:
-    """Return CAGrad's z with its conditions met on the face that it lies on, by Newton's method: M_S (u + z) = level, ||G z|| = radius."""
+    """Return z with M_S (u + z) = level and ||G z|| = radius on the face S where z > 0, by Newton's method."""
     face = z > 0
-    count = int(face.sum())
     part = G[:, face].astype(np.longdouble)
     norms = np.sqrt(np.square(part).sum(0))
-    units = part / norms
-    mean = G.astype(np.longdouble).mean(1)
-    y, radius = z[face] * norms, np.longdouble(radius)
-    level = (y / norms) @ (part.T @ (mean + units @ y)) / (y / norms).sum()
+    units, unit = part / norms, norms.min() / norms
+    mean = G.astype(np.longdouble).mean(1) / radius
 
-    def residual(y: np.ndarray, level: np.longdouble) -> np.ndarray:
-        moved = units @ y
-        return np.append((units.T @ (mean + moved) - level / norms) / radius, (moved @ moved / radius**2 - 1) / 2)
+    def residual(y: np.ndarray) -> np.ndarray:  # y: all of z, in units in which it is about one, then the level
+        moved = units @ y[:-1]
+        return np.append(units.T @ (mean + moved) - y[-1] * unit, (moved @ moved - 1) / 2)
 
-    left = residual(y, level)
+    y = np.append(z[face] * norms / radius, 0)
+    left = residual(y)
     for _ in range(30):
-        pull = units.T @ (units @ y) / radius
-        unit = norms.min() / norms
-        rows = np.block([[units.T @ units, -unit[:, None]], [pull[None], np.zeros((1, 1))]]).astype(np.float64)
+        pull = units.T @ (units @ y[:-1])
+        slopes = np.block([[units.T @ units, -unit[:, None]], [pull[None], np.zeros((1, 1))]]).astype(np.float64)
         try:
-            step = np.linalg.solve(rows, -left.astype(np.float64)) * radius
+            new = y - np.linalg.solve(slopes, left.astype(np.float64))
         except np.linalg.LinAlgError:
             break
-        new = y + step[:count], level + step[count] * norms.min()
-        after = residual(*new)
-        if not (np.abs(after).max() < np.abs(left).max() and (new[0] > 0).all()):
+        after = residual(new)
+        if not (np.abs(after).max() < np.abs(left).max() and (new[:-1] > 0).all()):
             break
-        (y, level), left = new, after
+        y, left = new, after
     z = z.copy()
-    z[face] = y / norms
-    return z.astype(np.float64)
+    z[face] = y[:-1] * radius / norms
+    return z
 
 
-# -- conditions ---------------------------------------------------------------------------------------------------------
+# -- conditions ------------------------------------------------------------------------------------------------------
 
 
 def kkt_dual_cone(M: ArrayLike, u: ArrayLike, v: ArrayLike, strict: bool = True) -> float:
@@ -263,7 +262,7 @@ def kkt_simplex(M: ArrayLike, w: ArrayLike, strict: bool = True) -> float:
 
 
 def kkt_cagrad(M: ArrayLike, c: float, weights: ArrayLike, strict: bool = True) -> float:
-    """Return how far z = weights - u is from z >= 0, z'M z = c^2 u'M u, and M (u + z) being least where z > 0; as above.
+    """Return how far z = weights - u is from z >= 0, z'M z = c^2 u'M u and M (u + z) least where z > 0; as above.
 
     For z = 0: how far a w is from w'M w = 0, and the dual cone from the ball around u of which the update is taken.
     Where G w is zero but for rounding, a z that is huge passes whatever it is: such systems need another look.
@@ -271,13 +270,14 @@ def kkt_cagrad(M: ArrayLike, c: float, weights: ArrayLike, strict: bool = True) 
     M, weights = np.asarray(M, np.longdouble), np.asarray(weights, np.longdouble)
     u, terms = np.full(len(M), 1 / len(M)).astype(np.longdouble), _absolute(M, strict)
     z, ball = weights - u, c**2 * (u @ M @ u)
-    if not z.any():
+    if np.abs(z).max() <= 1e-15 * u[0]:
         if ball <= 1e-15 * (u @ terms @ u):
             return 0.0
         root = _root(M)
-        w, x = min_norm(root), dual_cone(root, u) - u
+        norms = np.sqrt(np.diag(M))
+        w, x = _ratio(min_norm(_ratio(root, norms)).astype(np.longdouble), norms), dual_cone(root, u) - u
         outside = (x @ M @ x - ball) / (np.abs(x) @ terms @ np.abs(x) + ball)
-        apart = (w @ M @ w) / (w @ terms @ w) if np.diag(M).all() else 0.0
+        apart = (w @ M @ w) / (w @ terms @ w) if norms.all() else 0.0
         return float(max(outside, apart, 0))
     if z.sum() <= 0:
         return 1.0
@@ -298,12 +298,14 @@ def kkt_fair(M: ArrayLike, alpha: float, a: ArrayLike) -> float:
 
 
 def _absolute(M: np.ndarray, strict: bool) -> np.ndarray:
+    """Return what roundings of M v count against: |M|, or the products of norms that bound it."""
     norms = np.sqrt(np.diag(M))
     return np.abs(M) if strict else np.multiply.outer(norms, norms)
 
 
 def _ratio(x: np.ndarray, size: np.ndarray) -> np.ndarray:
-    return np.divide(x, size, out=np.zeros_like(x), where=size > 0)
+    """Return x / size, and zero where size is."""
+    return np.divide(x, size, out=np.zeros(x.shape, np.longdouble), where=size > 0)
 
 
 def _root(M: np.ndarray) -> np.ndarray:
@@ -314,12 +316,12 @@ def _root(M: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(values, 0))[:, None] * vectors.T * norms
 
 
-# -- strategies ---------------------------------------------------------------------------------------------------------
+# -- strategies ------------------------------------------------------------------------------------------------------
 
 
 @st.composite
 def gradients(draw: st.DrawFn) -> np.ndarray:
-    """Draw [N, T] of few values and low ranks, with columns that are zero, equal, opposite or nearly so, at any scale."""
+    """Draw [N, T] of few values and low ranks; columns may be zero, equal, opposite or nearly so, at any scale."""
     tasks = draw(st.integers(1, 8) | st.sampled_from([12, 20]))
     rows = draw(st.integers(1, tasks + 2))
     if tasks > 8 or draw(st.booleans()):
@@ -345,5 +347,5 @@ def gradients(draw: st.DrawFn) -> np.ndarray:
 
 
 def grams() -> st.SearchStrategy[np.ndarray]:
-    """Return the strategy of M = G'G in float64 for the G of :func:`gradients`: as rounded, so not always quite semidefinite."""
+    """Return the strategy of G'G in float64 for G of :func:`gradients`: rounded, so not always quite semidefinite."""
     return gradients().map(lambda G: G.T @ G)

@@ -135,10 +135,13 @@ struct Cholesky {
 
 // ---- x'Ax / 2 - b'x over x >= 0 --------------------------------------------------------------------------------------
 
+// Added to the diagonal, which is one: M is singular where gradients depend on one another. What it changes is no more
+// than 1e-13 of the terms that the solution must balance, and is taken back where it matters.
+constexpr double kRidge = 1e-13;
+
 // The active set of Lawson and Hanson: from x = 0 on, whoever gains most enters; of the members' solution, and on the way
-// to it, whoever would fall below zero leaves. A member to be that depends on the others (A is singular) enters in the
-// place of the first that leaves on the way along A's null vector. A has ones on its diagonal; numbers that are barred
-// from the start stay zero.
+// to it, whoever would fall below zero leaves. A has ones on its diagonal, to which the ridge is added here; numbers that
+// are barred from the start stay zero.
 template <typename Team>
 struct NonNegative {
   static constexpr int kFree = 0, kMember = 1, kBarred = 2, kNever = 3;
@@ -149,7 +152,7 @@ struct NonNegative {
 
   static constexpr int kVectors = 10;  // and one matrix
 
-  MTLGRAD_SOLVER NonNegative(Team team, int n, const double* a, double* arena) {
+  MTLGRAD_SOLVER NonNegative(Team team, int n, double* a, double* arena) : matrix_(a) {
     double* vectors = arena + n * n;
     r = {team, n, 0, a, arena, vectors, vectors + n, nullptr};
     b = vectors + 2 * n, x = b + n, rest = x + n, bound = rest + n, half = bound + n, trial = half + n;
@@ -164,37 +167,47 @@ struct NonNegative {
     const int n = r.n;
     r.size = 0;
     for (int i = team.lane; i < n; i += Team::kLanes) {
-      x[i] = 0.0;
+      x[i] = 0.0, matrix_[i * n + i] = 1.0 + kRidge;
       if (state[i] != kNever) state[i] = kFree;
     }
     team.sync();
     for (int round = 0; round < 10 * n + 20; ++round) {
       const int entering = chosen();
-      if (entering < 0) return;
-      if (!enter(entering)) continue;
+      if (entering < 0) break;
+      accept(entering);
+      mark(entering, kMember);
       settle(entering);
     }
+    refine();
   }
 
  private:
-  // Who gains most; -1 if nobody gains anything that is not rounding.
-  MTLGRAD_SOLVER int chosen() {
+  double* matrix_;
+
+  // rest = b - A x, and what its roundings are relative to.
+  MTLGRAD_SOLVER void find_rest(double diagonal) {
     const Team team = r.team;
     const int n = r.n;
     for (int i = team.lane; i < n; i += Team::kLanes) rest[i] = b[i], bound[i] = fabs(b[i]);
     for (int k = 0; k < r.size; ++k) {
-      const double* row = r.a + r.members[k] * n;
-      const double factor = x[r.members[k]];
+      const int member = r.members[k];
+      const double* row = r.a + member * n;
+      const double factor = x[member];
 #pragma omp simd
       for (int i = team.lane; i < n; i += Team::kLanes) {
-        const double term = row[i] * factor;
+        const double term = (i == member ? diagonal : row[i]) * factor;
         rest[i] -= term, bound[i] += fabs(term);
       }
     }
+  }
+
+  // Who gains most; -1 if nobody gains anything that is not rounding.
+  MTLGRAD_SOLVER int chosen() {
+    find_rest(1.0 + kRidge);
     Extreme most{0.0, -1};
-    for (int i = team.lane; i < n; i += Team::kLanes)
-      if (state[i] == kFree && rest[i] > 2.0 * kRounding * n * bound[i]) most = larger(most, {rest[i], i});
-    return team.largest(most).at;
+    for (int i = r.team.lane; i < r.n; i += Team::kLanes)
+      if (state[i] == kFree && rest[i] > 2.0 * kRounding * r.n * bound[i]) most = larger(most, {rest[i], i});
+    return r.team.largest(most).at;
   }
 
   MTLGRAD_SOLVER void mark(int i, int what) {
@@ -203,7 +216,8 @@ struct NonNegative {
   }
 
   // half = R'^-1 b, one number more.
-  MTLGRAD_SOLVER void accept(int j, double pivot) {
+  MTLGRAD_SOLVER void accept(int j) {
+    const double found = r.border(j), pivot = found > 0.1 * kRidge ? found : 0.1 * kRidge;
     double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
     for (int i = r.team.lane; i < r.size; i += Team::kLanes) sum += r.factor[i * r.n + r.size] * half[i];
@@ -218,44 +232,7 @@ struct NonNegative {
     if (r.team.lane == 0) x[gone] = 0.0;
     mark(gone, kFree);
     r.size = place;
-    for (int k = place + 1; k < before; ++k) {
-      const int j = r.members[k];
-      const double pivot = r.border(j);
-      accept(j, pivot > 0.0 ? pivot : kRounding);
-    }
-  }
-
-  // Returns whether j is a member now.
-  MTLGRAD_SOLVER bool enter(int j) {
-    const Team team = r.team;
-    while (true) {
-      const double pivot = r.border(j);
-      if (pivot > kRounding * r.n) {
-        accept(j, pivot);
-        mark(j, kMember);
-        return true;
-      }
-      // Along the null vector x_j gains what the members lose.
-      for (int i = team.lane; i < r.size; i += Team::kLanes) trial[i] = r.factor[i * r.n + r.size];
-      team.sync();
-      r.backward(trial);
-      Extreme first{0.0, -1};  // the largest loss per value
-      for (int i = team.lane; i < r.size; i += Team::kLanes)
-        if (trial[i] > 0.0) first = larger(first, {x[r.members[i]] > 0.0 ? trial[i] / x[r.members[i]] : 1e300, i});
-      first = team.largest(first);
-      if (first.at < 0) {
-        mark(j, kBarred);
-        return false;
-      }
-      const double gain = first.value == 1e300 ? 0.0 : 1.0 / first.value;
-      for (int i = team.lane; i < r.size; i += Team::kLanes) {
-        const double left = x[r.members[i]] - gain * trial[i];
-        x[r.members[i]] = left > 0.0 ? left : 0.0;
-      }
-      if (team.lane == 0) x[j] += gain;
-      team.sync();
-      leave(first.at);
-    }
+    for (int k = place + 1; k < before; ++k) accept(r.members[k]);
   }
 
   // From x to the solution of the members, the last of whom is `entered`, and on if that is not positive.
@@ -293,6 +270,27 @@ struct NonNegative {
     for (int i = team.lane; i < r.n; i += Team::kLanes)
       if (state[i] == kBarred) state[i] = kFree;
     team.sync();
+  }
+
+  // Takes the ridge's part out of the members' solution, unless that is all that keeps them apart.
+  MTLGRAD_SOLVER void refine() {
+    const Team team = r.team;
+    Extreme most{0.0, -1};
+    for (int i = team.lane; i < r.size; i += Team::kLanes) most = larger(most, {r.inverse[i], i});
+    if (!(team.largest(most).value < 1e5)) return;
+    for (int pass = 0; pass < 3; ++pass) {
+      find_rest(1.0);
+      team.sync();
+      for (int i = team.lane; i < r.size; i += Team::kLanes) trial[i] = rest[r.members[i]];
+      team.sync();
+      r.forward(trial);
+      r.backward(trial);
+      bool positive = true;
+      for (int i = team.lane; i < r.size; i += Team::kLanes) positive = positive && x[r.members[i]] + trial[i] > 0.0;
+      if (team.any(!positive)) return;
+      for (int i = team.lane; i < r.size; i += Team::kLanes) x[r.members[i]] += trial[i];
+      team.sync();
+    }
   }
 };
 
@@ -412,13 +410,15 @@ struct Hull {
 
   // w for t; where gradients g_i + t g_0 are zero they share the weight.
   MTLGRAD_SOLVER void solve(double t) {
-    Extreme least{0.0, -1}, most{0.0, -1};
+    Extreme least{0.0, -1};
     for (int i = team.lane; i < n; i += Team::kLanes) {
+      const double rounding = 1e-15 * t * (2.0 * fabs(means[i]) + t * mean);  // what is left of a difference
       scale[i] = product(i, i, t);
-      least = larger(least, {-scale[i], i}), most = larger(most, {scale[i], i});
+      scale[i] = scale[i] > rounding ? scale[i] : rounding;
+      least = larger(least, {-scale[i], i});
     }
-    const double shortest = -team.largest(least).value, longest = team.largest(most).value;
-    if (!(shortest > 0.0) && t == 0.0) {
+    const double s = -team.largest(least).value;
+    if (!(s > 0.0)) {
       double zeros = 0.0;
       for (int i = team.lane; i < n; i += Team::kLanes) zeros += scale[i] > 0.0 ? 0.0 : 1.0;
       zeros = team.sum(zeros);
@@ -426,10 +426,8 @@ struct Hull {
       team.sync();
       return;
     }
-    const double floor = t == 0.0 ? 0.0 : 1e-15 * longest;  // what is left of a difference
-    const double s = shortest > floor ? shortest : floor;
     for (int i = team.lane; i < n; i += Team::kLanes) {
-      scale[i] = sqrt((scale[i] > 0.0 ? scale[i] : 0.0) + s);
+      scale[i] = sqrt(scale[i] + s);
       problem.b[i] = sqrt(s) / scale[i];
     }
     team.sync();
@@ -493,8 +491,8 @@ MTLGRAD_SOLVER void least_norm(Team team, const double* gram, int n, double* are
   team.sync();
 }
 
-// CAGrad. |w| - k t decreases in t: where the members stay, |w|^2 = d^2 + t^2 q^2, of which the root is known; a bracket
-// guards the search for the members.
+// CAGrad. |g_w| / t decreases in t: where the members stay, |g_w|^2 = d^2 + t^2 q^2, of which the root is known; a bracket
+// guards the search for the members. If zero is in the hull, |g_w| / t stays the same from some t downwards.
 template <typename Team>
 MTLGRAD_SOLVER void conflict_averse(Team team, const double* gram, double c, int n, double* arena, double* weights) {
   if (!is_finite(team, gram, n)) return fill(team, weights, n, not_a_number<double>());
@@ -503,27 +501,39 @@ MTLGRAD_SOLVER void conflict_averse(Team team, const double* gram, double c, int
   if (!(largest > 0.0) || c == 0.0) return;
   Hull<Team> hull(team, gram, n, largest, arena);
   double bound = 0.0;
-  for (int i = team.lane; i < n; i += Team::kLanes)
+  Extreme shortest{0.0, -1};
+  for (int i = team.lane; i < n; i += Team::kLanes) {
     for (int j = 0; j < n; ++j) bound += fabs(entry(gram, n, i, j)) / largest;
+    if (gram[i * n + i] > 0.0) shortest = larger(shortest, {-gram[i * n + i] / largest, i});
+  }
   if (!(hull.mean > kStationary * team.sum(bound) / n / n)) return;  // g_0 is zero
-  const double k = c * sqrt(hull.mean);
-  double low = 0.0, high = 1.0 / k, t = 0.0, square = 0.0, absolute = 0.0;
+  const double k = c * sqrt(hull.mean), least = -team.largest(shortest).value;
+  double absolute = 0.0;
+  hull.solve(0.0);
+  double square = hull.square(&absolute);
+  double low = sqrt(square) / k, high = 1.0 / k, t = 0.0;
+  if (!(square > kStationary * absolute)) {
+    t = 1e-6 * sqrt(absolute > least ? absolute : least) / k;
+    hull.solve(t);
+    square = hull.square(&absolute);
+    if (square <= k * t * (k * t)) return;
+    low = t;
+  }
   for (int round = 0; round < 100; ++round) {
+    const double speed = hull.speed_square(hull.products), fixed = square - t * t * speed;
+    double next = k * k > speed && fixed > 0.0 ? sqrt(fixed / (k * k - speed)) : high;
+    if (!(next > low && next < high)) next = sqrt(low) * sqrt(high);
+    if (fabs(next - t) <= kRounding * t) break;
+    t = next;
     hull.solve(t);
     square = hull.square(&absolute);
     const double gap = square - k * t * (k * t);
-    if (fabs(gap) <= 8.0 * kRounding * absolute && t > 0.0) break;
-    if (gap > 0.0 || t == 0.0)
+    if (fabs(gap) <= 8.0 * kRounding * absolute) break;
+    if (gap > 0.0)
       low = t;
     else
       high = t;
-    const double speed = hull.speed_square(hull.products), fixed = square - t * t * speed;
-    double next = k * k > speed && fixed > 0.0 ? sqrt(fixed / (k * k - speed)) : high;
-    if (!(next > low && next < high)) next = low > 0.0 ? sqrt(low) * sqrt(high) : high / 64.0;
-    if (fabs(next - t) <= kRounding * t) break;
-    t = next;
   }
-  if (!(square > kStationary * absolute)) return;
   for (int i = team.lane; i < n; i += Team::kLanes) weights[i] += k / sqrt(square) * hull.w[i];
   team.sync();
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 EPS = 2.3e-16  #: what float64 rounds by
+RIDGE = 1e-13  #: added to a diagonal of ones
 STATIONARY = 1e-12  #: w'Mw counts as zero if below this times |w|'|M||w|
 
 
@@ -71,50 +72,42 @@ def non_negative(matrix: Tensor, linear: Tensor) -> Tensor:
     """Minimise x'Ax / 2 - b'x over x >= 0 by the active set of Lawson and Hanson; A has ones on its diagonal.
 
     Whoever gains most enters; of the members' solution, and on the way to it, whoever would fall below zero leaves. A
-    member to be that depends on the others enters in the place of the first that leaves on the way along A's null
-    vector.
+    ridge keeps members apart that depend on one another; where none do, it is taken out of the solution again.
     """
     n, x = len(linear), torch.zeros_like(linear)
+    ridged = matrix + RIDGE * torch.eye(n).to(matrix)
     members: list[int] = []
     barred: set[int] = set()
-
-    def leave(place: int) -> int:
-        x[members[place]] = 0.0
-        return members.pop(place)
-
     for _ in range(10 * n + 20):
-        rest, bound = linear - matrix @ x, linear.abs() + matrix.abs() @ x
+        rest, bound = linear - ridged @ x, linear.abs() + ridged.abs() @ x
         rest[[*members, *barred]] = -torch.inf
         gain, entering = rest.where(rest > 2 * EPS * n * bound, -torch.inf).max(0)
-        j = int(entering)
         if gain == -torch.inf:
-            return x
-        while True:
-            among, column = matrix[members][:, members], matrix[members, j]
-            share = torch.linalg.solve(among, column) if members else column  # of each member in gradient j
-            if 1.0 - column @ share > EPS * n or not (share > 0).any():
-                break
-            way = (x[members] / share).where(share > 0, torch.inf)
-            x[members] -= way.min() * share
-            x[j] += way.min()
-            leave(int(way.argmin()))
-        if 1.0 - column @ share <= EPS * n:
-            barred.add(j)
-            continue
-        members.append(j)
+            break
+        members.append(int(entering))
         moved = False
         while members:
-            goal = torch.linalg.solve(matrix[members][:, members], linear[members])
+            goal = torch.linalg.solve(ridged[members][:, members], linear[members])
             if (goal > 0).all():
                 x[members], moved = goal, True
                 break
             way = (x[members] / (x[members] - goal)).where(goal <= 0, torch.inf)
-            x[members] = (x[members] + way.min() * (goal - x[members])).clamp_min(0.0)
-            if leave(int(way.argmin())) == j and not moved:
-                barred.add(j)
-            moved = moved or bool(way.min() > 0)
+            part, first = way.min(0)
+            x[members] = (x[members] + part * (goal - x[members])).clamp_min(0.0)
+            gone = members.pop(int(first))
+            x[gone] = 0.0
+            if gone == entering and not moved:
+                barred.add(gone)
+            moved = moved or bool(part > 0)
         if moved:
             barred.clear()
+    among = ridged[members][:, members]
+    if members and torch.linalg.eigvalsh(among)[0] > 1e3 * RIDGE:
+        for _ in range(3):
+            refined = x[members] + torch.linalg.solve(among, linear[members] - matrix[members] @ x)
+            if not (refined > 0).all():
+                break
+            x[members] = refined
     return x
 
 
@@ -130,14 +123,13 @@ def mgda(gram: Tensor) -> Tensor:
     return _least_norm(gram / largest)
 
 
-def _least_norm(gram: Tensor, floor: float = 0.0) -> Tensor:
+def _least_norm(gram: Tensor, rounding: Tensor | None = None) -> Tensor:
     """With x = r w, x'(M + s 11')x / 2 - s 1'x is least in r where r = s / (s + w'Mw), and increases in w'Mw then."""
-    shortest = gram.diagonal().min()
-    zeros = gram.diagonal() <= 0
-    if not floor and zeros.any():
-        return zeros.double() / zeros.sum()
-    s = max(float(shortest), floor * float(gram.diagonal().max()))
-    scale = (gram.diagonal().clamp_min(0.0) + s).sqrt()
+    squares = gram.diagonal() if rounding is None else gram.diagonal().maximum(rounding)
+    s = float(squares.min())
+    if s <= 0:
+        return (squares <= 0).double() / (squares <= 0).sum()
+    scale = (squares + s).sqrt()
     matrix = ((gram + s) / scale[:, None] / scale).fill_diagonal_(1.0)
     x = non_negative(matrix, math.sqrt(s) / scale) / scale
     return x / x.sum()
@@ -161,20 +153,25 @@ def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
     k = c * float(square.sqrt())
 
     def point(t: float) -> tuple[Tensor, float, float]:
-        w = _least_norm(gram + t * (means[:, None] + means + t * square), floor=1e-15 if t else 0.0)
+        rounding = 1e-15 * t * (2 * means.abs() + t * square)  # what is left of a difference
+        w = _least_norm(gram + t * (means[:, None] + means + t * square), rounding)
         return w, float(w @ gram @ w), float(w @ gram.abs() @ w)
 
-    low, high, t = 0.0, 1.0 / k, 0.0
+    w, norm, bound = point(0.0)
+    low, high = math.sqrt(max(norm, 0.0)) / k, 1.0 / k
+    if norm <= STATIONARY * bound:  # zero is in the hull: sqrt(w'Mw) / t stays the same from some t downwards
+        shortest = float(gram.diagonal()[gram.diagonal() > 0].min())
+        low = 1e-6 * math.sqrt(max(bound, shortest)) / k
+        w, norm, bound = point(low)
+        if norm <= (k * low) ** 2:
+            return mean
     for _ in range(200):
+        t = math.sqrt(low * high)
         w, norm, bound = point(t)
-        if t and abs(norm - (k * t) ** 2) <= 8 * EPS * bound:
+        if abs(norm - (k * t) ** 2) <= 8 * EPS * bound or high <= low * (1.0 + EPS):
             break
-        low, high = (t, high) if not t or norm > (k * t) ** 2 else (low, t)
-        middle = math.sqrt(low * high) if low else high / 64
-        if middle in (low, high):
-            break
-        t = middle
-    return mean + k / math.sqrt(norm) * w if norm > STATIONARY * bound else mean
+        low, high = (t, high) if norm > (k * t) ** 2 else (low, t)
+    return mean + k / math.sqrt(norm) * w
 
 
 # ---- fairness --------------------------------------------------------------------------------------------------------
