@@ -11,7 +11,11 @@ import pytest
 
 from mtlgrad.cli import _settings, main
 
-METHODS = "sum, uncertainty, logsum, aligned, aligned-ub, bayesagg, alphavil, diw"
+METHODS = (
+    "sum, uncertainty, logsum, aligned, aligned-ub, upgrad, upgrad-ub, dualproj, dualproj-ub, mgda, mgda-ub, cagrad, "
+    "cagrad-ub, nash, nash-ub, fairgrad, fairgrad-ub, imtl, imtl-ub, pcgrad, pcgrad-ub, bayesagg, alphavil, diw"
+)
+PREFERRING = "aligned or aligned-ub or upgrad or upgrad-ub or dualproj or dualproj-ub"
 FAST = ["--seeds", "1", "--epochs", "2", "--batch-size", "1024"]
 
 
@@ -52,7 +56,16 @@ def train(*arguments, cwd):
         ("--method aligned-ub --preference 0 0 0 0", "not all 0; found zeros alone"),
         (
             "--compare sum bayesagg --preference 1 1 1 1",
-            "argument --preference: expected with aligned or aligned-ub, found sum, bayesagg; drop it",
+            f"argument --preference: expected with {PREFERRING}, found sum, bayesagg; drop it",
+        ),
+        (
+            "--method dualproj-ub --preference 1 2",
+            "expected 4 numbers, one a task (rating, recommended, department, age)",
+        ),
+        ("--method mgda --preference 1 1 1 1", f"expected with {PREFERRING}, found mgda; drop it"),
+        (
+            "--method upgrad --scale rmse",
+            "argument --scale: expected with aligned or aligned-ub, found upgrad; drop it",
         ),
         ("--scale rmse", "argument --scale: expected with aligned or aligned-ub, found bayesagg; drop it"),
         ("--method aligned --scale max", "argument --scale: expected one of min, median, rmse, found 'max'"),
@@ -62,8 +75,8 @@ def train(*arguments, cwd):
         ),
         ("--optimizer", "argument --optimizer: expected at least one argument"),
         (
-            "--compare sum aligned bayesagg --optimizer adam adatask-adam",
-            "argument --optimizer: expected adam with aligned, bayesagg, whose one merged gradient leaves nothing to "
+            "--compare sum nash-ub bayesagg --optimizer adam adatask-adam",
+            "argument --optimizer: expected adam with nash-ub, bayesagg, whose one merged gradient leaves nothing to "
             "keep apart, found adatask-adam; take methods among sum, uncertainty, logsum",
         ),
         ("--resume . --optimizer adam", "takes its settings from the run, found --optimizer as well; drop it"),

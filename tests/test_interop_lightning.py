@@ -23,8 +23,27 @@ from lightning_cases import (
 from torch import Tensor, nn
 
 import mtlgrad
+from mtlgrad import rules
 from mtlgrad.interop.lightning import MultiTaskMonitor
 from mtlgrad.optim import AdaTaskAdam
+
+
+class Ruled(Model):
+    """Every rule, and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kinds: list[Any] = [getattr(rules, name) for name in rules.__all__ if name != "GramRule"]
+        self.rules = nn.ModuleDict({kind.__name__: kind(2) for kind in kinds})
+        self.rules["own"] = mtlgrad.GramRule(2, lambda gram: gram.diagonal())
+        self.unused = mtlgrad.MGDA(2)
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        features = self.backbone(batch[0])
+        losses = self.losses(features, features, *batch[1:])
+        for rule in self.rules.values():
+            rule.weigh(losses, features)
+        return torch.stack(list(losses.values())).sum()
 
 
 @pytest.mark.parametrize("kind", [Aligned, Bayes, AdaTask])
@@ -34,6 +53,22 @@ def test_what_is_logged_is_what_the_module_tells(kind: type[Model]) -> None:
     expected = [(step, told) for step, told in enumerate(shown.seen) if step % 2 == 1 and told]
     assert logger.seen == expected
     assert len(expected) == (4 if kind is Bayes else 7)  # BayesAgg has weights from the second epoch on
+
+
+def test_every_rule_logs_its_weights_and_alignment_alone_more() -> None:
+    logger = Kept()
+    module = fit(Ruled(), batches([8]), MultiTaskMonitor(1, ["age", "kind"]), logger=logger)
+    [(_, metrics)] = logger.seen
+    expected = {
+        f"rules.{name}/weight/{task}": float(rule.weights[t])
+        for name, rule in module.rules.items()
+        for t, task in enumerate(("age", "kind"))
+    }
+    assert len(expected) == 2 * 10
+    aligned = module.rules["AlignedMTL"]
+    expected["rules.AlignedMTL/condition_number"] = float(aligned.condition_number)
+    expected["rules.AlignedMTL/rank"] = 2.0
+    assert metrics == expected
 
 
 def test_steps_are_those_of_self_log() -> None:
@@ -135,7 +170,12 @@ def test_names() -> None:
         ({"task_names": ["age"]}, Aligned, "task_names: expected 2, the tasks of aligned, found 1"),
         ({"task_names": ["age"]}, Bayes, "task_names: expected 2, the tasks of bayes, found 1"),
         ({"task_names": ["a", "b", "c"]}, AdaTask, "task_names: expected 2, the tasks of AdaTaskAdam, found 3"),
-        ({}, Model, "pl_module: expected an AlignedMTL or a BayesAgg among its modules, or an AdaTask"),
+        (
+            {},
+            Model,
+            r"pl_module: expected a rule \(AlignedMTL, UPGrad, ...\) or a BayesAgg among its modules, or an Ada",
+        ),
+        ({"task_names": ["age"]}, Ruled, "task_names: expected 2, the tasks of rules.IMTLG, found 1"),
         ({"every_n_steps": 0}, Aligned, "every_n_steps: expected at least 1, found 0"),
     ],
 )

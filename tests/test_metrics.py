@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtlgrad import ops, task_backward
+from mtlgrad import IMTLG, ops, task_backward
 from mtlgrad.metrics import Dominance, delta_m, gradient_statistics, mean_rank
 from mtlgrad.optim import AdaTaskAdam
 
@@ -105,8 +105,51 @@ def test_statistics_against_linalg():
     torch.testing.assert_close(found.cosine, torch.nn.functional.cosine_similarity(exact[:, None], exact[None], dim=2))
     outer = norms[:, None] * norms
     torch.testing.assert_close(found.magnitude_similarity, 2 * outer / (norms[:, None] ** 2 + norms**2))
-    assert all(value.dtype == torch.float64 for value in found)
-    assert [tuple(value.shape) for value in found] == [(), (4,), (4, 4), (4, 4), (4,)]
+    assert found.update_cosine is None
+    assert all(value.dtype == torch.float64 for value in found[:5])
+    assert [tuple(value.shape) for value in found[:5]] == [(), (4,), (4, 4), (4, 4), (4,)]
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_update_cosine_against_the_update(dtype, scale):
+    rows = gradients() * torch.tensor([[1.0], [-3.0], [1e-3], [40.0]])
+    rows[1] -= 0.4 * rows[3]
+    weights = torch.tensor([0.5, 0.25, -2.0, 0.125], dtype=dtype)  # the last two turn the update against themselves
+    found = gradient_statistics(rows * scale, weights).update_cosine
+    update = weights.double() @ rows.double()
+    expected = torch.nn.functional.cosine_similarity(rows.double(), update[None])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert found.dtype == torch.float64
+    assert found.min() < -0.1
+
+
+def test_update_cosine_of_a_rules_weights():
+    rule = IMTLG(3)
+    p = torch.nn.Parameter(torch.zeros(20))
+    p.jac = gradients(3, 20)
+    jacobian = p.jac.clone()
+    rule.merge([p])
+    found = gradient_statistics(jacobian, rule.weights).update_cosine
+    torch.testing.assert_close(found, found[:1].expand(3))  # equal projections on the unit gradients
+    torch.testing.assert_close(found[0], torch.cosine_similarity(jacobian[0].double(), p.grad.double(), 0))
+
+
+def test_an_update_without_a_direction():
+    rows = gradients()
+    assert gradient_statistics(rows, torch.zeros(4)).update_cosine.isnan().all()
+    assert gradient_statistics(torch.zeros(2, 5), torch.ones(2)).update_cosine.isnan().all()
+    rows[1] = 0.0
+    found = gradient_statistics(rows, torch.ones(4)).update_cosine
+    assert found.isnan().tolist() == [False, True, False, False]
+    # Gradients that cancel up to rounding: what is left points nowhere.
+    weights = torch.tensor([0.3, 0.7, 1.0], dtype=torch.float64)
+    for seed in range(20):
+        others = gradients(2, seed=seed).double()
+        third = -(0.3 * others[0] + 0.7 * others[1])
+        assert gradient_statistics([*others, third], weights).update_cosine.isnan().all()
+    rows[2, 7] = math.nan
+    assert gradient_statistics(rows, torch.ones(4)).update_cosine.isnan().all()
 
 
 def test_known_values():
@@ -129,7 +172,8 @@ def test_takes_rows_in_every_form():
 
 
 def test_wants_no_gradient():
-    assert not any(value.requires_grad for value in gradient_statistics(gradients().requires_grad_()))
+    found = gradient_statistics(gradients().requires_grad_(), torch.ones(4, requires_grad=True))
+    assert not any(value.requires_grad for value in found)
 
 
 def test_one_gram_and_nothing_read_by_the_host():
@@ -140,7 +184,7 @@ def test_one_gram_and_nothing_read_by_the_host():
 
     called = []
     with Record():
-        gradient_statistics(gradients())
+        gradient_statistics(gradients(), torch.ones(4))
     assert called.count("mtlgrad.gram.default") == 1
     assert "aten._local_scalar_dense.default" not in called
 
@@ -221,6 +265,14 @@ def test_one_task():
 def test_statistics_errors():
     with pytest.raises(ValueError, match="gram: rows: expected at least one row"):
         gradient_statistics([])
+    for weights, words in (
+        (torch.ones(3), r"expected shape \[4\], found \[3\]"),
+        (torch.ones(4, 1), r"expected shape \[4\], found \[4, 1\]"),
+        (torch.ones(4, dtype=torch.int64), "expected float32, float64, float16 or bfloat16, found torch.int64"),
+        (torch.ones(4, device="meta"), "expected device cpu like rows, found meta"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^gradient_statistics: weights: {words}"):
+            gradient_statistics(gradients(), weights)
 
 
 # ---- dominance under an ordinary optimizer ---------------------------------------------------------------------------

@@ -63,14 +63,45 @@ def test_aligned_mtl_ends_at_the_preferences_optimum_from_every_start_and_the_su
     chosen = [method for method in toy.methods((0.7, 0.3)) if method.preference == (0.7, 0.3)]
     ends = toy.descend(chosen, 22_000, 2e-3, "min", 1000, lambda step: None)[-1]
     found = toy.outcomes(chosen, ends)
-    aligned = [end for end in found if end.method.aligned]
+    aligned = [end for end in found if end.method.rule.title == "Aligned-MTL"]
     assert len(aligned) == 5
     assert all(end.reached for end in aligned), [end.distance for end in aligned]
-    weighted = {end.start: end for end in found if not end.method.aligned}
+    weighted = {end.start: end for end in found if end.method.rule.title == "sum"}
     stuck = {start for start, end in weighted.items() if not end.reached}
     assert stuck == {(-8.5, 7.5), (9.0, 9.0)}
     assert all(weighted[start].distance > 10 for start in stuck)
     assert all(weighted[start].point[1] > 0 for start in stuck)  # still in their valleys
+
+
+def test_rules_end_on_the_front_and_those_that_go_for_an_optimum_there():
+    starts = ((9.0, -1.0),)  # below the valleys, where all get on
+    chosen = toy.methods((0.7, 0.3), [name for name in toy.RULES if name != "aligned"])
+    ends = toy.descend(chosen, 2200, 2e-2, "min", 2200, lambda step: None, starts)[-1]
+    found = {end.method.name: end for end in toy.outcomes(chosen, ends, starts)}
+    assert len(found) == 12
+    assert all(end.reached for end in found.values()), {name: end.distance for name, end in found.items()}
+    assert {name for name, end in found.items() if end.method.goal == (1.0, 1.0)} == {"sum", "CAGrad"}
+    # The others stay on their side, each where its weights lead; those of UPGrad are half of PCGrad's, of two tasks.
+    places = [found[name].point[0] for name in ("DualProj", "UPGrad", "IMTL-G", "Nash-MTL", "FairGrad", "MGDA")]
+    assert torch.tensor(places).diff().min() > 0.1
+    assert places[0] > 3.0
+    assert found["PCGrad"].point[0] == pytest.approx(places[1], abs=1e-2)
+
+
+def test_distances_are_to_the_nearest_point_of_a_goal():
+    line = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 5.0]])
+    for point, expected in (
+        ([1.0, 1.0], 1.0),
+        ([-3.0, 4.0], 5.0),
+        ([2.0, 6.0], 1.0),
+        ([2.5, 2.0], 0.5),
+        ([3, -1], 2**0.5),
+    ):
+        assert toy._distance(torch.tensor(point), line) == pytest.approx(expected)
+    assert toy._distance(torch.tensor([1.0, 1.0]), line[:1]) == pytest.approx(2**0.5)
+    between = toy.optimum((0.5125, 0.4875))  # of two points of the front
+    [end] = toy.outcomes(toy.methods((1.0, 1.0), ["mgda"]), between[None, None], [(0.0, 0.0)])
+    assert end.distance < 0.01
 
 
 # ---- the command
@@ -111,9 +142,54 @@ def test_a_short_run_leaves_a_figure_and_a_table(tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir("runs")) == ["x"]
 
 
+def test_rules_of_the_users_choice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = "cagrad upgrad cagrad mgda nash fairgrad imtl pcgrad dualproj"
+    assert run("--methods", *names.split(), "--steps", "20", "--preference", "2", "1", "--name", "x") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "learning rate 0.001, five starts" in out  # no scale
+    assert "distance to its optimum or the Pareto front" in out
+    assert "its optimum (within 0.1, in loss space) reached from, of 5 starts: CAGrad: 0\n" in out
+    assert (
+        "the Pareto front (within 0.1, in loss space) reached from, of 5 starts: UPGrad: 0; UPGrad, preference" in out
+    )
+    with open("runs/x/results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    titles = [
+        "CAGrad",
+        "UPGrad",
+        "UPGrad, preference 2, 1",
+        "MGDA",
+        "Nash-MTL",
+        "FairGrad",
+        "IMTL-G",
+        "PCGrad",
+        "DualProj",
+    ]
+    titles.append("DualProj, preference 2, 1")
+    assert list(dict.fromkeys(row["method"] for row in rows)) == titles
+    assert {(r["weight_1"], r["weight_2"]) for r in rows[:5]} == {("1.0", "1.0")}
+    assert {(r["weight_1"], r["weight_2"]) for r in rows[5:]} == {("", "")}  # judged by the front
+    with open("runs/x/toy.png", "rb") as file:
+        width, height = struct.unpack(">II", file.read(24)[16:])
+    assert 1500 < width < 2200  # five beside each other, in two rows
+    assert 1500 < height < 1800
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (
+            "--methods bayesagg",
+            "argument --methods: expected one of sum, aligned, upgrad, dualproj, mgda, cagrad, nash",
+        ),
+        ("--methods", "argument --methods: expected at least one argument"),
+        (
+            "--methods mgda nash --preference 1 2",
+            "argument --preference: expected with sum or aligned or upgrad or dualproj, found mgda, nash; drop it",
+        ),
+        ("--methods sum mgda --scale rmse", "argument --scale: expected with aligned, found sum, mgda; drop it"),
         ("--preference 0.7", "argument --preference: expected 2 arguments"),
         ("--preference 0.7 -0.3", "argument --preference: expected a number from 0, found '-0.3'"),
         ("--preference 0 0", "argument --preference: expected 2 numbers, one a task (task 1, task 2), not all 0"),

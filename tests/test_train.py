@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mtlgrad import plots
+from mtlgrad import plots, reference
 from mtlgrad.recipes import figures, folder, progress, report
 from mtlgrad.recipes.base import Interrupted, Job, MultiTaskNet, Result, Settings, Task, TrainError
 from mtlgrad.recipes.clothing import Clothing, Texts
@@ -19,9 +19,14 @@ from mtlgrad.recipes.folder import RunFolder
 from mtlgrad.recipes.parts import Part, Rows, auc
 from mtlgrad.recipes.river import River, standardised
 from mtlgrad.recipes.training import Trainer
-from mtlgrad.recipes.weighting import ALIGNED, METHODS
+from mtlgrad.recipes.weighting import METHODS, methods_with
 
-EVERY_METHOD = list(METHODS)
+ALIGNED = methods_with("scale")
+#: The rules over the Gram matrix, by the name of the form on parameters; NAME-ub is on features.
+RULES = [name for name in METHODS if f"{name}-ub" in METHODS]
+#: All, but of most rules one form: a step of both is below.
+EVERY_METHOD = [m for m in METHODS if m in (*ALIGNED, "pcgrad") or m.removesuffix("-ub") not in RULES]
+EVERY_METHOD += [name + ("" if i % 2 else "-ub") for i, name in enumerate(RULES) if name != "aligned"]
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +261,59 @@ def test_aligned_gradients_are_the_papers(method, preference, scale):
     assert weighting.system()[1] == 3
 
 
+PREFERENCE = (0.25, 3.0, 1.0)  # in float32 as they stand
+#: Of the Gram matrix in the n-th step.
+WEIGHTS = {
+    "upgrad": lambda gram, n: reference.upgrad(gram, torch.tensor(PREFERENCE)),
+    "dualproj": lambda gram, n: reference.dualproj(gram, torch.tensor(PREFERENCE)),
+    "mgda": lambda gram, n: reference.mgda(gram),
+    "cagrad": lambda gram, n: reference.cagrad(gram, 0.5),
+    "nash": lambda gram, n: reference.fairgrad(gram, 1.0),
+    "fairgrad": lambda gram, n: reference.fairgrad(gram, 2.0),
+    "imtl": lambda gram, n: reference.imtlg(gram),
+    "pcgrad": lambda gram, n: reference.pcgrad(gram, 0, torch.tensor(n)),
+}
+
+
+@pytest.mark.parametrize("form", ["", "-ub"])
+@pytest.mark.parametrize("name", [name for name in RULES if name != "aligned"])
+def test_steps_of_a_rule_go_along_its_weighed_sum(name, form):
+    tasks, net, x, targets = tiny()
+    net.heads[1].load_state_dict(net.heads[0].state_dict())
+    targets[1] = -3 * targets[0]  # gradients in conflict
+    weighting = METHODS[name + form](tasks, net, Settings(preference=PREFERENCE))
+    shared = list(net.backbone.parameters())
+    for n in range(3):
+        features = net.features(x)
+        losses = net.losses(tasks, weighting.through(features, targets), targets)
+        at = [features] if form else shared
+        every = net.losses(tasks, [features] * 3, targets)
+        rows = [torch.autograd.grad(loss, at, retain_graph=True) for loss in every]
+        flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        gram = flat @ flat.mT
+        assert gram[0, 1] < 0.0
+        weights = WEIGHTS[name](gram, n)
+        expected = [sum(w * g for w, g in zip(weights, column)) for column in zip(*rows, strict=True)]
+        if form:
+            expected = torch.autograd.grad(features, shared, expected[0], retain_graph=True)
+        for p in shared:
+            p.grad = None
+        weighting.backward(net, features, losses)
+        for p, gradient in zip(shared, expected, strict=True):
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
+        shares = weighting.shares(torch.stack(losses))
+        torch.testing.assert_close(shares, (weights / weights.abs().sum()).float())
+        assert weighting.system() is None
+
+
+def test_weights_that_are_all_zero_are_no_shares():
+    tasks, net, *_ = tiny()
+    weighting = METHODS["imtl-ub"](tasks, net, SHORT)
+    first, second, _ = weighting.through(torch.ones(2, 6, requires_grad=True), [])
+    (first - second).sum().backward()  # opposites, on which no update projects equally
+    assert weighting.shares(torch.ones(3)).tolist() == [0.0] * 3
+
+
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_timing_a_method_leaves_the_training_as_it_is(either, method, monkeypatch):
     """The work that is done once more for its time changes neither weights nor what the method reports."""
@@ -290,7 +348,7 @@ def test_learns(recipe, method):
     assert len(result.step_ms) == len(result.own_ms) > 0
     for line in result.history:
         assert sum(abs(share) for share in line["share"]) <= 1 + 1e-4
-        assert method in ALIGNED or sum(line["share"]) == pytest.approx(1.0, abs=1e-4)
+        assert method.startswith(("aligned", "imtl")) or sum(line["share"]) == pytest.approx(1.0, abs=1e-4)
     assert len(result.condition) == len(result.rank) == (len(result.step_ms) if method in ALIGNED else 0)
     if method == "bayesagg":
         assert result.variance.shape == (4, recipe.width)

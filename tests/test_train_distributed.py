@@ -310,7 +310,15 @@ def sent(method, optimizer):
 
 @pytest.mark.parametrize(
     ("method", "optimizer"),
-    [("sum", "adam"), ("logsum", "adam"), ("aligned", "adam"), ("aligned-ub", "adam"), ("uncertainty", "adatask-adam")],
+    [
+        ("sum", "adam"),
+        ("logsum", "adam"),
+        ("aligned", "adam"),
+        ("aligned-ub", "adam"),
+        ("pcgrad", "adam"),
+        ("pcgrad-ub", "adam"),
+        ("uncertainty", "adatask-adam"),
+    ],
 )
 def test_bytes_of_a_step(two_ranks, method, optimizer):
     """docs/guide/train.md."""
@@ -320,13 +328,14 @@ def test_bytes_of_a_step(two_ranks, method, optimizer):
     learned = tasks if method == "uncertainty" else 0
     learned_bytes = 4 * learned  # in float32
     s, h = sum(p.numel() for p in backbone), sum(p.numel() for p in heads)
-    if method == "aligned" or optimizer != "adam":
+    if method in ("aligned", "pcgrad") or optimizer != "adam":
         step = {"all_reduce": e * (tasks + tasks * s + h) + learned_bytes + 24 * (len(heads) + (learned > 0))}
         step["all_reduce"] += 4 * len(backbone)
         step["all_gather"] = 8
     else:
         step = {"all_reduce": e * (tasks + s + h) + 8 * len(backbone + heads)}
-        step["all_reduce"] += 8 * tasks**2 if method == "aligned-ub" else 0
+        step["all_reduce"] += 8 * tasks**2 if method.endswith("-ub") else 0
+    step["all_reduce"] += 8 * tasks if method.startswith("pcgrad") else 0
     looked_at = dict(step)
     if method in SUMS and optimizer == "adam":
         looked_at["all_reduce"] += e * (tasks + tasks * s)

@@ -71,3 +71,42 @@ def backward(losses: Sequence[Tensor], features: Tensor) -> None:
     from torchjd.autojac import mtl_backward
 
     mtl_backward(losses, features=features)
+
+
+def aggregator_of(name: str, tasks: int) -> Any:
+    """TorchJD's aggregator of a rule, which may need more of its extras; Nash-MTL's keeps no weights between calls."""
+    from torchjd import aggregation
+
+    makers: dict[str, Any] = {
+        "upgrad": aggregation.UPGrad,
+        "dualproj": aggregation.DualProj,
+        "mgda": aggregation.MGDA,
+        "cagrad": lambda: aggregation.CAGrad(c=0.5),
+        "nash": lambda: aggregation.NashMTL(tasks, max_norm=0.0, update_weights_every=1, optim_niter=20),
+        "fairgrad": lambda: aggregation.FairGrad(alpha=2.0),
+        "imtlg": aggregation.IMTLG,
+    }
+    return makers[name]()
+
+
+def weighting(name: str, tasks: int) -> Any:
+    """[T, T] -> [T]. Nash-MTL's takes the gradients: their smallest ones with this Gram matrix, made untimed."""
+    made = aggregator_of(name, tasks)
+    if name != "nash":
+        return made.gramian_weighting
+    rows_of = functools.cache(torch.linalg.cholesky)
+
+    def call(gram: Tensor) -> Tensor:
+        made.reset()
+        return made.weighting(rows_of(gram))
+
+    return call
+
+
+def merge_by(made: Any, parameters: Sequence[Any]) -> None:
+    """``.jac`` to ``.grad``; ``.jac`` stays."""
+    from torchjd.autojac import jac_to_grad
+
+    if hasattr(made, "reset"):
+        made.reset()
+    jac_to_grad(parameters, made, retain_jac=True)

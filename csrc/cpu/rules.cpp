@@ -75,8 +75,9 @@ void pcgrad(const double* gram, int64_t seed, const int64_t* step, int64_t tasks
   const int n = checked(tasks);
   double v[kMaxAlignTasks];
   int order[kMaxAlignTasks];
-  std::fill_n(weights, n, 0.0);
-  for (int i = 0; i < n; ++i) {
+  const bool finite = math::is_finite(math::Alone{}, gram, n);
+  std::fill_n(weights, n, finite ? 0.0 : math::not_a_number<double>());
+  for (int i = 0; i < n && finite; ++i) {
     math::resolve_conflicts(gram, n, i, seed, *step, order, v);
     for (int j = 0; j < n; ++j) weights[j] += v[j];
   }

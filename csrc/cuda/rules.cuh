@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kWarp)
   DYNAMIC_SHARED(double, arena);
   const Warp team = this_warp();
   int* orders = reinterpret_cast<int*>(arena + n * n);
+  if (!math::is_finite(team, gram, n)) return math::fill(team, weights, n, math::not_a_number<double>());
   for (int i = team.lane; i < n; i += kWarp)
     math::resolve_conflicts(gram, n, i, seed, *step, orders + i * n, arena + i * n);
   team.sync();

@@ -28,6 +28,11 @@ from .recipes.weighting import METHODS as WEIGHTINGS
 from .recipes.weighting import SUMS, methods_with
 
 METHODS = (*WEIGHTINGS, *ROUNDS)
+#: Options of `train` that only some methods know, and these.
+WHOSE = {
+    "preference": methods_with("preference"), "scale": methods_with("scale"),
+    "target": tuple(ROUNDS), "subset": tuple(ROUNDS), "alpha_epochs": ("alphavil",),
+}  # fmt: skip
 COVARIANCES = ("full", "block", "kron", "diag")
 BAD_INPUT, STOPPED = 2, 130
 
@@ -135,9 +140,11 @@ def _add_train(commands: Any) -> None:
     structures = ", ".join(COVARIANCES)
     covariance = f"bayesagg: structure of the multiclass posterior, {structures} (default: {default.covariance})"
     add("--covariance", type=_one_of(COVARIANCES), help=covariance)
-    preference = f"{', '.join(methods_with('preference'))}: the tasks' weights, one number a task (default: all the same)"
+    preference = f"{', '.join(WHOSE['preference'])}: the tasks' weights, one number a task (default: all the same)"
     add("--preference", type=_not_negative, nargs="+", metavar="P", help=preference)
-    scale = f"{', '.join(methods_with('scale'))}: the aligned gradients' length, {', '.join(SCALES)} (default: {default.scale})"
+    scale = (
+        f"{', '.join(WHOSE['scale'])}: the aligned gradients' length, {', '.join(SCALES)} (default: {default.scale})"
+    )
     add("--scale", type=_one_of(SCALES), help=scale)
     add("--target", metavar="NAME", help=f"{', '.join(ROUNDS)}: the task for whose good all are trained")
     subset = f"{', '.join(ROUNDS)}: the part of an epoch's batches that a task is trained on in a round"
@@ -185,13 +192,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     # A short run is not all warm-up, unless that is asked for.
     given.setdefault("warmup", max(1, min(Settings.warmup, given["epochs"] // 2)))
     settings = Settings(**given)
-    rounds_only, alpha_only = tuple(ROUNDS), ("alphavil",)
-    whose = {name: methods_with(name) for name in ("preference", "scale")}
-    _check_options(
-        given,
-        settings.methods,
-        {**whose, "target": rounds_only, "subset": rounds_only, "alpha_epochs": alpha_only},
-    )
+    _check_options(given, settings.methods, WHOSE)
     rounds = [method for method in settings.methods if method in ROUNDS]
     merging = [method for method in settings.methods if method not in (*SUMS, *ROUNDS)]
     if (merging or rounds) and (apart := [name for name in settings.optimizers if name in ADATASK]):

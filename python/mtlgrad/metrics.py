@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ops.checks import check_floating, check_same_device, check_shape
 from .ops.rows import AnyRows, as_real
 from .optim.base import TaskOptimizer
 from .optim.dominance import Layers, layer_shares
@@ -106,10 +107,11 @@ class GradientStatistics(NamedTuple):
     cosine: Tensor  #: [T, T]: of the angle between two gradients; negative where they conflict
     magnitude_similarity: Tensor  #: [T, T]: 1 for gradients of one length, towards 0 the more one outweighs the other
     norms: Tensor  #: [T], Euclidean
+    update_cosine: Tensor | None = None  #: [T]: of the angle to the update; negative where that turns against the task
 
 
 @torch.no_grad()
-def gradient_statistics(rows: AnyRows | ops.Stacked) -> GradientStatistics:
+def gradient_statistics(rows: AnyRows | ops.Stacked, weights: Tensor | None = None) -> GradientStatistics:
     r"""Conditioning, conflict and dominance among the gradients of T tasks: each is read once, the host reads nothing.
 
     With g_i the gradients, and G the matrix whose columns they are,
@@ -121,11 +123,19 @@ def gradient_statistics(rows: AnyRows | ops.Stacked) -> GradientStatistics:
     The condition number is the stability criterion of Aligned-MTL (arXiv 2305.19000), as
     :func:`mtlgrad.ops.align` has it; cosine and magnitude similarity :math:`\Phi` are definitions 1 and 2 of PCGrad (Yu
     et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, arXiv 2001.06782). All but norms and singular
-    values are unchanged when all gradients are multiplied by one positive number.
+    values are unchanged when all gradients are multiplied by one positive number. With weights w, and M the Gram
+    matrix,
+
+    .. math:: \cos_t = \frac{\langle g_t, u \rangle}{\|g_t\| \|u\|} = \frac{(M w)_t}{\|g_t\| \sqrt{w^T M w}},
+        \qquad u = \sum_t w_t g_t,
+
+    says whether a step along the update goes with each task or against it.
 
     Args:
         rows: T rows, as in :func:`mtlgrad.ops.gram`: a tensor [T, ...], T lists of tensors, or
             ``ops.Stacked([p.jac for p in parameters])``. float32, float64, float16 or bfloat16.
+        weights: w, [T], of any floating dtype, on the gradients' device: a rule's ``.weights``. Then there is
+            ``update_cosine``.
 
     Returns:
         :class:`GradientStatistics`. They come from the Gram matrix, so that a condition number above some 1e7 says no
@@ -135,9 +145,16 @@ def gradient_statistics(rows: AnyRows | ops.Stacked) -> GradientStatistics:
         others, and NaN with another zero. NaN or infinity in a gradient makes its own row and column of both matrices
         NaN, its norm NaN or infinite, and condition number and singular values NaN.
 
-    Errors: as :func:`mtlgrad.ops.gram`.
+        ``update_cosine`` is NaN for a gradient of zero; for all tasks, if the update is zero (or not longer than what
+        rounding leaves of gradients that cancel, some 1e-8 of theirs), or if anything is not finite.
+
+    Errors: as :func:`mtlgrad.ops.gram`; ``RuntimeError`` for weights of another shape, dtype or device.
     """
     gram = ops.gram(rows)
+    if weights is not None:
+        check_floating("gradient_statistics", weights=weights)
+        check_shape("gradient_statistics", "weights", weights, (len(gram),))
+        check_same_device("gradient_statistics", "rows", rows=gram, weights=weights)
     spectrum = ops.align(gram)
     squares = gram.diagonal()
     norms = squares.sqrt()
@@ -148,7 +165,16 @@ def gradient_statistics(rows: AnyRows | ops.Stacked) -> GradientStatistics:
         cosine=(gram / products).clamp(-1.0, 1.0),
         magnitude_similarity=(2.0 * products / (squares[:, None] + squares)).clamp(max=1.0),
         norms=norms,
+        update_cosine=None if weights is None else _update_cosine(gram, norms, weights.detach().double()),
     )
+
+
+def _update_cosine(gram: Tensor, norms: Tensor, weights: Tensor) -> Tensor:
+    products = gram @ weights
+    square = weights @ products
+    rounding = len(weights) * torch.finfo(torch.float64).eps * (weights.abs() @ norms).square()
+    lengths = norms * torch.where(square > rounding, square, torch.nan).sqrt()
+    return (products / lengths).clamp(-1.0, 1.0)
 
 
 _ADAM = (torch.optim.Adam, torch.optim.AdamW)

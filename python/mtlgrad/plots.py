@@ -186,21 +186,26 @@ class Descent:
     """What one method did on a landscape of two parameters and two losses, from S starts in R records."""
 
     title: str
-    height: Tensor  #: [n, n] what the method minimises, at (axis[j], axis[i]) of `landscape`
+    height: Tensor  #: [n, n] what the contours show, at (axis[j], axis[i]) of `landscape`
     path: Tensor  #: [R, S, 2] parameters
     losses: Tensor  #: [R, S, 2]
-    goal: Tensor  #: [2] the parameters it should reach
-    goal_losses: Tensor  #: [2]
+    goal: Tensor | None  #: [2] the parameters it should reach; None if any on the front will do
+    goal_losses: Tensor | None  #: [2]
 
 
 def landscape(axis: Tensor, descents: Sequence[Descent], front: Tensor, front_losses: Tensor) -> bytes:
-    """A column a method: above the parameters with contours, below the losses; the Pareto front [P, 2] in both.
+    """A column a method, at most five beside each other: above the parameters with contours, below the losses; the
+    Pareto front [P, 2] in both.
 
     `axis` [n] has the coordinates of the contours' grid.
     """
-    figure = _figure(3.6 * len(descents), 7.2)
-    grid = figure.subplots(2, len(descents), squeeze=False, sharex="row", sharey="row")
-    for descent, above, below in zip(descents, grid[0], grid[1], strict=True):
+    blocks = -(-len(descents) // 5)
+    columns = -(-len(descents) // blocks)
+    figure = _figure(3.6 * columns, 7.2 * blocks)
+    grid = figure.subplots(2 * blocks, columns, squeeze=False, sharex="row", sharey="row")
+    handles: dict[str, Any] = {}
+    for k, descent in enumerate(descents):
+        above, below = grid[2 * (k // columns) : 2 * (k // columns) + 2, k % columns]
         above.contour(axis.numpy(), axis.numpy(), descent.height.numpy(), levels=18, cmap="Greys", linewidths=0.6)
         for place, paths, line, goal in (
             (above, descent.path, front, descent.goal),
@@ -211,13 +216,18 @@ def landscape(axis: Tensor, descents: Sequence[Descent], front: Tensor, front_lo
                 place.plot(*paths[:, i].T.numpy(), color=f"C{i}", linewidth=1.3, alpha=0.9)
                 place.plot(*paths[0, i].tolist(), "o", color=f"C{i}", markersize=5, label="start" if i == 0 else None)
                 place.plot(*paths[-1, i].tolist(), "X", color=f"C{i}", markersize=8, label="end" if i == 0 else None)
-            place.plot(*goal.tolist(), "*", color="black", markersize=13, markerfacecolor="none", label="optimum")
+            if goal is not None:
+                place.plot(*goal.tolist(), "*", color="black", markersize=13, markerfacecolor="none", label="optimum")
         above.set_title(descent.title, fontsize="medium")
         above.set_xlabel("parameter 1")
         below.set_xlabel("loss 1")
         below.grid(alpha=0.3)
-    grid[0, 0].set_ylabel("parameter 2")
-    grid[1, 0].set_ylabel("loss 2")
-    handles, names = grid[1, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize="small")
+        for handle, name in zip(*below.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    for row in range(0, 2 * blocks, 2):
+        grid[row, 0].set_ylabel("parameter 2")
+        grid[row + 1, 0].set_ylabel("loss 2")
+    for unused in grid[-2:, len(descents) - columns * (blocks - 1) :].flat:
+        unused.remove()
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), fontsize="small")
     return _png(figure)

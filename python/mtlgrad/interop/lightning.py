@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..bayesagg import BayesAgg
 from ..optim.base import TaskOptimizer
-from ..rules import AlignedMTL
+from ..rules import AlignedMTL, GramRule
 
 try:
     from lightning.pytorch import LightningModule, Trainer
@@ -27,7 +27,8 @@ class MultiTaskMonitor(Callback):
     """Logs, every n-th step, the latest values of all the module's layers and the trainer's optimizers of this package.
 
     ====================  ========================================================================================
-    :class:`.AlignedMTL`  ``{name}/weight/{task}``, ``{name}/condition_number``, ``{name}/rank``
+    :class:`.GramRule`    ``{name}/weight/{task}``: of :class:`.AlignedMTL`, :class:`.UPGrad` and all other rules
+    :class:`.AlignedMTL`  also ``{name}/condition_number``, ``{name}/rank``
     :class:`.BayesAgg`    ``{name}/task_weight/{task}``, once there is a full-data posterior
     AdaTask optimizers    ``{class}/dominance/{task}``; with several parameter groups, for each that is updated per
                           task, ``{class}/{group}/dominance/{task}``, the group's ``"name"`` or number
@@ -62,8 +63,8 @@ class MultiTaskMonitor(Callback):
         found = [*_layers(pl_module), *_optimizers(trainer)]
         if not found:
             raise ValueError(
-                "MultiTaskMonitor: pl_module: expected an AlignedMTL or a BayesAgg among its modules, or an AdaTask "
-                "optimizer with dominance_decay, found none; leave this callback out"
+                "MultiTaskMonitor: pl_module: expected a rule (AlignedMTL, UPGrad, ...) or a BayesAgg among its "
+                "modules, or an AdaTask optimizer with dominance_decay, found none; leave this callback out"
             )
         for name, source in found:
             if self.task_names is not None and len(self.task_names) != _tasks(source):
@@ -99,6 +100,8 @@ class MultiTaskMonitor(Callback):
                 yield from self._per_task(f"{name}/task_weight", layer.task_weights)
                 continue
             yield from self._per_task(f"{name}/weight", layer.weights)
+            if not isinstance(layer, AlignedMTL):
+                continue
             for what, value in (("condition_number", layer.condition_number), ("rank", layer.rank)):
                 if value is not None:
                     yield f"{name}/{what}", value
@@ -117,9 +120,9 @@ class MultiTaskMonitor(Callback):
                 yield f"{name}/{t if self.task_names is None else self.task_names[t]}", value
 
 
-def _layers(module: nn.Module) -> list[tuple[str, AlignedMTL | BayesAgg]]:
+def _layers(module: nn.Module) -> list[tuple[str, GramRule | BayesAgg]]:
     named = [(name.replace("_orig_mod.", ""), layer) for name, layer in module.named_modules()]
-    return [(name, layer) for name, layer in named if isinstance(layer, (AlignedMTL, BayesAgg))]
+    return [(name, layer) for name, layer in named if isinstance(layer, (GramRule, BayesAgg))]
 
 
 def _optimizers(trainer: Trainer) -> list[tuple[str, Any]]:

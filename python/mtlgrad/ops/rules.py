@@ -46,8 +46,9 @@ def upgrad(
     Args:
         preference: p, [T]; 1/T each if not given.
 
-    Several weights for one update exist where gradients depend on one another: then those of a basic solution, in
-    which no more tasks have more than their least weight than the rank. A zero gradient has its preference as weight.
+    Several weights for one update exist where gradients depend on one another: then, up to rounding, those that are
+    smallest in units of the gradients' lengths, so that duplicates share, about equally. A zero
+    gradient has its preference as weight.
     """
     return _weights(_upgrad, gram, (_given(preference, gram),), check_finite, out)
 
@@ -76,8 +77,8 @@ def mgda(gram: Tensor, *, check_finite: bool = False, out: Tensor | None = None)
 
     Source: Désidéri, 2012; Sener and Koltun, NeurIPS 2018, arXiv 1810.04650 (there by Frank and Wolfe's method).
 
-    If gradients are zero these tasks share the weight, and the update is zero. Of duplicates, one has the weight of
-    both.
+    If gradients are zero these tasks share the weight, and the update is zero. Duplicates share theirs, about
+    equally.
     """
     return _weights(_mgda, gram, (), check_finite, out)
 

@@ -9,8 +9,10 @@ which Aligned-MTL takes over (Senushkin et al., CVPR 2023, arXiv 2305.19000, sec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,29 +53,60 @@ def optimum(preference: Sequence[float]) -> Tensor:
     return centre
 
 
+@functools.cache
 def pareto_front(points: int = 41) -> Tensor:
     """The optima of all preferences, [points, 2] parameters, float64; the front is convex, so these are all of it."""
     return torch.stack([optimum((p, 1.0 - p)) for p in torch.linspace(0, 1, points, dtype=torch.float64).tolist()])
 
 
+class Rule(NamedTuple):
+    """How the tasks are weighed in a step, from the Gram matrix of their gradients."""
+
+    title: str
+    weights: Callable[[Tensor, Tensor, Scale], Tensor]  #: of Gram matrix [2, 2] and preference [2], [2], float64
+    prefers: str = ""  #: what its preference is called, if it has one
+    aims: bool = False  #: whether it goes for the optimum of its preference, not for any point of the Pareto front
+
+
+_ONE_ORDER = torch.zeros((), dtype=torch.int64)  # of the one other task
+
+RULES = {
+    "sum": Rule("sum", lambda gram, p, scale: p, "weights", aims=True),
+    "aligned": Rule("Aligned-MTL", lambda gram, p, scale: ops.align(gram, p, scale).weights, "preference", aims=True),
+    "upgrad": Rule("UPGrad", lambda gram, p, scale: ops.upgrad(gram, p), "preference"),
+    "dualproj": Rule("DualProj", lambda gram, p, scale: ops.dualproj(gram, p), "preference"),
+    "mgda": Rule("MGDA", lambda gram, p, scale: ops.mgda(gram)),
+    "cagrad": Rule("CAGrad", lambda gram, p, scale: ops.cagrad(gram), aims=True),
+    "nash": Rule("Nash-MTL", lambda gram, p, scale: ops.fairgrad(gram)),
+    "fairgrad": Rule("FairGrad", lambda gram, p, scale: ops.fairgrad(gram, 2.0)),
+    "imtl": Rule("IMTL-G", lambda gram, p, scale: ops.imtlg(gram)),
+    "pcgrad": Rule("PCGrad", lambda gram, p, scale: ops.pcgrad(gram, 0, _ONE_ORDER)),
+}
+WITH_PREFERENCE = tuple(name for name, rule in RULES.items() if rule.prefers)
+
+
 @dataclass(frozen=True)
 class Method:
-    """The plain (weighted) sum, or Aligned-MTL with a preference."""
+    """A rule, perhaps with a preference."""
 
     name: str
-    preference: tuple[float, float]
-    aligned: bool
+    rule: Rule
+    preference: tuple[float, float] = (1.0, 1.0)  #: what rules without one have
+
+    @property
+    def goal(self) -> tuple[float, float] | None:
+        """The weights whose optimum it should reach; None: any point of the Pareto front."""
+        return self.preference if self.rule.aims else None
 
 
-def methods(preference: tuple[float, float]) -> list[Method]:
-    """Sum and Aligned-MTL, without a preference and with one."""
-    weights = ", ".join(f"{p:g}" for p in preference)
-    return [
-        Method("sum", (1.0, 1.0), False),
-        Method(f"sum, weights {weights}", preference, False),
-        Method("Aligned-MTL", (1.0, 1.0), True),
-        Method(f"Aligned-MTL, preference {weights}", preference, True),
-    ]
+def methods(preference: tuple[float, float], names: Sequence[str] = ("sum", "aligned")) -> list[Method]:
+    """Rules by the names of `RULES`: first without a preference, then, those that can have one, with it."""
+    weights, chosen = ", ".join(f"{p:g}" for p in preference), []
+    for rule in map(RULES.__getitem__, names):
+        chosen.append(Method(rule.title, rule))
+        if rule.prefers:
+            chosen.append(Method(f"{rule.title}, {rule.prefers} {weights}", rule, preference))
+    return chosen
 
 
 # Explored with the preference 0.7, 0.3 (Adam, float32). At 1e-3 with scale "min", Aligned-MTL is at its optimum from
@@ -100,16 +133,16 @@ def descend(
     count = len(starts)
     x = torch.tensor([starts] * len(chosen)).flatten(0, 1)
     weights = torch.tensor([m.preference for m in chosen], dtype=torch.float64).repeat_interleave(count, 0)
-    aligned = [i for i in range(len(x)) if chosen[i // count].aligned]
-    preferences = {i: weights[i].clone() for i in aligned}
+    rules = [(i, chosen[i // count].rule, weights[i].clone()) for i in range(len(x))]
+    rules = [each for each in rules if each[1] is not RULES["sum"]]  # its weights stay as they are
     # Adam works on every number by itself: one optimizer for all is one for each.
     optimizer = torch.optim.Adam([x], lr=lr, fused=True)
     record = [x.clone()]
     for step in range(1, steps + 1):
         rows = gradients(x).double()
         grams = rows @ rows.mT  # ops.gram's, of all trajectories in one call
-        for i in aligned:
-            weights[i] = ops.align(grams[i], preferences[i], scale).weights
+        for i, rule, preference in rules:
+            weights[i] = rule.weights(grams[i], preference, scale)
         x.grad = (weights.unsqueeze(1) @ rows).squeeze(1).float()
         optimizer.step()
         if step % every == 0 or step == steps:
@@ -132,7 +165,7 @@ class Outcome:
     start: tuple[float, float]
     point: tuple[float, float]
     losses: tuple[float, float]
-    distance: float  #: to the optimum of the method's own preference, in loss space
+    distance: float  #: to the optimum of the method's goal, or to the Pareto front, in loss space
 
     @property
     def reached(self) -> bool:
@@ -143,9 +176,18 @@ def outcomes(chosen: Sequence[Method], ends: Tensor, starts: Sequence[tuple[floa
     """Method by method, start by start; ends is [methods, starts, 2]."""
     found = []
     for method, points in zip(chosen, ends.double(), strict=True):
-        goal = losses(optimum(method.preference))
+        # Of the front the line through its points, which is not 0.01 from it.
+        goal = losses(pareto_front() if method.goal is None else optimum(method.goal)[None])
         for start, end in zip(starts, points, strict=True):
             value = losses(end)
             point, both = (float(end[0]), float(end[1])), (float(value[0]), float(value[1]))
-            found.append(Outcome(method, start, point, both, float((value - goal).norm())))
+            found.append(Outcome(method, start, point, both, _distance(value, goal)))
     return found
+
+
+def _distance(point: Tensor, line: Tensor) -> float:
+    """Of a point [2] from a line through points [P, 2]."""
+    first, step = line[:-1], line.diff(dim=0)
+    along = ((point - first) * step).sum(1, keepdim=True) / step.square().sum(1, keepdim=True)
+    nearest = torch.cat([first + along.clamp(0.0, 1.0) * step, line[-1:]])
+    return float((nearest - point).norm(dim=1).min())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,14 +23,22 @@ WIDTH = 11.0  # the contours reach from -11 to 11
 
 
 def run(
-    preference: tuple[float, float], steps: int, lr: float, scale: Scale, out: Path, name: str | None, stop: Stop
+    methods: Sequence[str],
+    preference: tuple[float, float],
+    steps: int,
+    lr: float,
+    scale: Scale,
+    out: Path,
+    name: str | None,
+    stop: Stop,
 ) -> Path:
     """Returns the folder, with toy.png and results.csv. Raises Interrupted on the way when asked to stop."""
     torch.set_num_threads(1)
     console = console_for_output()
-    chosen = toy.methods(preference)
+    chosen = toy.methods(preference, methods)
     with NewFolder(out, name, "toy") as folder:
-        say(console, f"toy: {steps} steps of Adam, learning rate {lr:g}, scale {scale}, five starts")
+        own = f" scale {scale}," if "aligned" in methods else ""
+        say(console, f"toy: {steps} steps of Adam, learning rate {lr:g},{own} five starts")
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("steps", total=steps)
@@ -46,13 +55,16 @@ def run(
         (folder.work / "toy.png").write_bytes(_figure(chosen, paths.double()))
         (folder.work / "results.csv").write_text(as_csv(_rows(ends)))
         path = folder.publish()
-    show_table(console, [["method", "start", "losses", "distance to its optimum", "reached"], *_cells(ends)])
-    counts = [sum(e.reached for e in ends if e.method is method) for method in chosen]
-    reached = "; ".join(f"{method.name}: {count}" for method, count in zip(chosen, counts, strict=True))
-    say(
-        console,
-        f"its optimum (within {toy.REACHED}, in loss space) reached from, of {len(toy.STARTS)} starts: {reached}",
-    )
+    goals = {"its optimum": [m for m in chosen if m.goal], "the Pareto front": [m for m in chosen if not m.goal]}
+    goals = {goal: some for goal, some in goals.items() if some}
+    show_table(console, [["method", "start", "losses", f"distance to {' or '.join(goals)}", "reached"], *_cells(ends)])
+    for goal, some in goals.items():
+        counts = [sum(e.reached for e in ends if e.method is method) for method in some]
+        reached = "; ".join(f"{method.name}: {count}" for method, count in zip(some, counts, strict=True))
+        say(
+            console,
+            f"{goal} (within {toy.REACHED}, in loss space) reached from, of {len(toy.STARTS)} starts: {reached}",
+        )
     say(console, f"toy.png, results.csv: {path}")
     return path
 
@@ -64,19 +76,21 @@ def _figure(chosen: list[toy.Method], paths: Tensor) -> bytes:
     front = toy.pareto_front()
     descents = []
     for i, method in enumerate(chosen):
-        goal, path = toy.optimum(method.preference), paths[:, i]
-        height = surface @ torch.tensor(method.preference, dtype=torch.float64)
-        descents.append(plots.Descent(method.name, height, path, toy.losses(path), goal, toy.losses(goal)))
+        path, height = paths[:, i], surface @ torch.tensor(method.preference, dtype=torch.float64)
+        goal = None if method.goal is None else toy.optimum(method.goal)
+        goals = None if goal is None else toy.losses(goal)
+        descents.append(plots.Descent(method.name, height, path, toy.losses(path), goal, goals))
     return plots.landscape(axis, descents, front, toy.losses(front))
 
 
 def _cells(ends: list[toy.Outcome]) -> list[list[str]]:
+    some_aim = any(e.method.goal for e in ends)
     return [
         [
             e.method.name,
             "({:g}, {:g})".format(*e.start),
             "{:.3f}, {:.3f}".format(*e.losses),
-            f"{e.distance:.4f}",
+            f"{e.distance:.4f}" + (" (front)" if e.method.goal is None and some_aim else ""),
             "yes" if e.reached else "no",
         ]
         for e in ends
@@ -88,7 +102,7 @@ def _rows(ends: list[toy.Outcome]) -> list[list[object]]:
     return [
         [*head.split(",")],
         *(
-            [e.method.name, *e.method.preference, *e.start, *e.point, *e.losses, e.distance, int(e.reached)]
+            [e.method.name, *(e.method.goal or ("", "")), *e.start, *e.point, *e.losses, e.distance, int(e.reached)]
             for e in ends
         ),
     ]

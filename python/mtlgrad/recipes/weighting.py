@@ -302,22 +302,20 @@ class BayesAggregation(Weighting):
         return lambda: self.bayes.aggregate(step.features, step.batch.targets)
 
 
-METHODS: dict[str, type[Weighting]] = {
-    w.name: w
-    for w in (
-        *(Weighting, Uncertainty, LogSum),
-        *_forms("aligned", AlignedMTL, "preference", "scale"),
-        *_forms("upgrad", UPGrad, "preference"),
-        *_forms("dualproj", DualProj, "preference"),
-        *_forms("mgda", MGDA),
-        *_forms("cagrad", CAGrad),
-        *_forms("nash", NashMTL),
-        *_forms("fairgrad", FairGrad),
-        *_forms("imtl", IMTLG),
-        *_forms("pcgrad", PCGrad),
-        BayesAggregation,
-    )
-}
+_EVERY: list[type[Weighting]] = [
+    *(Weighting, Uncertainty, LogSum),
+    *_forms("aligned", AlignedMTL, "preference", "scale"),
+    *_forms("upgrad", UPGrad, "preference"),
+    *_forms("dualproj", DualProj, "preference"),
+    *_forms("mgda", MGDA),
+    *_forms("cagrad", CAGrad),
+    *_forms("nash", NashMTL),
+    *_forms("fairgrad", FairGrad),
+    *_forms("imtl", IMTLG),
+    *_forms("pcgrad", PCGrad),
+    BayesAggregation,
+]
+METHODS = {w.name: w for w in _EVERY}
 SUMS = tuple(name for name, method in METHODS.items() if method.sums)
 
 

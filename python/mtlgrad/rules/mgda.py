@@ -21,8 +21,8 @@ class MGDA(GramRule):
     The update has the same product with every gradient that has a weight, and no smaller one with the others; the task
     with the shortest gradient counts most. On features (the layer) it is MGDA-UB of arXiv 1810.04650.
 
-    Degenerate systems: with zero gradients, these tasks share the weight and the update is zero; of duplicates one has
-    the weight of both; of opposites, the update is zero; see :func:`mtlgrad.ops.mgda`.
+    Degenerate systems: with zero gradients, these tasks share the weight and the update is zero; duplicates share
+    theirs; of opposites, the update is zero; see :func:`mtlgrad.ops.mgda`.
 
     Layer, :meth:`merge` and :meth:`weigh`: as :class:`GramRule`.
 

@@ -22,8 +22,8 @@ class UPGrad(GramRule):
     The update has no negative product with any gradient, and grows with each gradient's length. Without conflicts it is
     the mean gradient.
 
-    Degenerate systems: gradients that depend on one another have the weights of a basic solution (the update is the
-    same for all); opposites add up to nothing; a zero gradient has its preference as weight; see
+    Degenerate systems: where gradients depend on one another several weights have one update, of which these are about
+    the smallest; opposites add up to nothing; a zero gradient has its preference as weight; see
     :func:`mtlgrad.ops.upgrad`.
 
     Layer, :meth:`merge` and :meth:`weigh`: as :class:`GramRule`.
