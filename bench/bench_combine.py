@@ -1,4 +1,4 @@
-"""Benchmark of the `combine` and `align` stems.
+"""Benchmark of the `combine`, `align` and `rules` stems.
 
 Whole Aligned-MTL aggregations (Gram matrix, alignment, weighted sum) of a matrix of gradients and of the parameters of
 a ResNet-50, and each of their operations by itself.
@@ -28,6 +28,19 @@ SUM = 1e-5  # summed in float32
 ROUNDED = 4e-3  # to bfloat16
 ONCE = 6e-8  # summed in float64, rounded once to float32
 DOUBLE = 1e-9
+EXACT = 1e-8  # of rules' weights
+
+Rule = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Callable[[int], mtlgrad.GramRule] | None]
+#: The operation, its reference, and the module that merges.
+RULES: dict[str, Rule] = {
+    "upgrad": (ops.upgrad, reference.upgrad, mtlgrad.UPGrad),
+    "dualproj": (ops.dualproj, reference.dualproj, None),
+    "mgda": (ops.mgda, reference.mgda, mtlgrad.MGDA),
+    "cagrad": (ops.cagrad, reference.cagrad, mtlgrad.CAGrad),
+    "nash": (ops.fairgrad, reference.fairgrad, mtlgrad.NashMTL),
+    "fairgrad": (lambda m: ops.fairgrad(m, 2.0, False), lambda m: reference.fairgrad(m, 2.0, False), None),
+    "imtlg": (ops.imtlg, reference.imtlg, None),
+}
 
 
 def gradients(tasks: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -282,6 +295,66 @@ def build_align(tasks: int, device: torch.device, quick: bool, small: bool) -> W
     )
 
 
+# Other rules ---------------------------------------------------------------------------------------------------------
+
+
+def build_weights(name: str, tasks: int, device: torch.device, quick: bool, small: bool) -> Work:
+    ours, eager, _ = RULES[name]
+    rows = gradients(tasks, 256, device).double()
+    gram = reference.gram(rows - 0.7 * rows.mean(0))
+    contenders = {"mtlgrad": Contender(lambda: ours(gram), EXACT)}
+    if device.type == "cuda":
+        contenders["mtlgrad graph"] = Contender(replayed(lambda: ours(gram)), EXACT, "CUDA graph", optional=True)
+    contenders["reference"] = Contender(lambda: eager(gram), EXACT)
+    peer = functools.cache(lambda: torchjd.weighting(name, tasks))
+    contenders["torchjd"] = Contender(lambda: peer()(gram), EXACT, torchjd.version(), **torchjd.OPTIONS)
+    exact = functools.cache(lambda: eager(gram.cpu()).to(device))
+    size = 8 * tasks * (tasks + 1)
+    return Work(contenders, lambda output: relative_error(output, exact()), bytes=size, flops=tasks**3)
+
+
+def build_merge(name: str, tasks: int, device: torch.device, quick: bool, small: bool) -> Work:
+    """``.jac`` of all parameters, which stays from call to call; ``.grad`` is None before each."""
+    shapes = [tuple(min(n, 8) for n in shape) if small or quick else shape for shape in resnet50_shapes()]
+    sizes = [math.prod(shape) for shape in shapes]
+    parameters: list[Any] = [nn.Parameter(torch.empty(shape, device=device)) for shape in shapes]
+    rows = gradients(tasks, sum(sizes), device)
+    rows -= 0.7 * rows.mean(0)
+    for p, part in zip(parameters, rows.split(sizes, dim=1), strict=True):
+        p.jac = part.reshape(tasks, *p.shape)
+    listed = [[p.jac[t] for p in parameters] for t in range(tasks)]
+    _, eager, make = RULES[name]
+    assert make is not None
+    rule = make(tasks)
+
+    def clear() -> None:
+        for p in parameters:
+            p.grad = None
+
+    def filled(fill: Callable[[], object], **options: Any) -> Contender:
+        def call() -> list[Tensor]:
+            fill()
+            return [p.grad for p in parameters]
+
+        return Contender(call, SUM, prepare=clear, **options)
+
+    peer = functools.cache(lambda: torchjd.aggregator_of(name, tasks))
+    contenders = {
+        "mtlgrad merge": filled(lambda: rule.merge(parameters, retain_jac=True)),
+        "torchjd": filled(
+            lambda: torchjd.merge_by(peer(), parameters), note=f"{torchjd.version()}, jac_to_grad", **torchjd.OPTIONS
+        ),
+    }
+    exact = functools.cache(lambda: exact_sum(listed, eager(reference.gram(listed))))
+    columns = sum(sizes)
+    return Work(
+        contenders,
+        lambda output: relative_error(flat(output), exact()),
+        bytes=columns * 4 * (2 * tasks + 1),
+        flops=columns * tasks * (tasks + 3),
+    )
+
+
 def cases(quick: bool, device: torch.device) -> list[Case]:
     """All there is to run, whole aggregations first."""
     found = []
@@ -318,4 +391,9 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
         add("displace", text, build_displace, tasks, sizes[-1], dtype, dtype=name, memory=False)
     for tasks in (3,) if quick else (2, 8, 20, 64):
         add("align", f"T={tasks}", build_align, tasks, dtype="float64", memory=False)
+    for name, (_, _, make) in RULES.items():
+        for tasks in (3,) if quick else (3, 8, 20, 40):
+            add(name, f"T={tasks}", build_weights, name, tasks, dtype="float64", memory=False)
+        if make is not None:
+            add(f"aligned resnet-50 by {name}", "T=3 161 parameters", build_merge, name, 3, memory=False)
     return found

@@ -16,7 +16,7 @@ import torch
 
 from bench import __main__ as command
 from bench import bench_adatask, bench_moments, bench_training, harness, memory, table
-from bench.bench_combine import uneven
+from bench.bench_combine import RULES, uneven
 from bench.harness import Case, Contender, Options, Result, Work
 from mtlgrad import cli
 
@@ -86,6 +86,8 @@ def test_quick_run_of_the_combine_benchmark(tmp_path: Path) -> None:
     for operation in "gram", "dots", "combine", "align":
         assert {"mtlgrad", "reference"} <= contenders(rows, operation)
     assert {row["dtype"] for row in rows if row["operation"] == "gram"} == {"float32", "bfloat16"}
+    for rule in RULES:
+        assert {"mtlgrad", "reference", "torchjd"} >= contenders(rows, rule) >= {"mtlgrad", "reference"}
 
 
 def test_quick_run_of_the_adatask_benchmark(tmp_path: Path) -> None:

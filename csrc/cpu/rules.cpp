@@ -22,7 +22,8 @@ int checked(int64_t tasks) {
 
 }  // namespace
 
-void upgrad(const double* gram, const double* preference, int64_t tasks, double* weights, double*, Place) {
+MTLGRAD_CLONES void upgrad(const double* gram, const double* preference, int64_t tasks, double* weights, double*,
+                           Place) {
   const int n = checked(tasks);
   double arena[kArena], v[kMaxAlignTasks];
   std::fill_n(weights, n, 0.0);

@@ -20,7 +20,7 @@
 #if defined(__CUDACC__)
 #define MTLGRAD_SOLVER __device__ inline
 #else
-#define MTLGRAD_SOLVER inline
+#define MTLGRAD_SOLVER MTLGRAD_INLINE
 #endif
 
 namespace mtlgrad::math {
@@ -139,8 +139,9 @@ struct Cholesky {
 // than 1e-13 of the terms that the solution must balance, and is taken back where it matters.
 constexpr double kRidge = 1e-13;
 
-// The active set of Lawson and Hanson: from x = 0 on, whoever gains most enters; of the members' solution, and on the way
-// to it, whoever would fall below zero leaves. A has ones on its diagonal, to which the ridge is added here; numbers that
+// The active set of Lawson and Hanson: whoever gains most enters; of the members' solution, and on the way to it, whoever
+// would fall below zero leaves: the value falls with each step. The start is quicker, and may err: all who gain enter at
+// once, and all leave whom the members' solution has below zero, as long as fewer gain each time. A has ones on its diagonal, to which the ridge is added here; numbers that
 // are barred from the start stay zero.
 template <typename Team>
 struct NonNegative {
@@ -171,6 +172,11 @@ struct NonNegative {
       if (state[i] != kNever) state[i] = kFree;
     }
     team.sync();
+    for (int before = n + 1, gaining = 0; (gaining = enter_all()) > 0; before = gaining) {
+      while (drop_negative()) {
+      }
+      if (gaining >= before) break;
+    }
     for (int round = 0; round < 10 * n + 20; ++round) {
       const int entering = chosen();
       if (entering < 0) break;
@@ -201,13 +207,30 @@ struct NonNegative {
     }
   }
 
-  // Who gains most; -1 if nobody gains anything that is not rounding.
+  // Whether a number's entering would gain more than rounding.
+  MTLGRAD_SOLVER bool gains(int i) const { return state[i] == kFree && rest[i] > 2.0 * kRounding * r.n * bound[i]; }
+
+  // Who gains most; -1 if nobody does.
   MTLGRAD_SOLVER int chosen() {
     find_rest(1.0 + kRidge);
     Extreme most{0.0, -1};
     for (int i = r.team.lane; i < r.n; i += Team::kLanes)
-      if (state[i] == kFree && rest[i] > 2.0 * kRounding * r.n * bound[i]) most = larger(most, {rest[i], i});
+      if (gains(i)) most = larger(most, {rest[i], i});
     return r.team.largest(most).at;
+  }
+
+  // All who gain; returns their number.
+  MTLGRAD_SOLVER int enter_all() {
+    find_rest(1.0 + kRidge);
+    r.team.sync();
+    int count = 0;
+    for (int i = 0; i < r.n; ++i)
+      if (gains(i)) {
+        accept(i);
+        mark(i, kMember);
+        ++count;
+      }
+    return count;
   }
 
   MTLGRAD_SOLVER void mark(int i, int what) {
@@ -235,14 +258,46 @@ struct NonNegative {
     for (int k = place + 1; k < before; ++k) accept(r.members[k]);
   }
 
+  // Makes x the members' solution if that is positive; else those for whom it is not leave. Returns whether any did.
+  MTLGRAD_SOLVER bool drop_negative() {
+    const Team team = r.team;
+    solve_members();
+    bool positive = true;
+    for (int i = team.lane; i < r.size; i += Team::kLanes) positive = positive && trial[i] > 0.0;
+    if (!team.any(!positive)) {
+      for (int i = team.lane; i < r.size; i += Team::kLanes) x[r.members[i]] = trial[i];
+      team.sync();
+      return false;
+    }
+    const int before = r.size;
+    r.size = 0;
+    for (int k = 0; k < before; ++k) {
+      const int j = r.members[k];
+      const bool stays = trial[k] > 0.0;
+      team.sync();
+      if (stays) {
+        accept(j);
+      } else {
+        if (team.lane == 0) x[j] = 0.0;
+        mark(j, kFree);
+      }
+    }
+    return true;
+  }
+
+  // trial = the members' solution
+  MTLGRAD_SOLVER void solve_members() {
+    for (int i = r.team.lane; i < r.size; i += Team::kLanes) trial[i] = half[i];
+    r.team.sync();
+    r.backward(trial);
+  }
+
   // From x to the solution of the members, the last of whom is `entered`, and on if that is not positive.
   MTLGRAD_SOLVER void settle(int entered) {
     const Team team = r.team;
     bool moved = false;
     while (r.size > 0) {
-      for (int i = team.lane; i < r.size; i += Team::kLanes) trial[i] = half[i];
-      team.sync();
-      r.backward(trial);
+      solve_members();
       Extreme first{0.0, -1};  // the largest part of the way that is too much
       for (int i = team.lane; i < r.size; i += Team::kLanes)
         if (!(trial[i] > 0.0)) {

@@ -71,12 +71,19 @@ def _cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
 def non_negative(matrix: Tensor, linear: Tensor) -> Tensor:
     """Minimise x'Ax / 2 - b'x over x >= 0 by the active set of Lawson and Hanson; A has ones on its diagonal.
 
-    Whoever gains most enters; of the members' solution, and on the way to it, whoever would fall below zero leaves. A
-    ridge keeps members apart that depend on one another; where none do, it is taken out of the solution again.
+    It starts from all that gain at x = 0, less those whom the members' solution has below zero. Then whoever gains most
+    enters; of the members' solution, and on the way to it, whoever would fall below zero leaves. A ridge keeps members
+    apart that depend on one another; where none do, it is taken out of the solution again.
     """
     n, x = len(linear), torch.zeros_like(linear)
     ridged = matrix + RIDGE * torch.eye(n).to(matrix)
-    members: list[int] = []
+    members = (linear > 0).nonzero().squeeze(1).tolist()
+    while members:
+        goal = torch.linalg.solve(ridged[members][:, members], linear[members])
+        if (goal > 0).all():
+            x[members] = goal
+            break
+        members = [j for j, value in zip(members, goal.tolist()) if value > 0]
     barred: set[int] = set()
     for _ in range(10 * n + 20):
         rest, bound = linear - ridged @ x, linear.abs() + ridged.abs() @ x
