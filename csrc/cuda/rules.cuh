@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kWarp) conflict_averse_kernel(const double* gr
   math::conflict_averse(this_warp(), gram, c, n, arena, weights);
 }
 
-__global__ void __launch_bounds__(kWarp)
+__global__ void __launch_bounds__(kWarp, 1)
     fair_kernel(const double* gram, double alpha, bool normalize, int n, double* weights) {
   DYNAMIC_SHARED(double, arena);
   math::fair(this_warp(), gram, alpha, normalize, n, arena, weights);

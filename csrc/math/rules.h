@@ -597,10 +597,13 @@ MTLGRAD_SOLVER void conflict_averse(Team team, const double* gram, double c, int
 
 constexpr int64_t fair_arena(int64_t n) { return simplex_arena(n); }  // which has one vector more
 
+// x^e. Not pow: on a device that is a call, which makes the caller spill its registers.
+MTLGRAD_SOLVER double power(double x, double e) { return e == 0.0 ? 1.0 : exp(e * log(x)); }
+
 // What the utility x^(1 - p) / (1 - p), log x for p = 1, gains from x to x + step.
 MTLGRAD_SOLVER double utility_gain(double x, double step, double p) {
   const double grown = log1p(step / x);
-  return p == 1.0 ? grown : pow(x, 1.0 - p) * expm1((1.0 - p) * grown) / (1.0 - p);
+  return p == 1.0 ? grown : power(x, 1.0 - p) * expm1((1.0 - p) * grown) / (1.0 - p);
 }
 
 // Row i of `matrix`, whose diagonal is apart, times x; returns that, and what its roundings are relative to. Each product's
@@ -661,7 +664,7 @@ MTLGRAD_SOLVER void fair(Team team, const double* gram, double alpha, bool norma
   for (int i = team.lane; i < count; i += Team::kLanes) {
     k[i] = exp(k[i] - log_k);
     diagonal[i] = gram[of[i] * n + of[i]] / lengths[i] / lengths[i];
-    x[i] = pow(k[i] / diagonal[i], 1.0 / (1.0 + p));
+    x[i] = power(k[i] / diagonal[i], 1.0 / (1.0 + p));
   }
   team.sync();
 
@@ -674,7 +677,7 @@ MTLGRAD_SOLVER void fair(Team team, const double* gram, double alpha, bool norma
     for (int i = team.lane; i < count; i += Team::kLanes) {
       double size;
       slopes[i] = x[i] * exact_product(matrix, diagonal, x, count, i, &size);
-      gains[i] = k[i] * pow(x[i], 1.0 - p);
+      gains[i] = k[i] * power(x[i], 1.0 - p);
       quadratic += slopes[i], absolute += x[i] * size, total += gains[i];
       off = larger(off, {fabs(gains[i] - slopes[i]) / gains[i], i});
     }
@@ -685,7 +688,7 @@ MTLGRAD_SOLVER void fair(Team team, const double* gram, double alpha, bool norma
     if (stationary || worst <= 4.0 * kRounding || (worst < 1e-6 && worst >= 0.5 * before)) break;
     before = worst;
     if (round == 0) {  // the best multiple of the start
-      const double best = pow(total / quadratic, 1.0 / (1.0 + p));
+      const double best = power(total / quadratic, 1.0 / (1.0 + p));
       for (int i = team.lane; i < count; i += Team::kLanes) x[i] *= best;
       team.sync();
       continue;
