@@ -194,6 +194,7 @@ struct NonNegative {
   MTLGRAD_SOLVER void find_rest(double diagonal) {
     const Team team = r.team;
     const int n = r.n;
+    team.sync();  // all have read what was there
     for (int i = team.lane; i < n; i += Team::kLanes) rest[i] = b[i], bound[i] = fabs(b[i]);
     for (int k = 0; k < r.size; ++k) {
       const int member = r.members[k];
@@ -689,6 +690,7 @@ MTLGRAD_SOLVER void fair(Team team, const double* gram, double alpha, bool norma
     before = worst;
     if (round == 0) {  // the best multiple of the start
       const double best = power(total / quadratic, 1.0 / (1.0 + p));
+      team.sync();
       for (int i = team.lane; i < count; i += Team::kLanes) x[i] *= best;
       team.sync();
       continue;
