@@ -12,6 +12,7 @@ import pytest
 import torch
 from gradient_cases import Net, at_features, close, flat, gradients, inputs, jacobian, near, normal, pushed, step
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import mtlgrad
 from mtlgrad import GramRule, ops, reference, task_backward
@@ -23,13 +24,14 @@ def inverse_norms(gram: Tensor) -> Tensor:
 
 
 P = [0.2, 0.5, 0.3]
+P64 = torch.tensor(P, dtype=torch.float64)
 RULES: dict[str, tuple[Callable[..., GramRule], Callable[[Tensor], Tensor]]] = {
     "UPGrad": (mtlgrad.UPGrad, reference.upgrad),
-    "UPGrad preference": (lambda n, **o: mtlgrad.UPGrad(n, P, **o), lambda m: reference.upgrad(m, torch.tensor(P))),
+    "UPGrad preference": (lambda n, **o: mtlgrad.UPGrad(n, P, **o), lambda m: reference.upgrad(m, P64)),
     "DualProj": (mtlgrad.DualProj, reference.dualproj),
     "DualProj preference": (
         lambda n, **o: mtlgrad.DualProj(n, P, **o),
-        lambda m: reference.dualproj(m, torch.tensor(P)),
+        lambda m: reference.dualproj(m, P64),
     ),
     "MGDA": (mtlgrad.MGDA, reference.mgda),
     "CAGrad": (mtlgrad.CAGrad, reference.cagrad),
@@ -175,6 +177,44 @@ def test_evaluation_mode_gives_views(name: str) -> None:
 
 
 @every_rule
+def test_complex_features_are_pairs_of_reals(name: str) -> None:
+    rows = torch.view_as_complex(normal(2, 3, 10, 2))
+    features = torch.zeros(10, dtype=torch.complex128, requires_grad=True)
+    torch.autograd.backward(made(name)(features), list(rows))
+    _, update = expected(name, torch.view_as_real(rows).flatten(1))
+    assert features.grad is not None
+    assert near(torch.view_as_real(features.grad).flatten(), update, 1e-9)
+
+
+@every_rule
+def test_made_under_another_default_device(name: str) -> None:
+    net, x = Net(), inputs()
+    torch.set_default_device("meta")
+    try:
+        rule = made(name)
+        step(net, rule, x)
+    finally:
+        torch.set_default_device(None)
+    want = Net()
+    step(want, made(name), x)
+    close(gradients(net.shared), gradients(want.shared), 0.0)
+    assert rule.weights is not None
+    assert rule.weights.device == x.device
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_rule
+def test_under_checkpointing(name: str, reentrant: bool) -> None:
+    """Of the backbone alone: a second forward of it does not count as a use."""
+    net, rule, want = Net(), made(name), Net()
+    x = inputs().requires_grad_()
+    features = checkpoint(net.backbone, x, use_reentrant=reentrant)
+    sum(net.losses(rule(features))).backward()  # type: ignore[attr-defined]
+    step(want, made(name), inputs())
+    close(gradients(net.shared), gradients(want.shared), 1e-6)
+
+
+@every_rule
 def test_nan_is_named_where_asked_for(name: str) -> None:
     rows = normal(1, 3, 20)
     rows[2, 7] = torch.nan
@@ -230,7 +270,7 @@ def conflicts(seed: int) -> Tensor:
 
 def drawn(rule: mtlgrad.PCGrad, count: int) -> list[Tensor]:
     found = []
-    for seed in range(count):
+    for _ in range(count):
         features = torch.zeros(4, dtype=torch.float64, requires_grad=True)
         torch.autograd.backward(rule(features), list(conflicts(7)))
         found.append(features.grad)
@@ -276,7 +316,7 @@ def test_a_weighting_cannot_change_the_gram_matrix_it_is_given() -> None:
 def weightings() -> dict[str, Any]:
     aggregation = pytest.importorskip("torchjd.aggregation")
     return {
-        "AlignedMTL": (aggregation.AlignedMTLWeighting(torch.ones(3)), lambda m: ops.align(m).weights, 1e-6),
+        "AlignedMTL": (aggregation.AlignedMTLWeighting(torch.ones(3).double()), lambda m: ops.align(m).weights, 1e-6),
         "UPGrad": (aggregation.UPGradWeighting(), ops.upgrad, 1e-3),  # theirs has a ridge of 1e-4
         "DualProj": (aggregation.DualProjWeighting(), ops.dualproj, 1e-3),
         "MGDA": (aggregation.MGDAWeighting(1e-6, 10_000), ops.mgda, 1e-2),  # theirs iterates
@@ -291,7 +331,7 @@ def weightings() -> dict[str, Any]:
 def test_torchjds_weightings_as_they_are() -> None:
     for name, (weighting, ours, tolerance) in weightings().items():
         net, x, rule = Net(), inputs(), GramRule(3, weighting)
-        features, rows = at_features(net, x)
+        _, rows = at_features(net, x)
         gram = rows.double() @ rows.double().mT
         step(net, rule, x)
         assert rule.weights is not None

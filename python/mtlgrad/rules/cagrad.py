@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -42,7 +43,7 @@ class CAGrad(GramRule):
     ):
         super().__init__(num_tasks, None, check_finite=check_finite, process_group=process_group)
         self.c = c
-        ops.cagrad(self._weights.new_ones(1, 1), c)  # refuses what c cannot be
+        ops.cagrad(torch.ones(1, 1, device="cpu"), c)  # refuses what c cannot be
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, c={self.c}"

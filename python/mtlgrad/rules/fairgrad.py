@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -46,7 +47,7 @@ class FairGrad(GramRule):
     ):
         super().__init__(num_tasks, None, check_finite=check_finite, process_group=process_group)
         self.alpha, self.normalize = alpha, normalize
-        ops.fairgrad(self._weights.new_ones(1, 1), alpha)  # refuses what alpha cannot be
+        ops.fairgrad(torch.ones(1, 1, device="cpu"), alpha)  # refuses what alpha cannot be
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, alpha={self.alpha}, normalize={self.normalize}"

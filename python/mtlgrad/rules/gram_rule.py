@@ -40,7 +40,8 @@ class GramRule(NotScripted, nn.Module):
     Args:
         num_tasks: T.
         weighting: called with M, [T, T] float64, on the gradients' device and without gradient, returns w, [T]: yours,
-            or any of TorchJD's weightings over a Gramian. Of several ranks, the first one's answer counts on all.
+            or any of TorchJD's weightings over a Gramian (their preference in float64, too). Of several ranks, the
+            first one's answer counts on all.
         check_finite: raises ``ValueError`` naming the task whose gradient has NaN or infinity; this reads from the
             device.
         process_group: the ranks that train together; all, if not given and torch.distributed is initialised. The

@@ -53,8 +53,9 @@ class PCGrad(GramRule):
 
     def _prepare(self, device: torch.device) -> None:
         super()._prepare(device)
-        if "draws" in self._buffers:
-            self.draws = self.draws.to(device)
+        draws = self._buffers.get("draws")
+        if draws is not None and draws.device != device:
+            self.draws = torch.zeros_like(draws, device=device) if draws.is_meta else draws.to(device)
 
     def _find(self, gram: Tensor, out: Tensor) -> None:
         ops.pcgrad(gram, self.seed, self.draws, out=out)
