@@ -20,22 +20,33 @@ int checked(int64_t tasks) {
   return static_cast<int>(tasks);
 }
 
+// Whether all is finite: weights are zeros then, else NaN.
+bool has_answer(const double* gram, int n, double* weights) {
+  const bool finite = math::is_finite(math::Alone{}, gram, n);
+  std::fill_n(weights, n, finite ? 0.0 : math::not_a_number<double>());
+  return finite;
+}
+
 }  // namespace
 
+// The only one whose time is in its loops.
 MTLGRAD_CLONES void upgrad(const double* gram, const double* preference, int64_t tasks, double* weights, double*,
                            Place) {
   const int n = checked(tasks);
+  if (!has_answer(gram, n, weights)) return;
   double arena[kArena], v[kMaxAlignTasks];
-  std::fill_n(weights, n, 0.0);
+  math::DualCone cone(math::Alone{}, gram, n, arena);
   for (int i = 0; i < n; ++i) {
-    math::project_task(math::Alone{}, gram, n, i, arena, v);
+    cone.project_task(i, v);
     for (int j = 0; j < n; ++j) weights[j] += (preference ? preference[i] : 1.0 / n) * v[j];
   }
 }
 
 void dualproj(const double* gram, const double* preference, int64_t tasks, double* weights, Place) {
+  const int n = checked(tasks);
+  if (!has_answer(gram, n, weights)) return;
   double arena[kArena];
-  math::project_preference(math::Alone{}, gram, preference, checked(tasks), arena, weights);
+  math::DualCone(math::Alone{}, gram, n, arena).project_preference(preference, weights);
 }
 
 void mgda(const double* gram, int64_t tasks, double* weights, Place) {
@@ -58,10 +69,7 @@ void imtlg(const double* gram, int64_t tasks, double* weights, Place) {
   const math::Alone team;
   double arena[kArena];
   double *matrix = arena, *vectors = matrix + n * n, *lengths = vectors + n * n, *y = lengths + n, *parts = y + n;
-  if (!math::is_finite(team, gram, n)) {
-    std::fill_n(weights, n, math::not_a_number<double>());
-    return;
-  }
+  if (!has_answer(gram, n, weights)) return;
   math::cosines(team, gram, n, matrix, lengths);
   if (!math::inverse_times_ones(team, matrix, n, vectors, parts, y)) {
     for (int i = 0; i < n; ++i)
@@ -74,11 +82,10 @@ void imtlg(const double* gram, int64_t tasks, double* weights, Place) {
 
 void pcgrad(const double* gram, int64_t seed, const int64_t* step, int64_t tasks, double* weights, Place) {
   const int n = checked(tasks);
+  if (!has_answer(gram, n, weights)) return;
   double v[kMaxAlignTasks];
   int order[kMaxAlignTasks];
-  const bool finite = math::is_finite(math::Alone{}, gram, n);
-  std::fill_n(weights, n, finite ? 0.0 : math::not_a_number<double>());
-  for (int i = 0; i < n && finite; ++i) {
+  for (int i = 0; i < n; ++i) {
     math::resolve_conflicts(gram, n, i, seed, *step, order, v);
     for (int j = 0; j < n; ++j) weights[j] += v[j];
   }

@@ -7,13 +7,20 @@ namespace mtlgrad::cuda {
 
 namespace {
 
-// One warp a block, with so many float64 of shared memory.
+// The most float64 of shared memory that any of them needs.
+constexpr int64_t kLargestArena = math::simplex_arena(kMaxAlignTasks);
+static_assert(kLargestArena >= math::dual_cone_arena(kMaxAlignTasks) &&
+              kLargestArena >= math::fair_arena(kMaxAlignTasks) && kLargestArena >= math::imtlg_arena(kMaxAlignTasks) &&
+              kLargestArena >= 2 * kMaxAlignTasks * kMaxAlignTasks);
+
+// One warp a block, with so many float64 of shared memory. Leave for more than 48 KB is given for the largest size:
+// threads may ask for different ones at once.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int blocks, int64_t arena, const Place& place, Arguments... arguments) {
   const size_t bytes = static_cast<size_t>(arena) * sizeof(double);
   if (bytes > (48 << 10))
     MTLGRAD_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kLargestArena * sizeof(double)));
   KERNEL_LAUNCH((kernel), static_cast<unsigned>(blocks), kWarp, bytes, static_cast<cudaStream_t>(place.stream),
                 arguments...);
   MTLGRAD_CUDA_CHECK(cudaGetLastError());

@@ -31,8 +31,11 @@ __device__ __forceinline__ Warp this_warp() { return {static_cast<int>(threadIdx
 // A block, of one warp, for each task: its projection goes to row blockIdx.x of `rows`, [n, n].
 __global__ void __launch_bounds__(kWarp) project_task_kernel(const double* gram, int n, double* rows) {
   DYNAMIC_SHARED(double, arena);
+  const Warp team = this_warp();
   const int i = static_cast<int>(blockIdx.x);
-  math::project_task(this_warp(), gram, n, i, arena, rows + i * n);
+  double* v = rows + i * n;
+  if (!math::is_finite(team, gram, n)) return math::fill(team, v, n, math::not_a_number<double>());
+  math::DualCone<Warp>(team, gram, n, arena).project_task(i, v);
 }
 
 // weights_j = sum_i preference_i rows_ij, in the order of the tasks.
@@ -48,7 +51,9 @@ __global__ void __launch_bounds__(kWarp)
 __global__ void __launch_bounds__(kWarp)
     project_preference_kernel(const double* gram, const double* preference, int n, double* weights) {
   DYNAMIC_SHARED(double, arena);
-  math::project_preference(this_warp(), gram, preference, n, arena, weights);
+  const Warp team = this_warp();
+  if (!math::is_finite(team, gram, n)) return math::fill(team, weights, n, math::not_a_number<double>());
+  math::DualCone<Warp>(team, gram, n, arena).project_preference(preference, weights);
 }
 
 __global__ void __launch_bounds__(kWarp) least_norm_kernel(const double* gram, int n, double* weights) {

@@ -141,8 +141,8 @@ constexpr double kRidge = 1e-13;
 
 // The active set of Lawson and Hanson: whoever gains most enters; of the members' solution, and on the way to it, whoever
 // would fall below zero leaves: the value falls with each step. The start is quicker, and may err: all who gain enter at
-// once, and all leave whom the members' solution has below zero, as long as fewer gain each time. A has ones on its diagonal, to which the ridge is added here; numbers that
-// are barred from the start stay zero.
+// once, and all leave whom the members' solution has below zero, as long as fewer gain each time. A has ones on its
+// diagonal, to which the ridge is added here; numbers that are barred from the start stay zero.
 template <typename Team>
 struct NonNegative {
   static constexpr int kFree = 0, kMember = 1, kBarred = 2, kNever = 3;
@@ -352,8 +352,7 @@ struct NonNegative {
 
 // ---- the dual cone: UPGrad, DualProj ---------------------------------------------------------------------------------
 
-// A matrix for NonNegative, and lengths: cosines and norms of the gradients, zeros for gradients of zero. Returns whether
-// any is not.
+// A matrix for NonNegative, and lengths: cosines and norms of the gradients, zeros for gradients of zero.
 template <typename Team>
 MTLGRAD_SOLVER void cosines(Team team, const double* gram, int n, double* out, double* lengths) {
   for (int i = team.lane; i < n; i += Team::kLanes) lengths[i] = gram[i * n + i] > 0.0 ? sqrt(gram[i * n + i]) : 0.0;
@@ -366,59 +365,59 @@ MTLGRAD_SOLVER void cosines(Team team, const double* gram, int n, double* out, d
   team.sync();
 }
 
-template <typename Team>
-MTLGRAD_SOLVER void bar_zeros(NonNegative<Team>& problem, const double* lengths) {
-  for (int i = problem.r.team.lane; i < problem.r.n; i += Team::kLanes)
-    if (lengths[i] == 0.0) problem.state[i] = NonNegative<Team>::kNever;
-  problem.r.team.sync();
-}
-
 constexpr int64_t dual_cone_arena(int64_t n) { return 2 * n * n + (NonNegative<Alone>::kVectors + 2) * n; }
 
-// UPGrad's part of task i: v >= e_i, [n].
+// For a Gram matrix that is finite; in units of the gradients' lengths, so that v = u + x, x >= 0, has ones on the diagonal.
 template <typename Team>
-MTLGRAD_SOLVER void project_task(Team team, const double* gram, int n, int i, double* arena, double* v) {
-  double *matrix = arena, *lengths = arena + n * n;
-  if (!is_finite(team, gram, n)) return fill(team, v, n, not_a_number<double>());
-  cosines(team, gram, n, matrix, lengths);
-  NonNegative<Team> problem(team, n, matrix, lengths + 2 * n);
-  bar_zeros(problem, lengths);
-  const bool some = lengths[i] > 0.0;
-  for (int j = team.lane; j < n; j += Team::kLanes) problem.b[j] = some && lengths[j] > 0.0 ? -matrix[i * n + j] : 0.0;
-  team.sync();
-  problem.solve();
-  for (int j = team.lane; j < n; j += Team::kLanes)
-    v[j] = (i == j ? 1.0 : 0.0) + (problem.x[j] > 0.0 ? lengths[i] * problem.x[j] / lengths[j] : 0.0);
-  team.sync();
-}
+struct DualCone {
+  Team team;
+  int n;
+  double *matrix, *lengths, *wanted;
+  NonNegative<Team> problem;
 
-// DualProj: v >= u.
-template <typename Team>
-MTLGRAD_SOLVER void project_preference(Team team, const double* gram, const double* u, int n, double* arena,
-                                       double* v) {
-  double *matrix = arena, *lengths = arena + n * n, *wanted = lengths + n;
-  if (!is_finite(team, gram, n)) return fill(team, v, n, not_a_number<double>());
-  cosines(team, gram, n, matrix, lengths);
-  NonNegative<Team> problem(team, n, matrix, wanted + n);
-  bar_zeros(problem, lengths);
-  Extreme most{0.0, -1};
-  for (int j = team.lane; j < n; j += Team::kLanes) {
-    wanted[j] = (u ? u[j] : 1.0 / n) * lengths[j];
-    most = larger(most, {fabs(wanted[j]), j});
+  MTLGRAD_SOLVER DualCone(Team team, const double* gram, int n, double* arena)
+      : team(team),
+        n(n),
+        matrix(arena),
+        lengths(arena + n * n),
+        wanted(lengths + n),
+        problem(team, n, matrix, wanted + n) {
+    cosines(team, gram, n, matrix, lengths);
+    for (int i = team.lane; i < n; i += Team::kLanes)
+      if (lengths[i] == 0.0) problem.state[i] = NonNegative<Team>::kNever;
+    team.sync();
   }
-  const double scale = team.largest(most).value;
-  fill(team, problem.b, n, 0.0);
-  for (int i = 0; i < n && scale > 0.0; ++i) {
-    const double factor = wanted[i] / scale;
+
+  // UPGrad's part of task i: v >= e_i, [n].
+  MTLGRAD_SOLVER void project_task(int i, double* v) {
+    for (int j = team.lane; j < n; j += Team::kLanes) problem.b[j] = i == j ? -1.0 : -matrix[i * n + j];
+    team.sync();
+    problem.solve();
     for (int j = team.lane; j < n; j += Team::kLanes)
-      if (lengths[j] > 0.0) problem.b[j] -= matrix[i * n + j] * factor;
+      v[j] = (i == j ? 1.0 : 0.0) + (problem.x[j] > 0.0 ? lengths[i] * problem.x[j] / lengths[j] : 0.0);
+    team.sync();
   }
-  team.sync();
-  problem.solve();
-  for (int j = team.lane; j < n; j += Team::kLanes)
-    v[j] = (u ? u[j] : 1.0 / n) + (problem.x[j] > 0.0 ? scale * problem.x[j] / lengths[j] : 0.0);
-  team.sync();
-}
+
+  // DualProj: v >= u.
+  MTLGRAD_SOLVER void project_preference(const double* u, double* v) {
+    Extreme most{0.0, -1};
+    for (int j = team.lane; j < n; j += Team::kLanes) {
+      wanted[j] = (u ? u[j] : 1.0 / n) * lengths[j];
+      most = larger(most, {fabs(wanted[j]), j});
+    }
+    const double scale = team.largest(most).value;
+    fill(team, problem.b, n, 0.0);
+    for (int i = 0; i < n && scale > 0.0; ++i) {
+      const double factor = wanted[i] / scale;
+      for (int j = team.lane; j < n; j += Team::kLanes) problem.b[j] -= matrix[i * n + j] * factor;
+    }
+    team.sync();
+    problem.solve();
+    for (int j = team.lane; j < n; j += Team::kLanes)
+      v[j] = (u ? u[j] : 1.0 / n) + (problem.x[j] > 0.0 ? scale * problem.x[j] / lengths[j] : 0.0);
+    team.sync();
+  }
+};
 
 // ---- the simplex: MGDA, CAGrad ---------------------------------------------------------------------------------------
 

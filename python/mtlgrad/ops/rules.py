@@ -152,8 +152,6 @@ def pcgrad(gram: Tensor, seed: int, step: Tensor, *, check_finite: bool = False,
 
     Without conflicts all weights are 1, a zero gradient's, too.
     """
-    if step.dtype != torch.int64 or step.dim() != 0:
-        refuse(f"pcgrad: step: expected an int64 scalar tensor, found {step.dtype} {shape_of(step)}")
     return _weights(_pcgrad, gram, (int(seed), step), check_finite, out)
 
 
@@ -175,20 +173,25 @@ def _weights(
     return out
 
 
-def _declare(schema: str, reference: Callable[..., Tensor], kernel: Callable[..., None]) -> Operation:
-    """``kernel(kernels, gram, *options, weights, place)`` takes a matrix of up to 64 tasks, float64, contiguous."""
-    op = schema.partition("(")[0]
+def _declare(schema: str, reference: Callable[..., Tensor], *, workspace: bool = False) -> Operation:
+    """The kernel of the same name takes the matrix, the options and the number of tasks, and writes the weights;
+    ``workspace``: to memory of the matrix's size, too.
+    """
+    op, _, listed = schema.partition("(")
+    names = [text.split()[1] for text in listed.partition(")")[0].split(", ")[1:]]
 
-    def check(gram: Tensor, *options: object) -> None:
+    def check(gram: Tensor, *options: Any) -> None:
         check_floating(op, gram=gram)
         if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
             refuse(f"{op}: gram: expected shape [T, T] with T > 0, found {shape_of(gram)}")
-        for option in options:
-            if isinstance(option, Tensor) and option.dim():
+        for name, option in zip(names, options, strict=True):
+            if name == "preference" and option is not None:
                 check_floating(op, preference=option)
-                check_shape(op, "preference", option, (len(gram),))
+                check_shape(op, name, option, (len(gram),))
+            if name == "step" and (option.dtype != torch.int64 or option.dim() != 0):
+                refuse(f"{op}: step: expected an int64 scalar tensor, found {option.dtype} {shape_of(option)}")
             if isinstance(option, Tensor):
-                check_same_device(op, "gram", gram=gram, **{"preference" if option.dim() else "step": option})
+                check_same_device(op, "gram", gram=gram, **{name: option})
 
     def check_out(out: list[Tensor], gram: Tensor, *_: object) -> None:
         [weights] = out
@@ -201,7 +204,17 @@ def _declare(schema: str, reference: Callable[..., Tensor], kernel: Callable[...
         *options, [weights] = rest
         if len(gram) > MAX_TASKS:
             return NotImplemented
-        kernel(kernels, gram.to(torch.float64).contiguous(), *options, weights, launch_place(gram.device))
+        gram = gram.to(torch.float64).contiguous()
+        # Kept until the kernel has them: what their addresses need alive.
+        options = [
+            o.to(torch.float64).contiguous() if n == "preference" and o is not None else o
+            for n, o in zip(names, options)
+        ]
+        given = [0 if o is None else o.data_ptr() if isinstance(o, Tensor) else o for o in options]
+        spare = [torch.empty_like(gram)] if workspace else []
+        where = launch_place(gram.device)
+        to = weights.data_ptr(), *[tensor.data_ptr() for tensor in spare]
+        getattr(kernels, op)(gram.data_ptr(), *given, len(gram), *to, where)
         return None
 
     return Operation(
@@ -214,52 +227,10 @@ def _declare(schema: str, reference: Callable[..., Tensor], kernel: Callable[...
     )
 
 
-def _float64(preference: Tensor | None) -> Tensor | None:
-    return None if preference is None else preference.to(torch.float64).contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _run_upgrad(kernels: ModuleType, gram: Tensor, preference: Tensor | None, weights: Tensor, place: Any) -> None:
-    kept, workspace = _float64(preference), torch.empty_like(gram)
-    kernels.upgrad(gram.data_ptr(), _address(kept), len(gram), weights.data_ptr(), workspace.data_ptr(), place)
-
-
-def _run_dualproj(kernels: ModuleType, gram: Tensor, preference: Tensor | None, weights: Tensor, place: Any) -> None:
-    kept = _float64(preference)
-    kernels.dualproj(gram.data_ptr(), _address(kept), len(gram), weights.data_ptr(), place)
-
-
-_upgrad = _declare("upgrad(Tensor gram, Tensor? preference) -> Tensor", reference.upgrad, _run_upgrad)
-_dualproj = _declare("dualproj(Tensor gram, Tensor? preference) -> Tensor", reference.dualproj, _run_dualproj)
-_mgda = _declare(
-    "mgda(Tensor gram) -> Tensor",
-    reference.mgda,
-    lambda kernels, gram, weights, place: kernels.mgda(gram.data_ptr(), len(gram), weights.data_ptr(), place),
-)
-_cagrad = _declare(
-    "cagrad(Tensor gram, float c) -> Tensor",
-    reference.cagrad,
-    lambda kernels, gram, c, weights, place: kernels.cagrad(gram.data_ptr(), c, len(gram), weights.data_ptr(), place),
-)
-_fairgrad = _declare(
-    "fairgrad(Tensor gram, float alpha, bool normalize) -> Tensor",
-    reference.fairgrad,
-    lambda kernels, gram, alpha, normalize, weights, place: kernels.fairgrad(
-        gram.data_ptr(), alpha, normalize, len(gram), weights.data_ptr(), place
-    ),
-)
-_imtlg = _declare(
-    "imtlg(Tensor gram) -> Tensor",
-    reference.imtlg,
-    lambda kernels, gram, weights, place: kernels.imtlg(gram.data_ptr(), len(gram), weights.data_ptr(), place),
-)
-_pcgrad = _declare(
-    "pcgrad(Tensor gram, int seed, Tensor step) -> Tensor",
-    reference.pcgrad,
-    lambda kernels, gram, seed, step, weights, place: kernels.pcgrad(
-        gram.data_ptr(), seed, step.data_ptr(), len(gram), weights.data_ptr(), place
-    ),
-)
+_upgrad = _declare("upgrad(Tensor gram, Tensor? preference) -> Tensor", reference.upgrad, workspace=True)
+_dualproj = _declare("dualproj(Tensor gram, Tensor? preference) -> Tensor", reference.dualproj)
+_mgda = _declare("mgda(Tensor gram) -> Tensor", reference.mgda)
+_cagrad = _declare("cagrad(Tensor gram, float c) -> Tensor", reference.cagrad)
+_fairgrad = _declare("fairgrad(Tensor gram, float alpha, bool normalize) -> Tensor", reference.fairgrad)
+_imtlg = _declare("imtlg(Tensor gram) -> Tensor", reference.imtlg)
+_pcgrad = _declare("pcgrad(Tensor gram, int seed, Tensor step) -> Tensor", reference.pcgrad)
