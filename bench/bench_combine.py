@@ -111,30 +111,38 @@ def build_matrix(tasks: int, columns: int, device: torch.device, quick: bool, sm
     return work_of(contenders, lambda: exact_sum([[row] for row in rows]), tasks, columns, 4, "gram+combine")
 
 
-def build_parameters(tasks: int, device: torch.device, quick: bool, small: bool) -> Work:
-    """The gradients as one ``.jac`` a parameter, which stays from call to call; ``.grad`` is None before each."""
-    shapes = [tuple(min(n, 8) for n in shape) if small or quick else shape for shape in resnet50_shapes()]
+def resnet50(rows: Callable[[int], Tensor], toy: bool, device: torch.device) -> tuple[list[Any], list[list[Tensor]]]:
+    """A ResNet-50's parameters, whose ``.jac`` are ``rows`` of so many columns; and the same as a list a task."""
+    shapes = [tuple(min(n, 8) for n in shape) if toy else shape for shape in resnet50_shapes()]
     sizes = [math.prod(shape) for shape in shapes]
     parameters: list[Any] = [nn.Parameter(torch.empty(shape, device=device)) for shape in shapes]
-    for p, part in zip(parameters, gradients(tasks, sum(sizes), device).split(sizes, dim=1), strict=True):
-        p.jac = part.reshape(tasks, *p.shape)
-    stacked = ops.Stacked([p.jac for p in parameters])
-    listed = [[jacobian[t] for jacobian in stacked.tensors] for t in range(tasks)]
-    module = mtlgrad.AlignedMTL(tasks)
+    every = rows(sum(sizes))
+    for p, part in zip(parameters, every.split(sizes, dim=1), strict=True):
+        p.jac = part.reshape(len(every), *p.shape)
+    return parameters, [[p.jac[t] for p in parameters] for t in range(len(every))]
+
+
+def filled(parameters: Sequence[Any], fill: Callable[[], object], **options: Any) -> Contender:
+    """What makes ``.grad`` of ``.jac``, which stays from call to call; ``.grad`` is None before each."""
 
     def clear() -> None:
         for p in parameters:
             p.grad = None
 
-    def filled(fill: Callable[[], None], **options: Any) -> Contender:
-        def call() -> list[Tensor]:
-            fill()
-            return [p.grad for p in parameters]
+    def call() -> list[Tensor]:
+        fill()
+        return [p.grad for p in parameters]
 
-        return Contender(call, SUM, prepare=clear, **options)
+    return Contender(call, SUM, prepare=clear, **options)
+
+
+def build_parameters(tasks: int, device: torch.device, quick: bool, small: bool) -> Work:
+    parameters, listed = resnet50(lambda columns: gradients(tasks, columns, device), small or quick, device)
+    stacked = ops.Stacked([p.jac for p in parameters])
+    module = mtlgrad.AlignedMTL(tasks)
 
     contenders = {
-        "mtlgrad merge": filled(lambda: module.merge(parameters, retain_jac=True)),
+        "mtlgrad merge": filled(parameters, lambda: module.merge(parameters, retain_jac=True)),
         "mtlgrad stacked": Contender(lambda: ops.merge(stacked)[0], SUM),
         "mtlgrad lists": Contender(lambda: ops.merge(listed)[0], SUM),
         "reference": Contender(lambda: aligned_sum(listed), SUM),
@@ -143,12 +151,14 @@ def build_parameters(tasks: int, device: torch.device, quick: bool, small: bool)
     def loop() -> None:
         libmtl_loops.write_back(libmtl_loops.aligned(libmtl_loops.in_rows(listed, tasks, parameters)), parameters)
 
-    contenders["libmtl"] = filled(loop, note="copied into [T, N], float32 Gram matrix, copied back", tolerated=True)
+    contenders["libmtl"] = filled(
+        parameters, loop, note="copied into [T, N], float32 Gram matrix, copied back", tolerated=True
+    )
     for name, per_tensor in ("torchjd", False), ("torchjd per tensor", True):
         fill = functools.partial(torchjd.to_grad, parameters, per_tensor, retain=True)
         note = f"{torchjd.version()}, jac_to_grad" + ", optimize_gramian_computation" * per_tensor
-        contenders[name] = filled(fill, note=note, **torchjd.OPTIONS)
-    return work_of(contenders, lambda: exact_sum(listed), tasks, sum(sizes), 4, "gram+combine")
+        contenders[name] = filled(parameters, fill, note=note, **torchjd.OPTIONS)
+    return work_of(contenders, lambda: exact_sum(listed), tasks, sum(p.numel() for p in parameters), 4, "gram+combine")
 
 
 # Each operation by itself --------------------------------------------------------------------------------------------
@@ -314,44 +324,22 @@ def build_weights(name: str, tasks: int, device: torch.device, quick: bool, smal
 
 
 def build_merge(name: str, tasks: int, device: torch.device, quick: bool, small: bool) -> Work:
-    """``.jac`` of all parameters, which stays from call to call; ``.grad`` is None before each."""
-    shapes = [tuple(min(n, 8) for n in shape) if small or quick else shape for shape in resnet50_shapes()]
-    sizes = [math.prod(shape) for shape in shapes]
-    parameters: list[Any] = [nn.Parameter(torch.empty(shape, device=device)) for shape in shapes]
-    rows = gradients(tasks, sum(sizes), device)
-    rows -= 0.7 * rows.mean(0)
-    for p, part in zip(parameters, rows.split(sizes, dim=1), strict=True):
-        p.jac = part.reshape(tasks, *p.shape)
-    listed = [[p.jac[t] for p in parameters] for t in range(tasks)]
+    def conflicting(columns: int) -> Tensor:
+        rows = gradients(tasks, columns, device)
+        return rows - 0.7 * rows.mean(0)
+
+    parameters, listed = resnet50(conflicting, small or quick, device)
     _, eager, make = RULES[name]
     assert make is not None
-    rule = make(tasks)
-
-    def clear() -> None:
-        for p in parameters:
-            p.grad = None
-
-    def filled(fill: Callable[[], object], **options: Any) -> Contender:
-        def call() -> list[Tensor]:
-            fill()
-            return [p.grad for p in parameters]
-
-        return Contender(call, SUM, prepare=clear, **options)
-
-    peer = functools.cache(lambda: torchjd.aggregator_of(name, tasks))
+    rule, peer = make(tasks), functools.cache(lambda: torchjd.aggregator_of(name, tasks))
+    note = f"{torchjd.version()}, jac_to_grad"
     contenders = {
-        "mtlgrad merge": filled(lambda: rule.merge(parameters, retain_jac=True)),
-        "torchjd": filled(
-            lambda: torchjd.merge_by(peer(), parameters), note=f"{torchjd.version()}, jac_to_grad", **torchjd.OPTIONS
-        ),
+        "mtlgrad merge": filled(parameters, lambda: rule.merge(parameters, retain_jac=True)),
+        "torchjd": filled(parameters, lambda: torchjd.merge_by(peer(), parameters), note=note, **torchjd.OPTIONS),
     }
-    exact = functools.cache(lambda: exact_sum(listed, eager(reference.gram(listed))))
-    columns = sum(sizes)
-    return Work(
-        contenders,
-        lambda output: relative_error(flat(output), exact()),
-        bytes=columns * 4 * (2 * tasks + 1),
-        flops=columns * tasks * (tasks + 3),
+    columns = sum(p.numel() for p in parameters)
+    return work_of(
+        contenders, lambda: exact_sum(listed, eager(reference.gram(listed))), tasks, columns, 4, "gram+combine"
     )
 
 
