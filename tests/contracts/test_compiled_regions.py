@@ -586,7 +586,8 @@ def test_results_that_are_written_to(writer: Function, backend: str) -> None:
 
 def test_gradient_statistics() -> None:
     def steps(compiler: Function) -> list[Found]:
-        compiled = compiler(lambda rows: (*metrics.gradient_statistics(2.0 * rows), rows))
+        weights = torch.linspace(1.0, 2.0, 3)
+        compiled = compiler(lambda rows: (*metrics.gradient_statistics(2.0 * rows, weights), rows))
         return [{str(i): t for i, t in enumerate(compiled(normal(0, 3, size)))} for size in SIZES]
 
     assert_same(steps(Compiler("aot_eager")), steps(plain))
