@@ -1,217 +1,313 @@
-"""Several trainings, one after another, in one run folder: methods x seeds, and single-task nets as the yardstick."""
+"""A run: every method on one recipe, at learning rates chosen on the validation split, over seeds; stopped and resumed."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
+from ..metrics import delta_m
+from ..world.ranks import world_of
 from . import report
-from .base import Interrupted, Job, Result, Settings, TrainError
-from .clothing import Clothing
-from .folder import CHECKPOINT, ElsewhereFolder, Files, RunFolder
-from .multimnist import Digits
-from .parts import Recipe
-from .river import River
-from .rounds import training
-from .team import any_rank, broadcast_from_rank0, lost, one_line, place, words_for_lost
-from .training import Training
+from .alphavil import AlphaVILTraining
+from .folder import RunFolder, read_checkpoint
+from .methods import ALPHAVIL, default_lr
+from .recipe import Recipe, TrainError
+from .tasks import Task
+from .training import SINGLE, Job, Result, Training
 
-RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (Clothing, River, Digits)}
+#: The recipes that come with the package: a name -> module and class, imported when asked for.
+RECIPES = {
+    "clothing": "clothing:Clothing",
+    "river": "river:River",
+    "yeast": "yeast:Yeast",
+    "qm9": "qm9:QM9",
+    "multimnist": "multimnist:Digits",
+    "multimnist-reconstruction": "multimnist:DigitAndImage",
+}
+#: What `--tune-lr` tries.
+RATES = (1e-3, 3e-3, 8e-3, 2e-2)
 
 
-_Opened = tuple[Files, "dict[str, Any] | None"]
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived; raised between two steps, never inside one."""
 
 
-class Stop:
-    """Set by a signal, looked at between two steps."""
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run computes; kept in its checkpoint, so that resuming needs no arguments."""
 
-    requested = False
+    recipe: str
+    methods: tuple[str, ...]
+    seeds: int
+    epochs: int
+    batch_size: int
+    rates: tuple[float, ...]  #: several: the best on the validation split, of seed 0; none: the method's own
+    preference: tuple[float, ...] | None
+    target: str | None  #: alphaVIL's
+    device: str
+    threads: int
+    tensorboard: bool
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Settings:
+        return Settings(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    """Find a recipe: one of RECIPES, a file, or package.module:Class."""
+    where = "argument --recipe"
+    if name in RECIPES:
+        module, _, attribute = RECIPES[name].partition(":")
+        found: type[Recipe] = getattr(importlib.import_module(f".{module}", __package__), attribute)
+        return found
+    path, _, attribute = name.rpartition(":") if ":" in name else (name, "", "")
+    if path.endswith(".py"):
+        spec = importlib.util.spec_from_file_location("mtlgrad_recipe", path)
+        if spec is None or spec.loader is None or not Path(path).is_file():
+            raise TrainError(
+                f"{where}: expected a file, found none at {path}; `mtlgrad recipe > my_recipe.py` makes one"
+            )
+        module_object = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module_object  # for workers and dataclasses
+        spec.loader.exec_module(module_object)
+    elif attribute:
+        try:
+            module_object = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            raise TrainError(f"{where}: {name}: {error}") from None
+    else:
+        known = ", ".join(RECIPES)
+        raise TrainError(f"{where}: expected one of {known}, a file.py or package.module:Class, found {name!r}")
+    own = [value for value in vars(module_object).values() if _is_recipe(value, module_object.__name__)]
+    classes = [c for c in own if attribute in ("", c.__name__)]
+    if len(classes) != 1:
+        names = ", ".join(c.__name__ for c in own) or "none"
+        raise TrainError(f"{where}: expected one class derived from mtlgrad.recipes.Recipe in {path}, found {names}")
+    return classes[0]
+
+
+def _is_recipe(value: Any, module: str) -> bool:
+    return isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """Return the recipe, or say what it lacks: before a training begins, not in its first step."""
+    kind = type(recipe).__name__
+    for name in ("tasks", "train", "validation", "test"):
+        if not hasattr(recipe, name):
+            raise TrainError(f"{kind}.__init__: expected it to set self.{name}, found it unset")
+    names = [task.name for task in recipe.tasks]
+    if not names or len(set(names)) < len(names):
+        raise TrainError(f"{kind}.tasks: expected different names, at least one, found {names}")
+    inputs_and_targets = recipe.train[0]
+    if not isinstance(inputs_and_targets, tuple) or len(inputs_and_targets) != 2:
+        raise TrainError(f"{kind}.train: expected items (inputs, targets), found {type(inputs_and_targets).__name__}")
+    missing = [name for name in names if name not in inputs_and_targets[1]]
+    if missing:
+        raise TrainError(f"{kind}.train: expected a target a task, found none for {', '.join(missing)}")
+    return recipe
 
 
 class Watcher(Protocol):
     """What the trainings tell while they run; see progress.py."""
 
-    def start(self, number: int, trainer: Training) -> None: ...
-    def step(self, epoch: int, step: int, losses: Tensor) -> None: ...
-    def epoch_done(self, trainer: Training) -> None: ...
+    def start(self, number: int, training: Training) -> None: ...
+    def step(self, epoch: int, step: int, losses: torch.Tensor) -> None: ...
+    def epoch_done(self, training: Training) -> None: ...
     def done(self, number: int, result: Result) -> None: ...
 
 
-class Watchers:
-    """Several, or none, in place of one."""
-
-    def __init__(self, *watchers: Watcher):
-        self.watchers = watchers
-
-    def start(self, number: int, trainer: Training) -> None:
-        for watcher in self.watchers:
-            watcher.start(number, trainer)
-
-    def step(self, epoch: int, step: int, losses: Tensor) -> None:
-        for watcher in self.watchers:
-            watcher.step(epoch, step, losses)
-
-    def epoch_done(self, trainer: Training) -> None:
-        for watcher in self.watchers:
-            watcher.epoch_done(trainer)
-
-    def done(self, number: int, result: Result) -> None:
-        for watcher in self.watchers:
-            watcher.done(number, result)
-
-
-def jobs_of(settings: Settings, recipe: Recipe) -> list[Job]:
-    """Seed by seed, so that what is complete when somebody stops the run can be compared."""
-    jobs = []
-    for seed in range(settings.seeds):
-        jobs += [Job("sum", seed, task) for task in range(len(recipe.tasks))]
-        jobs += [Job(method, seed, optimizer=optimizer) for method, optimizer in settings.trainings]
-    return jobs
-
-
 class Comparison:
-    """A run: what is done, what is in progress, and where it is kept."""
+    """A run: what is done, what is in progress, and where it is kept (None on all ranks but the first)."""
 
-    def __init__(self, settings: Settings, recipe: Recipe, folder: Files, state: dict[str, Any] | None = None):
-        self.settings, self.recipe, self.folder = settings, recipe, folder
-        self.jobs = jobs_of(settings, recipe)
-        self.results: list[Result] = [] if state is None else [Result.from_dict(r) for r in state["done"]]
-        self.current: dict[str, Any] | None = None if state is None else state["current"]
+    def __init__(self, settings: Settings, folder: RunFolder | None, state: dict[str, Any]):
+        self.settings, self.folder = settings, folder
+        self.results = [Result.from_dict(values) for values in state["done"]]
+        self.current: dict[str, Any] | None = state["current"]
+        torch.set_num_threads(settings.threads)
+        self.device = torch.device(settings.device)
+        if self.device.type == "cuda" and dist.is_initialized():
+            self.device = torch.device("cuda", dist.get_node_local_rank(0))
+            torch.cuda.set_device(self.device)
+        self.make_recipe = recipe_class(settings.recipe)
+        self._recipes: dict[int, Recipe] = {}
+        self.tasks: list[Task] = list(self.recipe(0).tasks)
+        self.names = [task.name for task in self.tasks]
+        self.contenders = [f"{name} alone" for name in self.names] + list(settings.methods)
+        self.total = len(self.contenders) * (settings.seeds + max(len(settings.rates), 1) - 1)
 
     @staticmethod
     def start(settings: Settings, out: Path, name: str | None) -> Comparison:
-        recipe = _recipe(settings)
-
-        def create() -> _Opened:
-            state = _state(settings, [], None)
-            return RunFolder.create(out, name, settings.data, state), None
-
-        folder, _ = broadcast_from_rank0(create, _elsewhere)
-        return Comparison(settings, recipe, folder)
+        state: dict[str, Any] = {"settings": asdict(settings), "done": [], "current": None}
+        folders: list[RunFolder] = []
+        stem = Path(settings.recipe).stem.replace(":", "-")
+        from_rank0(lambda: folders.append(RunFolder.create(out, name, stem, state)))
+        return Comparison(settings, folders[0] if folders else None, state)
 
     @staticmethod
     def resume(path: Path) -> Comparison:
-        folder, state = broadcast_from_rank0(lambda: RunFolder.open(path), _elsewhere)
-        assert state is not None
-        try:
-            settings = Settings.from_dict(state["settings"])
-            return Comparison(settings, _recipe(settings), folder, state)
-        except (TypeError, KeyError) as error:
-            folder.close()
-            raise TrainError(
-                f"argument --resume: expected a checkpoint of this version, found {folder.path / CHECKPOINT} "
-                f"of another ({error}); start anew without --resume"
-            ) from None
+        folders: list[RunFolder] = []
 
-    def run(self, watcher: Watcher, stop: Stop) -> bool:
-        """Trains what is left. True when all is done, False when it was stopped; the files are complete either way."""
+        def read() -> dict[str, Any]:
+            folders.append(RunFolder.open(path))
+            return read_checkpoint(folders[0].path)
+
+        state = from_rank0(read)
+        return Comparison(Settings.from_dict(state["settings"]), folders[0] if folders else None, state)
+
+    def recipe(self, seed: int) -> Recipe:
+        if seed not in self._recipes:
+            self._recipes = {seed: checked(self.make_recipe(seed))}  # one at a time: memory
+        return self._recipes[seed]
+
+    def rates(self, method: str) -> tuple[float, ...]:
+        return self.settings.rates or (default_lr(method),)
+
+    def next_job(self) -> Job | None:
+        """Return what is to be trained now: seed by seed, so that what is complete at any time can be compared."""
+        done = {(r.job.contender, r.job.seed, r.job.lr) for r in self.results}
+        for seed in range(self.settings.seeds):
+            for contender in self.contenders:
+                task = contender.removesuffix(" alone") if contender.endswith(" alone") else None
+                method = SINGLE if task is not None else contender
+                rates = self.rates(method)
+                for lr in rates if seed == 0 else (self.best_rate(contender),):
+                    if (contender, seed, lr) not in done:
+                        return Job(method, seed, lr, task)
+        return None
+
+    def best_rate(self, contender: str) -> float:
+        """Return the rate of the best validation metrics at the end of seed 0; for several tasks by Delta_m."""
+        tried = [r for r in self.results if r.job.contender == contender and r.job.seed == 0]
+        scores = {r.job.lr: self._score(r) for r in tried if not r.error}
+        if not scores:
+            raise TrainError(f"{contender}: no learning rate of {', '.join(f'{r.job.lr:g}' for r in tried)} worked")
+        return min(scores, key=lambda lr: math.inf if math.isnan(scores[lr]) else scores[lr])
+
+    def _score(self, result: Result) -> float:
+        """Return what is better the less it is, of the last epoch's validation metrics."""
+        values = result.history[-1]["metric"]
+        higher = {task.name: task.metric.higher_is_better for task in self.tasks}
+        if result.job.task is not None:
+            return -values[0] if higher[result.job.task] else values[0]
+        if len(self.rates(result.job.method)) == 1:
+            return 0.0
+        base = []
+        for name in self.names:
+            alone = f"{name} alone"
+            rate = self.best_rate(alone)
+            base += [r.history[-1]["metric"][0] for r in self.results if r.job == Job(SINGLE, 0, rate, name)]
+        return delta_m(values, base, [higher[name] for name in self.names])
+
+    def chosen(self) -> list[Result]:
+        """Return the finished trainings that are compared: at each contender's best rate."""
+        at_hand = []
+        for contender in self.contenders:
+            own = [r for r in self.results if r.job.contender == contender]
+            if any(not r.error for r in own if r.job.seed == 0):
+                rate = self.best_rate(contender)
+                at_hand += [r for r in own if r.job.lr == rate and not r.error]
+        return at_hand
+
+    def run(self, watcher: Watcher, stop: Callable[[], bool]) -> bool:
+        """Train what is left. True when all is done, False when it was stopped; the files are complete either way."""
         try:
-            for number in range(len(self.results), len(self.jobs)):
-                self._train(number, watcher, stop)
+            while (job := self.next_job()) is not None:
+                self._train(job, watcher, stop)
         except Interrupted:
             self.write_tables()
             return False
         except BaseException as error:
-            if not self.results and self.current is None:
+            if self.folder is not None and not self.results and self.current is None:
                 self.folder.discard()
-            elif isinstance(error, TrainError):
-                saved = f"what was done is saved: --resume {self.folder.path}"
-                raise TrainError(f"{error}; {saved}") from error.__cause__
+            elif self.folder is not None and isinstance(error, TrainError):
+                raise TrainError(f"{error}; what was done is saved: --resume {self.folder.path}") from error.__cause__
             raise
         return True
 
-    def _train(self, number: int, watcher: Watcher, stop: Stop) -> None:
-        job = self.jobs[number]
+    def _training(self, job: Job) -> Training:
+        settings, recipe = self.settings, self.recipe(job.seed)
+        arguments = (recipe, job, settings.epochs, settings.batch_size, self.device)
+        if job.method == ALPHAVIL:
+            assert settings.target is not None
+            return AlphaVILTraining(*arguments, settings.target)
+        return Training(*arguments, settings.preference)
+
+    def _train(self, job: Job, watcher: Watcher, stop: Callable[[], bool]) -> None:
+        number = len(self.results)
+
+        def watch(epoch: int, step: int, losses: torch.Tensor) -> None:
+            if any_rank(stop, step):
+                raise Interrupted
+            watcher.step(epoch, step, losses)
+
+        training = None
         try:
-            trainer = training(self.recipe, job, self.settings)
+            training = self._training(job)
             if self.current is not None:
-                trainer.load_state_dict(self.current)
-            watcher.start(number, trainer)
-
-            def watch(epoch: int, step: int, losses: Tensor) -> None:
-                if any_rank(stop.requested):
-                    raise Interrupted
-                watcher.step(epoch, step, losses)
-
-            while trainer.epoch < self.settings.epochs:
-                trainer.run_epoch(watch)
-                state = trainer.state_dict()
-                self._checkpoint(state)
-                self.current = state
-                watcher.epoch_done(trainer)
-            result = trainer.finish()
-        except (RuntimeError, ValueError) as error:  # of a method that refuses what the training came to, or of torch
-            what = words_for_lost(error) if lost(error) else one_line(error)
-            raise TrainError(f"{job.title(self.recipe.tasks)}: {what}") from error
-        if job.task is None:
-            name = "-".join(job.label.split(" + "))
-            self.folder.save(f"model-{name}-{job.seed}.pt", _final(trainer))
+                training.load_state_dict(self.current)
+            watcher.start(number, training)
+            while training.epoch < self.settings.epochs:
+                training.run_epoch(watch)
+                self.current = training.state_dict()
+                self._checkpoint()
+                watcher.epoch_done(training)
+            result = training.finish()
+        except (RuntimeError, ValueError, TrainError) as error:  # of a method that refuses, of torch, of a recipe
+            words = f"{job.title}: {' '.join(str(error).split())}"
+            others = [lr for lr in self.rates(job.method) if lr != job.lr]
+            if training is None or job.seed or not (others and isinstance(error, TrainError)):
+                raise TrainError(words) from error
+            result = training.result
+            result.error = words
         self.results.append(result)
         self.current = None
-        self._checkpoint(None)
+        self._checkpoint()
         self.write_tables()
         watcher.done(number, result)
 
-    def _checkpoint(self, current: dict[str, Any] | None) -> None:
-        self.folder.save_checkpoint(_state(self.settings, self.results, current))
+    def _checkpoint(self) -> None:
+        if self.folder is not None:
+            done = [result.to_dict() for result in self.results]
+            state = {"settings": asdict(self.settings), "done": done, "current": self.current}
+            self.folder.save_checkpoint(state)
 
     def write_tables(self) -> None:
-        """results.csv; history.csv, dominance.csv and alphavil.csv, with the epochs of a training stopped halfway."""
-        started = [] if self.current is None else [Result.from_dict(self.current["result"])]
-        self.folder.write("results.csv", report.results_csv(self.results, self.recipe.tasks))
-        self.folder.write("history.csv", report.history_csv([*self.results, *started]))
-        for name, table in (("dominance.csv", report.dominance_csv), ("alphavil.csv", report.rounds_csv)):
-            text = table([*self.results, *started])
-            if text is not None:
-                self.folder.write(name, text)
+        """Write results.csv, and history.csv, with the epochs of a training stopped halfway."""
+        if self.folder is not None:
+            started = [] if self.current is None else [Result.from_dict(self.current["result"])]
+            self.folder.write("results.csv", report.results_csv(self.results, self.chosen(), self.tasks))
+            self.folder.write("history.csv", report.history_csv([*self.results, *started]))
 
 
-def _state(settings: Settings, results: list[Result], current: dict[str, Any] | None) -> dict[str, Any]:
-    return {"settings": settings.to_dict(), "done": [r.to_dict() for r in results], "current": current}
+def from_rank0(make: Callable[[], Any]) -> Any:
+    """Return what rank 0 makes, on all ranks; where it cannot, the others end without a word."""
+    if not dist.is_initialized():
+        return make()
+    parcel: list[Any] = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            parcel = [make(), ""]
+        except TrainError as error:
+            parcel = [None, str(error)]
+    dist.broadcast_object_list(parcel, 0, device=torch.device("cpu"))
+    if parcel[1]:
+        raise TrainError(parcel[1] if dist.get_rank() == 0 else "")
+    return parcel[0]
 
 
-def _final(trainer: Training) -> dict[str, Any]:
-    """What is needed to use a trained net: its weights and, for bayesagg, the posterior that predicts."""
-    job = {"method": trainer.job.method, "optimizer": trainer.job.optimizer, "seed": trainer.job.seed}
-    return {**job, "net": trainer.net.state_dict(), "weighting": trainer.weighting.state_dict()}
-
-
-def _recipe(settings: Settings) -> Recipe:
-    torch.set_num_threads(settings.threads)
-    device = device_of(settings)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise TrainError(f"argument --device: expected a usable device, found {device} and {found} GPUs; take cpu")
-    return RECIPES[settings.data](device)
-
-
-def device_of(settings: Settings) -> torch.device:
-    """This process's. Of several each has a GPU of its own, and rows."""
-    device, here = torch.device(settings.device), place()
-    if here is None:
-        return device
-    if settings.batch_size < here.size:
-        expected = f"at least {here.size}, a row for each process"
-        raise TrainError(f"argument --batch-size: expected {expected}, found {settings.batch_size}")
-    if device.type == "cpu":
-        return device
-    if device.index is not None:
-        raise TrainError(
-            f"argument --device: expected cpu or cuda, since each of {here.size} processes takes the GPU of its "
-            f"LOCAL_RANK, found {device}; take cuda"
-        )
-    if here.local_size > torch.cuda.device_count():
-        raise TrainError(
-            f"argument --device: expected a GPU for each of {here.local_size} processes, found "
-            f"{torch.cuda.device_count()}; lower --nproc-per-node, or take cpu"
-        )
-    device = torch.device("cuda", here.local_rank)
-    torch.cuda.set_device(device)  # NCCL's, too
-    return device
-
-
-def _elsewhere(opened: _Opened) -> _Opened:
-    return ElsewhereFolder(opened[0].path), opened[1]
+def any_rank(stop: Callable[[], bool], step: int) -> bool:
+    """Return whether to stop; several ranks ask one another now and then, in the same step."""
+    world = world_of(None)
+    if world.size == 1:
+        return stop()
+    return step % 10 == 0 and any(row[0] for row in world.gather_numbers([stop()], torch.device("cpu")))

@@ -9,17 +9,17 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from .base import TrainError
+from .recipe import TrainError
 
 if sys.platform != "win32":  # there, two processes that resume one run are not told apart
     import fcntl
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = "mtlgrad train 2"  #: raised when an older checkpoint can no longer be continued
+FORMAT = "mtlgrad train 3"  #: raised when an older checkpoint can no longer be continued
 
 
 class NewFolder:
@@ -42,14 +42,14 @@ class NewFolder:
             self.made = tuple(p for p in (self.out, *self.out.parents) if not p.exists())
             self.work.mkdir(parents=True)
         except OSError as error:
-            _remove_empty(self.made)
+            remove_empty(self.made)
             raise self._unusable(error) from None
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.work.exists():
             shutil.rmtree(self.work, ignore_errors=True)
-            _remove_empty(self.made)
+            remove_empty(self.made)
         if isinstance(error, OSError):
             raise self._unusable(error) from None
 
@@ -77,40 +77,6 @@ class NewFolder:
         return TrainError(f"argument --out: expected a folder to write in, found {self.out}: {reason}; choose another")
 
 
-class Files(Protocol):
-    """Where a run leaves what it makes."""
-
-    path: Path
-
-    def write(self, name: str, content: bytes | str) -> None: ...
-    def save(self, name: str, state: dict[str, Any]) -> None: ...
-    def save_checkpoint(self, state: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
-    def discard(self) -> None: ...
-
-
-class ElsewhereFolder:
-    """A run folder that another process fills."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def write(self, name: str, content: bytes | str) -> None:
-        pass
-
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        pass
-
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def discard(self) -> None:
-        pass
-
-
 class RunFolder:
     """``out/name``; every file is written to a temporary sibling and renamed, so a reader never sees half of one."""
 
@@ -121,58 +87,60 @@ class RunFolder:
 
     @staticmethod
     def create(out: Path, name: str | None, fallback: str, state: dict[str, Any]) -> RunFolder:
-        """Makes the folder with its first checkpoint inside, in one rename: two processes never share one."""
+        """Make the folder with its first checkpoint inside, in one rename: two processes never share one."""
         with NewFolder(out, name, fallback) as new:
             _write(new.work / CHECKPOINT, _bytes({"format": FORMAT, **state}))
             return RunFolder(new.publish(), new.made)
 
     @staticmethod
-    def open(path: Path) -> tuple[RunFolder, dict[str, Any]]:
-        """A run to resume, given its folder or the checkpoint in it."""
-        file = path / CHECKPOINT if path.is_dir() else path
-        expected = f"argument --resume: expected a run folder or its {CHECKPOINT}"
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise TrainError(f"{expected}, found {file}: {error.strerror or error}") from None
-        try:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            sound = state["format"] == FORMAT
-        except Exception:  # damaged bytes raise nearly anything on their way through zip and pickle
-            sound = False
-        if not sound:
-            raise TrainError(
-                f"{expected}, found {file}: damaged, or of another program or version; start anew without --resume"
-            )
-        folder = RunFolder(file.parent)
-        for leftover in folder.path.glob(".*.tmp"):  # of a process that was killed while writing
+    def open(path: Path) -> RunFolder:
+        """Take a run to resume, given its folder or the checkpoint in it."""
+        folder = path if path.is_dir() else path.parent
+        read_checkpoint(folder)
+        run = RunFolder(folder)
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while writing
             leftover.unlink(missing_ok=True)
-        return folder, state
+        return run
 
     def write(self, name: str, content: bytes | str) -> None:
-        data = content.encode() if isinstance(content, str) else content
         try:
-            _write(self.path / name, data)
+            _write(self.path / name, content.encode() if isinstance(content, str) else content)
         except OSError as error:
             raise TrainError(f"cannot write {self.path / name}: {error.strerror or error}; make room there") from None
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        self.save(CHECKPOINT, {"format": FORMAT, **state})
-
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        self.write(name, _bytes(state))
+        self.write(CHECKPOINT, _bytes({"format": FORMAT, **state}))
 
     def close(self) -> None:
-        """Lets go of the folder; the end of the process does so too."""
+        """Let go of the folder; the end of the process does so too."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def discard(self) -> None:
-        """Removes a run in which nothing was finished, and the folders that were made for it."""
+        """Remove a run in which nothing was finished, and the folders that were made for it."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
-        _remove_empty(self._made)
+        remove_empty(self._made)
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """Read a run's state; every rank does."""
+    file = folder / CHECKPOINT
+    expected = f"argument --resume: expected a run folder or its {CHECKPOINT}"
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise TrainError(f"{expected}, found {file}: {error.strerror or error}") from None
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if state["format"] == FORMAT:
+            return state
+    except Exception:  # damaged bytes raise nearly anything on their way through zip and pickle
+        pass
+    raise TrainError(
+        f"{expected}, found {file}: damaged, or of another program or version; start anew without --resume"
+    )
 
 
 def _bytes(state: dict[str, Any]) -> bytes:
@@ -192,14 +160,14 @@ def _write(path: Path, data: bytes) -> None:
         raise
 
 
-def _remove_empty(folders: tuple[Path, ...]) -> None:
+def remove_empty(folders: tuple[Path, ...]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def _lock(path: Path) -> int | None:
-    """Holds the folder for this process; the system lets go when the process ends, however it ends."""
+    """Hold the folder for this process; the system lets go when the process ends, however it ends."""
     if sys.platform == "win32":
         return None
     handle = os.open(path, os.O_RDONLY)

@@ -1,9 +1,11 @@
-"""What a user sees while a run goes on, and the table at its end. Needs rich, which the extra `train` installs."""
+"""What a user sees while a run goes on: bars, the table at its end, TensorBoard. Needs rich (extra `train`)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -11,14 +13,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .base import Job, Result, Settings, Task
-from .training import Training
+from .training import Result, Training
 
 SHOW_EVERY = 10  # steps; reading a loss waits for the device
-
-
-def _title(number: int, count: int, job: Job, tasks: Sequence[Task]) -> str:
-    return f"[{number + 1}/{count}] {job.title(tasks)}"
 
 
 class _Bars(Progress):
@@ -31,73 +28,89 @@ class _Bars(Progress):
         yield Text(self.losses, style="dim", no_wrap=True, overflow="ellipsis")
 
 
-class LiveProgress:
-    """Two bars on a terminal, the whole run in epochs and the training at hand, and its losses per task."""
+class Display:
+    """On a terminal two bars, all trainings and the one at hand, and its losses; else a line a finished training."""
 
-    def __init__(self, console: Console, settings: Settings, jobs: Sequence[Job], tasks: Sequence[Task], done: int):
-        self.jobs, self.tasks, self.settings = jobs, tasks, settings
+    def __init__(self, console: Console, trainings: int, epochs: int, done: int):
+        self.console, self.trainings, self.epochs, self.live = console, trainings, epochs, console.is_terminal
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-        self.progress = _Bars(*columns, console=console, transient=True)
-        epochs = settings.epochs
-        self.whole = self.progress.add_task("all epochs", total=len(jobs) * epochs, completed=done * epochs)
+        self.bars = _Bars(*columns, console=console, transient=True, disable=not self.live)
+        self.whole = self.bars.add_task("all epochs", total=trainings * epochs, completed=done * epochs)
         self.bar: TaskID | None = None
 
-    def __enter__(self) -> LiveProgress:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def start(self, number: int, trainer: Training) -> None:
-        job, self.steps = trainer.job, trainer.ticks
+    def start(self, number: int, training: Training) -> None:
         if self.bar is not None:
-            self.progress.remove_task(self.bar)
-        self.progress.update(self.whole, completed=number * self.settings.epochs + trainer.epoch)
-        title, total = _title(number, len(self.jobs), job, self.tasks), self.steps * self.settings.epochs
-        self.bar = self.progress.add_task(title, total=total, completed=trainer.epoch * self.steps)
-        self.names = [t.name for t in trainer.tasks]
+            self.bars.remove_task(self.bar)
+        self.bars.update(self.whole, completed=number * self.epochs + training.epoch)
+        self.steps, self.names = training.ticks, training.result.tasks
+        title = f"[{number + 1}/{self.trainings}] {training.job.title}"
+        self.bar = self.bars.add_task(title, total=self.steps * self.epochs, completed=training.epoch * self.steps)
 
     def step(self, epoch: int, step: int, losses: Tensor) -> None:
-        if step % SHOW_EVERY == 0 and self.bar is not None:
-            numbers = ["-" if math.isnan(loss) else f"{loss:.3f}" for loss in losses.tolist()]
-            text = "  ".join(f"{name} {number}" for name, number in zip(self.names, numbers, strict=True))
-            self.progress.losses = f"losses  {text}"
-            self.progress.update(self.bar, completed=epoch * self.steps + step + 1)
+        if self.live and step % SHOW_EVERY == 0 and self.bar is not None:
+            known = zip(self.names, losses.tolist(), strict=True)
+            text = "  ".join(f"{name} {loss:.3f}" for name, loss in known if loss == loss)
+            self.bars.losses = f"losses  {text}" if text else ""
+            self.bars.update(self.bar, completed=epoch * self.steps + step + 1)
 
-    def epoch_done(self, trainer: Training) -> None:
-        self.progress.advance(self.whole)
+    def epoch_done(self, training: Training) -> None:
+        self.bars.advance(self.whole)
 
     def done(self, number: int, result: Result) -> None:
-        pass
+        if not self.live:
+            loss = "  ".join(f"{n} {v:.4f}" for n, v in zip(result.tasks, result.history[-1]["train"]))
+            words = result.error or f"{result.job.title}: {result.step_ms:.2f} ms a step, training losses {loss}"
+            say(self.console, f"[{number + 1}/{self.trainings}] {words}")
 
 
-class LineProgress:
-    """Without a terminal: one line a finished training."""
+class Board:
+    """A TensorBoard run a training, a point an epoch, in ``<run folder>/tensorboard``.
 
-    def __init__(self, console: Console, jobs: Sequence[Job], tasks: Sequence[Task]):
-        self.console, self.jobs, self.tasks = console, jobs, tasks
+    All follows from a training's history: one that is continued begins with a new file of all its epochs so far, so
+    points are neither lost nor there twice.
+    """
 
-    def __enter__(self) -> LineProgress:
-        return self
+    def __init__(self, folder: Path):
+        self.folder = folder / "tensorboard"
+        self.writer: Any = None
 
-    def __exit__(self, *exception: object) -> None:
-        pass
+    def start(self, number: int, training: Training) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-    def start(self, number: int, trainer: Training) -> None:
-        pass
+        path = self.folder / training.job.title.replace(",", "").replace(" ", "-")
+        shutil.rmtree(path, ignore_errors=True)
+        self.writer = SummaryWriter(str(path))
+        for epoch in range(training.epoch):
+            self._write(training.result, epoch)
 
     def step(self, epoch: int, step: int, losses: Tensor) -> None:
         pass
 
-    def epoch_done(self, trainer: Training) -> None:
-        pass
+    def epoch_done(self, training: Training) -> None:
+        self._write(training.result, training.epoch - 1)
+        self.writer.flush()
 
     def done(self, number: int, result: Result) -> None:
-        title = _title(number, len(self.jobs), result.job, self.tasks)
-        losses = "  ".join(f"{n} {loss:.4f}" for n, loss in zip(result.tasks, result.history[-1]["train"], strict=True))
-        seconds = sum(line["seconds"] for line in result.history)
-        say(self.console, f"{title}: {seconds:.1f} s, training losses {losses}")
+        self.writer.close()
+
+    def _write(self, result: Result, epoch: int) -> None:
+        line = result.history[epoch]
+        kinds = {"train": "train_loss", "validation": "validation_loss", "metric": "validation_metric"}
+        numbers = {kind: line[key] for key, kind in kinds.items()} | {"weight": line["share"]}
+        numbers |= {f"dominance_{layer}": shares for layer, shares in (line["dominance"] or {}).items()}
+        for kind, values in numbers.items():
+            for task, value in zip(result.tasks, values or ()):
+                self.writer.add_scalar(f"{kind}/{task}", value, epoch + 1)
+
+
+class Watchers:
+    """Several, or none, in place of one."""
+
+    def __init__(self, *watchers: Any):
+        self.watchers = watchers
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: [getattr(watcher, name)(*arguments) for watcher in self.watchers]
 
 
 def console_for_output() -> Console:
@@ -112,7 +125,7 @@ def say(console: Console, text: str) -> None:
 
 
 def show_table(console: Console, cells: list[list[str]]) -> None:
-    """The table of `report.rows`: on a terminal too narrow for it one below another, each with the first column."""
+    """Print cells, the header first: on a terminal too narrow for it one below another, each with the first column."""
     widths = [max(len(row[i]) for row in cells) + 3 for i in range(len(cells[0]))]  # with a line and two blanks
     first = 1
     while first < len(widths):

@@ -1,26 +1,23 @@
-"""What came out: CSV files, a table, and lines below it."""
+"""What came out: CSV files, a table, figures, and a sentence below."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
+
+from .. import plots
 from ..metrics import delta_m
-from .base import Result, Task
+from .tasks import Task
+from .training import Result
 
-SINGLE = "single-task"
-
-
-def method_of(result: Result) -> str:
-    return result.job.label if result.job.task is None else SINGLE
-
-
-def of_method(results: Sequence[Result], method: str) -> list[Result]:
-    """Those on all tasks, by the method's label."""
-    return [r for r in results if r.job.task is None and r.job.label == method]
+if TYPE_CHECKING:
+    from .comparison import Comparison
 
 
 def as_csv(rows: list[list[object]]) -> str:
@@ -29,169 +26,143 @@ def as_csv(rows: list[list[object]]) -> str:
     return text.getvalue()
 
 
-def results_csv(results: Sequence[Result], tasks: Sequence[Task]) -> str:
-    """One row per method, seed and task, on the test split; then one with Delta_m per method and seed."""
-    rows: list[list[object]] = [["method", "seed", "task", "metric", "value", "higher_is_better", "test_loss"]]
-    table = {t.name: t for t in tasks}
-    for result in results:
-        for name, value, loss in zip(result.tasks, result.metrics, result.losses, strict=True):
-            task = table[name]
-            rows.append(
-                [method_of(result), result.job.seed, name, task.metric, value, int(task.higher_is_better), loss]
-            )
-    base = baseline(results, tasks)
-    if base is not None:
-        joint = [r for r in results if r.job.task is None]
-        rows += [[r.job.label, r.job.seed, "all", "delta_m", change(r, base, tasks), 0, ""] for r in joint]
+def higher(tasks: Sequence[Task]) -> list[bool]:
+    return [task.metric.higher_is_better for task in tasks]
+
+
+def label(task: Task) -> str:
+    metric: str = task.metric.name
+    arrow = "↑" if higher([task])[0] else "↓"
+    return f"{task.name}: {metric}{f' ({task.unit})' if task.unit else ''} {arrow}"
+
+
+def baseline(chosen: Sequence[Result], tasks: Sequence[Task]) -> list[float] | None:
+    """Return a task's metric of its nets alone, the mean over seeds, for each; None while one has none."""
+    found = [[r.metrics[0] for r in chosen if r.job.task == task.name] for task in tasks]
+    return [statistics.mean(values) for values in found] if all(found) else None
+
+
+def deltas(chosen: Sequence[Result], tasks: Sequence[Task]) -> dict[str, dict[int, float]]:
+    """Return Delta_m in percent, method -> seed -> value; empty while there is nothing to compare with."""
+    base, found = baseline(chosen, tasks), dict[str, dict[int, float]]()
+    for r in chosen:
+        if r.job.task is None and base is not None:
+            found.setdefault(r.job.method, {})[r.job.seed] = delta_m(r.metrics, base, higher(tasks))
+    return found
+
+
+def results_csv(results: Sequence[Result], chosen: Sequence[Result], tasks: Sequence[Task]) -> str:
+    """Write a row per method, learning rate, seed and task, on the test split, and Delta_m of those chosen."""
+    head = "method,lr,seed,chosen,task,metric,value,higher_is_better,validation,step_ms"
+    rows: list[list[object]] = [[*head.split(",")]]
+    table = {task.name: task for task in tasks}
+    for r in results:
+        metrics = r.metrics or [math.nan] * len(r.tasks)
+        last = r.history[-1]["metric"] if r.history else metrics
+        is_chosen, ms = int(any(r is c for c in chosen)), round(r.step_ms, 3) if r.history else ""
+        for name, value, validation in zip(r.tasks, metrics, last, strict=True):
+            up = int(higher([table[name]])[0])
+            metric: str = table[name].metric.name
+            start = [r.job.contender if r.job.task is None else "single-task", r.job.lr, r.job.seed, is_chosen]
+            rows.append([*start, name, metric, value, up, validation, ms])
+    for method, values in deltas(chosen, tasks).items():
+        rate = next(r.job.lr for r in chosen if r.job.method == method)
+        rows += [[method, rate, seed, 1, "all", "delta_m", value, 0, "", ""] for seed, value in values.items()]
     return as_csv(rows)
 
 
 def history_csv(results: Sequence[Result]) -> str:
-    """One row per method, seed, epoch and task."""
-    values = ("train", "validation", "metric", "share")
-    head = "method,seed,epoch,task,train_loss,validation_loss,validation_metric,task_weight,seconds"
+    """Write a row per method, learning rate, seed, epoch and task."""
+    head = "method,lr,seed,epoch,task,train_loss,validation_loss,validation_metric,task_weight"
     rows: list[list[object]] = [[*head.split(",")]]
-    for result in results:
-        for line in result.history:
-            start, seconds = [method_of(result), result.job.seed, line["epoch"]], round(line["seconds"], 4)
-            rows += [[*start, task, *(line[v][i] for v in values), seconds] for i, task in enumerate(result.tasks)]
+    for r in results:
+        for epoch, line in enumerate(r.history, 1):
+            share = line["share"] or [""] * len(r.tasks)
+            columns = zip(r.tasks, line["train"], line["validation"], line["metric"], share, strict=True)
+            start = [r.job.contender, r.job.lr, r.job.seed, epoch]
+            rows += [[*start, *values] for values in columns]
     return as_csv(rows)
 
 
-def dominance_csv(results: Sequence[Result]) -> str | None:
-    """One row per method, seed, epoch, layer and task; None if no training knows of any."""
-    rows: list[list[object]] = [["method", "seed", "epoch", "layer", "task", "share"]]
-    for result in results:
-        for line in result.history:
-            start = [method_of(result), result.job.seed, line["epoch"]]
-            for layer, shares in (line["dominance"] or {}).items():
-                rows += [[*start, layer, task, share] for task, share in zip(result.tasks, shares, strict=True)]
-    return as_csv(rows) if len(rows) > 1 else None
-
-
-def rounds_csv(results: Sequence[Result]) -> str | None:
-    """One row per method, seed, round and task; None if no training has rounds. Weights are those after the round."""
-    head = "method,seed,round,task,alpha,task_weight,sat_out,kept,dev_loss_before,dev_loss_after"
-    rows: list[list[object]] = [[*head.split(",")]]
-    for result in results:
-        for number, r in enumerate(result.rounds, 1):
-            for i, task in enumerate(result.tasks):
-                alpha = "" if r["alphas"] is None else r["alphas"][i]
-                own = [alpha, r["weights"][i], int(r["sat_out"][i]), r["kept"] or "", r["before"], r["after"][i]]
-                rows.append([method_of(result), result.job.seed, number, task, *own])
-    return as_csv(rows) if len(rows) > 1 else None
-
-
-def baseline(results: Sequence[Result], tasks: Sequence[Task]) -> list[float] | None:
-    """Per task the mean over seeds of the single-task nets' metrics; None while a task has none yet."""
-    found: list[list[float]] = [[r.metrics[0] for r in results if r.job.task == i] for i in range(len(tasks))]
-    return [statistics.mean(values) for values in found] if all(found) else None
-
-
-def change(result: Result, base: Sequence[float], tasks: Sequence[Task]) -> float:
-    return delta_m(result.metrics, base, [t.higher_is_better for t in tasks])
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One column of the table: a method over its seeds. Lists hold one number a seed."""
-
-    method: str
-    metrics: list[list[float]]  #: per task
-    delta: list[float]
-    step_ms: float | None  #: median wall time of a step, what the method did between epochs included
-    own_ms: float | None  #: what of that is the method's own work
-
-
-def summaries(results: Sequence[Result], methods: Sequence[str], tasks: Sequence[Task]) -> list[Summary]:
-    """The single-task nets, then the methods in the order asked for; what has no finished training is left out."""
-    base = baseline(results, tasks)
-    columns = []
-    single = [[r.metrics[0] for r in results if r.job.task == i] for i in range(len(tasks))]
-    if any(single):
-        columns.append(Summary(SINGLE, single, [], None, None))
-    for method in methods:
-        runs = of_method(results, method)
-        if not runs:
-            continue
-        metrics = [list(column) for column in zip(*(r.metrics for r in runs), strict=True)]
-        delta = [change(r, base, tasks) for r in runs] if base is not None else []
-        columns.append(Summary(method, metrics, delta, *_times(runs)))
-    return columns
-
-
-def _times(runs: Sequence[Result]) -> tuple[float | None, float | None]:
-    steps = [x for r in runs for x in r.step_ms]
-    if not steps:
-        return None, None
-    # Medians: on a busy machine single steps take ten times as long.
-    between = statistics.median([x for r in runs for x in r.epoch_ms])
-    own = [x for r in runs for x in r.own_ms]
-    return statistics.median(steps) + between, statistics.median(own) + between if own else None
-
-
 def spread(values: Sequence[float], form: str) -> str:
-    """Mean and, from two seeds on, standard deviation over seeds."""
+    """Return mean and, from two seeds on, standard deviation."""
     if not values:
         return "-"
     mean = format(statistics.mean(values), form)
     return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else mean
 
 
-def rows(columns: Sequence[Summary], tasks: Sequence[Task], target: str | None = None) -> list[list[str]]:
-    """The table's cells, the header first: a row a task, the target marked, then Delta_m and the times."""
-    cells = [["", *(c.method for c in columns)]]
-    for i, task in enumerate(tasks):
-        unit = f" ({task.unit})" if task.unit else ""
-        form = f".{task.digits}f"
-        name = f"{task.name} (target)" if task.name == target else task.name
-        label = f"{name}: {task.metric}{unit} {'↑' if task.higher_is_better else '↓'}"
-        cells.append([label, *(spread(c.metrics[i], form) for c in columns)])
-    cells.append(["Δm %, + is worse ↓", *(spread(c.delta, "+.2f") for c in columns)])
-    cells.append(["ms a step", *("-" if c.step_ms is None else f"{c.step_ms:.2f}" for c in columns)])
-    own = []
-    for c in columns:
-        if c.own_ms is None or c.step_ms is None or c.method == "sum":
-            own.append("-")
-        else:
-            own.append(f"{c.own_ms:.2f} ({100 * c.own_ms / c.step_ms:.0f} %)")
-    return [*cells, ["  the method's own", *own]]
+def table(comparison: Comparison) -> list[list[str]]:
+    """Return the cells, the header first: a row a contender, a column a task, then Delta_m, rate and time."""
+    tasks, chosen = comparison.tasks, comparison.chosen()
+    cells = [["method", *(label(task) for task in tasks), "Δm %, + is worse ↓", "lr", "ms a step"]]
+    alone = [[r.metrics[0] for r in chosen if r.job.task == task.name] for task in tasks]
+    cells.append(["single-task", *(spread(v, f".{t.digits}f") for v, t in zip(alone, tasks)), "-", "", ""])
+    found = deltas(chosen, tasks)
+    for method in comparison.settings.methods:
+        runs = [r for r in chosen if r.job.method == method]
+        if runs:
+            columns = zip(*(r.metrics for r in runs), strict=True)
+            numbers = [spread(values, f".{task.digits}f") for values, task in zip(columns, tasks)]
+            time = f"{statistics.median(r.step_ms for r in runs):.2f}"
+            delta = spread([*found.get(method, {}).values()], "+.2f")
+            cells.append([method, *numbers, delta, f"{runs[0].job.lr:g}", time])
+    return cells
 
 
-def systems(results: Sequence[Result], methods: Sequence[str], tasks: int) -> list[str]:
-    """A line for each method that looked at the tasks' gradients: how well conditioned they were, and of what rank."""
-    lines = []
-    for method in methods:
-        runs = of_method(results, method)
-        conditions, ranks = [c for r in runs for c in r.condition], [k for r in runs for k in r.rank]
-        if conditions:
-            low = 100 * sum(rank < tasks for rank in ranks) / len(ranks)
-            lines.append(
-                f"{method}: condition number of the task gradients {statistics.median(conditions):.3g} (median); "
-                f"rank below {tasks}, where the min scale jumps, in {low:.1f} % of {len(ranks)} timed steps"
-            )
-    return lines
+#: Two-sided 95 % points of Student's t, by degrees of freedom.
+_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
-def searches(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
-    """A line for each method with rounds: what the search for alpha took, and in how many rounds it was in vain."""
-    lines = []
-    for method in methods:
-        runs = of_method(results, method)
-        rounds = [r for run in runs for r in run.rounds]
-        kept, said, of = [r["kept"] for r in rounds], [], f"of {len(rounds)} rounds"
-        if any(kept):
-            search = sum(sum(run.epoch_ms) for run in runs)
-            steps = sum(sum(run.step_ms) for run in runs)
-            said.append(f"{100 * search / (search + steps):.0f} % of the time went into the search for alpha")
-        if vain := kept.count("none"):
-            said.append(f"in {vain} {of} no alpha lowered the development loss, and nothing moved")
-        if ones := kept.count("start"):
-            hint = "take more --alpha-epochs"
-            said.append(f"in {ones} {of} the search found none better than alpha = 1, which was kept; {hint}")
-        for i, task in enumerate(runs[0].tasks if rounds else []):
-            if absent := sum(r["sat_out"][i] for r in rounds):
-                said.append(f"{task} sat out {absent} {of}, where its training came to NaN or infinity; lower --lr")
-        if said:
-            lines.append(f"{method}: {'; '.join(said)}")
-    return lines
+def headline(comparison: Comparison) -> str | None:
+    """Say in words what came out: the best by Delta_m, and what is level with it (paired over the seeds, 95 %)."""
+    found = deltas(comparison.chosen(), comparison.tasks)
+    found = {method: values for method, values in found.items() if not any(map(math.isnan, values.values()))}
+    if not found:
+        return None
+    ranked = sorted(found, key=lambda method: statistics.mean(found[method].values()))
+    best, level = ranked[0], []
+    for other in ranked[1:]:
+        seeds = found[best].keys() & found[other].keys()
+        differences = [found[other][seed] - found[best][seed] for seed in seeds]
+        if len(differences) > 1:
+            width = _T95[min(len(differences) - 1, len(_T95)) - 1] * statistics.stdev(differences)
+            if statistics.mean(differences) <= width / math.sqrt(len(differences)):
+                level.append(other)
+    value = statistics.mean(found[best].values())
+    words = f"{best} is best here: {abs(value):.1f} % {'worse' if value > 0 else 'better'} than single-task nets"
+    if len(found[best]) == 1:
+        return words + "; one seed, so that nothing is said about chance"
+    if len(level) == len(ranked) - 1 and level:
+        return words + ", but no method differs from it by more than chance"
+    return words + (f"; level with it: {', '.join(level)}" if level else "")
+
+
+def figures(comparison: Comparison) -> dict[str, bytes]:
+    """Draw loss_curves.png, task_weights.png and, where an optimizer keeps count, dominance.png."""
+    runs: dict[str, list[Result]] = {}
+    for r in comparison.chosen():
+        if r.job.task is None:
+            runs.setdefault(r.job.method, []).append(r)
+
+    def curves(key: str) -> plots.Curves:
+        """Return means over seeds: method -> [epochs][tasks]."""
+        known = {m: found for m, found in runs.items() if found[0].history[-1][key] is not None}
+        return {
+            m: torch.tensor([[line[key] for line in r.history] for r in found]).mean(0).tolist()
+            for m, found in known.items()
+        }
+
+    drawn = {
+        "loss_curves.png": plots.loss_curves(comparison.names, curves("train"), curves("validation")),
+        "task_weights.png": plots.task_weights(comparison.names, curves("share")),
+    }
+    shares = {
+        m: [[*line["dominance"].values()] for line in found[0].history]
+        for m, found in runs.items()
+        if found[0].history[0]["dominance"] is not None
+    }
+    if shares:
+        layers = list(runs[next(iter(shares))][0].history[0]["dominance"])
+        drawn["dominance.png"] = plots.dominance(comparison.names, layers, shares)
+    return drawn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import plots
 from ..ops.align import Scale
 from . import toy
-from .base import Interrupted, TrainError
-from .comparison import Stop
+from .comparison import Interrupted
 from .folder import NewFolder
 from .progress import console_for_output, say, show_table
+from .recipe import TrainError
 from .report import as_csv
 
 RECORD_EVERY = 50  # steps
@@ -30,7 +30,7 @@ def run(
     scale: Scale,
     out: Path,
     name: str | None,
-    stop: Stop,
+    stop: Callable[[], bool],
 ) -> Path:
     """Returns the folder, with toy.png and results.csv. Raises Interrupted on the way when asked to stop."""
     torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def run(
             bar = progress.add_task("steps", total=steps)
 
             def watch(step: int) -> None:
-                if stop.requested:
+                if stop():
                     raise Interrupted
                 progress.update(bar, completed=step)
 

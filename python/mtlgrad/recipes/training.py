@@ -1,213 +1,251 @@
-"""One training: epochs, evaluation, and a state from which it continues bit for bit."""
+"""One training: the loop, its evaluation, and a state from which it continues bit for bit."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, DistributedSampler, Sampler, SequentialSampler
 
 from ..world.ranks import world_of
-from .base import Job, Result, Settings, TrainError, task_loss
-from .optimizers import RATES, updates
-from .parts import Batch, Part, Recipe
-from .team import seed_epoch
-from .weighting import METHODS, Step, Weighting, batch_losses, timed
+from .methods import Method, make
+from .recipe import Recipe, TrainError, linear_layers
+from .tasks import Task
 
-TIME_EVERY = 20  # steps: enough for a steady median, and the extra work that is timed stays a small part of the run
-EVALUATION_ROWS = 4096
+LOOK_EVERY = 20  #: steps, at the method's weights
+SINGLE = "single"  #: a method's name for nets of one task each
 
-#: Epoch, tick of `ticks` in it, per-task losses [T]: the mean over the epoch so far, NaN where there is none yet.
+#: Epoch, step of it, the tasks' losses [T]: called before each step, may raise to stop.
 Watch = Callable[[int, int, Tensor], None]
 
 
-class Training(ABC):
-    """One net and one method, whatever moves the net. All follows from the job, the settings and the loaded state."""
+@dataclass(frozen=True)
+class Job:
+    """One training: a method on all tasks, or a net for one of them."""
 
-    def __init__(self, recipe: Recipe, job: Job, settings: Settings):
-        self.recipe, self.job, self.settings = recipe, job, settings
-        self.tasks = recipe.tasks if job.task is None else (recipe.tasks[job.task],)
-        self.split = recipe.split(job.seed)
-        torch.manual_seed(job.seed)
-        self.net = recipe.net(self.tasks)
-        self.weighting = self.method()(self.tasks, self.net, settings).to(recipe.device)
-        self.world = world_of(None)
-        self.lr = RATES[job.optimizer] if settings.lr is None else settings.lr
-        self.steps = math.ceil(len(self.split.rows.train) / settings.batch_size)  #: batches of an epoch, for each task
-        self.ticks = self.steps  #: how often an epoch calls `watch`
-        self.epoch = 0
-        self.result = Result(job, [t.name for t in self.tasks], [], [], [], [], [])
+    method: str
+    seed: int
+    lr: float
+    task: str | None = None
 
-    def method(self) -> type[Weighting]:
-        return METHODS[self.job.method]
+    @property
+    def contender(self) -> str:
+        return self.method if self.task is None else f"{self.task} alone"
 
-    @abstractmethod
-    def run_epoch(self, watch: Watch) -> None:
-        """One epoch and its line of history. An exception out of `watch` leaves a training that must be thrown away."""
+    @property
+    def title(self) -> str:
+        return f"{self.contender}, seed {self.seed}, lr {self.lr:g}"
 
-    def rate(self, number: int) -> float:
-        """The cosine schedule as a formula of the step: nothing to restore when resuming."""
-        return self.lr * 0.5 * (1.0 + math.cos(math.pi * number / (self.steps * self.settings.epochs)))
 
-    def record(
+@dataclass
+class Result:
+    """What a training leaves behind; numbers alone, a value a task in each list."""
+
+    job: Job
+    tasks: list[str]
+    history: list[dict[str, Any]] = field(default_factory=list)  #: an entry an epoch
+    metrics: list[float] = field(default_factory=list)  #: on the test split, once all epochs are done
+    error: str = ""  #: what ended it early; then there are no metrics
+
+    @property
+    def step_ms(self) -> float:
+        """Return the median over the epochs of the time of a step, of loading its batch and of the epoch's end."""
+        return sorted(line["step_ms"] for line in self.history)[len(self.history) // 2]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Result:
+        return Result(**{**values, "job": Job(**values["job"])})
+
+
+class _Net(nn.Module):
+    """Backbone, method and heads as one forward, as DistributedDataParallel wants it."""
+
+    def __init__(self, model: nn.Module, method: Method):
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, inputs: Any, targets: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        features = features_of(self.model, inputs)
+        views = self.method.views(features, targets)
+        heads: Any = self.model.heads
+        return features, [heads[task.name](view) for task, view in zip(self.method.tasks, views, strict=True)]
+
+
+def features_of(model: nn.Module, inputs: Any) -> Tensor:
+    backbone: Any = model.backbone
+    if isinstance(inputs, Mapping):
+        return backbone(**inputs)
+    return backbone(*inputs) if isinstance(inputs, (tuple, list)) else backbone(inputs)
+
+
+def moved(values: Any, device: torch.device) -> Any:
+    """Bring a batch to the device, whatever its form."""
+    if isinstance(values, Tensor):
+        return values.to(device, non_blocking=True)
+    if isinstance(values, Mapping):
+        return {name: moved(value, device) for name, value in values.items()}
+    return [moved(value, device) for value in values] if isinstance(values, (tuple, list)) else values
+
+
+class Training:
+    """One net and one method. All follows from the arguments and the loaded state; the batch is that of all ranks."""
+
+    def __init__(
         self,
-        train: Tensor,
-        share: Tensor,
-        dominance: dict[str, list[float]] | None,
-        start: float,
-        condition: float | None = None,
-    ) -> None:
-        """The line of history of an epoch that began at `start`."""
-        train_losses = train.tolist()
-        for task, loss in zip(self.tasks, train_losses, strict=True):
-            if not math.isfinite(loss):
-                raise TrainError(
-                    f"{self.job.title(self.recipe.tasks)}: the loss of {task.name} became {loss} in epoch "
-                    f"{self.epoch + 1}; lower --lr, now {self.lr:g}"
-                )
-        metrics, losses = self.evaluate(self.split.validation)
-        self.epoch += 1
-        self.result.history.append(
-            {
-                "epoch": self.epoch,
-                "train": train_losses,
-                "validation": losses,
-                "metric": metrics,
-                "share": share.tolist(),
-                "dominance": dominance,
-                "condition": condition,
-                "seconds": time.perf_counter() - start,
-            }
+        recipe: Recipe,
+        job: Job,
+        epochs: int,
+        batch_size: int,
+        device: torch.device,
+        preference: Sequence[float] | None = None,
+    ):
+        self.recipe, self.job, self.epochs, self.device = recipe, job, epochs, device
+        self.tasks: list[Task] = [t for t in recipe.tasks if job.task in (None, t.name)]
+        self.world = world_of(None)
+        self.batch_size = max(1, batch_size // self.world.size)
+        torch.manual_seed(job.seed)
+        self.model = recipe.model().to(device)
+        for name, head in self.model.heads.items():  # type: ignore[operator, union-attr]
+            head.requires_grad_(any(task.name == name for task in self.tasks))
+        method = "sum" if job.task is not None else job.method
+        self.method = make(method, self.tasks, self.model, epochs, preference).to(device)
+        self.result = Result(job, [task.name for task in self.tasks])
+        self.sampler = DistributedSampler(
+            recipe.train,
+            self.world.size,
+            self.world.rank,
+            seed=job.seed * 1_000_003,  # type: ignore[arg-type]
         )
+        self.loader = recipe.loader(recipe.train, self.sampler, self.batch_size)
+        self.steps = len(self.loader)
+        self.ticks = self.steps  #: calls of `watch` in an epoch, at most
+        self.net = _Net(self.model, self.method)
+        self.begin()
 
-    def _own(self, part: Part) -> Part:
-        """A single-task net sees its own targets alone."""
-        return part if self.job.task is None else part.only(self.job.task)
+    def begin(self) -> None:
+        """Make what moves the model."""
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = self.method.optimizer(parameters, self.job.lr)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.decay)
+        self.forward: nn.Module = self.net
+        if self.world.size > 1 and not self.method.per_task:
+            self.forward = DistributedDataParallel(self.net, [self.device] if self.device.type == "cuda" else None)
+
+    def decay(self, step: int) -> float:
+        """Return the cosine schedule's factor."""
+        return 0.5 * (1.0 + math.cos(math.pi * step / (self.steps * self.epochs)))
+
+    @property
+    def epoch(self) -> int:
+        return len(self.result.history)
+
+    def run_epoch(self, watch: Watch) -> None:
+        """Run an epoch, and add its entry to the history. An exception leaves a training that must be thrown away."""
+        self.seed_epoch()
+        start = time.perf_counter()
+        train, share = self.train_epoch(watch)
+        seconds = time.perf_counter() - start
+        for task, loss in zip(self.tasks, train, strict=True):
+            if not math.isfinite(loss):
+                raise TrainError(f"the loss of {task.name} became {loss} in epoch {self.epoch + 1}; lower --lr")
+        metrics, losses = self.evaluate(self.recipe.validation)
+        line = {"train": train, "validation": losses, "metric": metrics, "share": share}
+        line |= {"step_ms": 1e3 * seconds / self.steps, "dominance": self.dominance()}
+        self.result.history.append(line)
+
+    def seed_epoch(self) -> None:
+        """Draw what follows (order, dropout, augmentation) from seed, epoch and rank: resuming has nothing to restore."""
+        seed = (self.job.seed * 1_000_003 + self.epoch) * 4096 + self.world.rank
+        torch.manual_seed(seed)
+        self.sampler.set_epoch(self.epoch)
+        if self.loader.generator is not None:
+            self.loader.generator.manual_seed(seed)
+
+    def train_epoch(self, watch: Watch) -> tuple[list[float], list[float] | None]:
+        """Return the losses, means over the epoch, and each task's share of the weights."""
+        self.method.start_epoch(self.epoch)
+        self.net.train()
+        total, shares = torch.zeros(len(self.tasks), device=self.device), []
+        for step, (inputs, targets) in enumerate(self.loader):
+            watch(self.epoch, step, total / max(step, 1))
+            targets = moved(targets, self.device)
+            features, outputs = self.forward(moved(inputs, self.device), targets)
+            losses = self.losses(outputs, targets)
+            self.optimizer.zero_grad()
+            self.method.backward(losses, features, self.model.backbone)  # type: ignore[arg-type]
+            self.optimizer.step()
+            self.schedule.step()
+            total += torch.stack(losses).detach()
+            if step % LOOK_EVERY == 0 and self.method.share is not None:
+                shares.append(self.method.share.cpu())
+        self.method.end_epoch()
+        if self.world.size > 1:
+            for buffer in self.model.buffers():  # DistributedDataParallel has done so where it was
+                dist.broadcast(buffer, 0)
+        means = self.world.mean_(total / self.steps).tolist()
+        return means, torch.stack(shares).mean(0).tolist() if shares else None
+
+    def losses(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> list[Tensor]:
+        return [task.loss(output, targets[task.name]) for task, output in zip(self.tasks, outputs, strict=True)]
+
+    def dominance(self) -> dict[str, list[float]] | None:
+        """Return each layer's shares of the tasks in its squared updates, of the optimizers that keep count."""
+        if not hasattr(self.optimizer, "dominance"):
+            return None
+        layers = dict(linear_layers(self.model.backbone))  # type: ignore[arg-type]
+        shares: Tensor = self.optimizer.dominance(layers)
+        return dict(zip(layers, shares.tolist(), strict=True))
+
+    def batches(self, data: Dataset[Any]) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+        """Yield a split whole, in its order, on every rank: nothing has to travel for a metric."""
+        sampler: Sampler[int] = SequentialSampler(data)  # type: ignore[arg-type]
+        for inputs, targets in self.recipe.loader(data, sampler, self.recipe.evaluation_batch_size):
+            yield moved(inputs, self.device), moved(targets, self.device)
 
     @torch.no_grad()
-    def evaluate(self, part: Part) -> tuple[list[float], list[float]]:
-        """Per task: the metric and the loss on a whole split."""
+    def evaluate(self, data: Dataset[Any]) -> tuple[list[float], list[float]]:
+        """Return the tasks' metrics and losses on a whole split; losses are means over the batches."""
         self.net.eval()
-        part = self._own(part)
-        chunks = [
-            self.weighting.predict(self.net, self.net.features(*batch.inputs))
-            for batch in part.batches(EVALUATION_ROWS)
-        ]
-        outputs = [torch.cat(column) for column in zip(*chunks, strict=True)]
-        triples = list(zip(self.tasks, outputs, part.targets, strict=True))
-        return [self.split.metric(*t) for t in triples], [float(task_loss(*t)) for t in triples]
-
-    def finish(self) -> Result:
-        """The result on the test split, once every epoch is done."""
-        self.result.metrics, self.result.losses = self.evaluate(self.split.test)
-        return self.result
+        metrics = [task.metric() for task in self.tasks]
+        total, count = torch.zeros(len(self.tasks), device=self.device), 0
+        for inputs, targets in self.batches(data):
+            features = features_of(self.model, inputs)
+            heads: Any = self.model.heads
+            outputs = self.method.predict(features, [heads[task.name](features) for task in self.tasks])
+            total += torch.stack(self.losses(outputs, targets))
+            count += 1
+            for task, metric, output in zip(self.tasks, metrics, outputs, strict=True):
+                metric.update(output, targets[task.name])
+        values = [task.scale * metric.value() for task, metric in zip(self.tasks, metrics, strict=True)]
+        return values, (total / max(count, 1)).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, strings, lists and dicts alone: `torch.load(..., weights_only=True)` reads it."""
-        cuda = [torch.cuda.get_rng_state(self.recipe.device)] if self.recipe.device.type == "cuda" else []
-        return {
-            "epoch": self.epoch,
-            "net": self.net.state_dict(),
-            "weighting": self.weighting.state_dict(),
-            "rng": [torch.get_rng_state(), *cuda],
-            "result": self.result.to_dict(),
-        }
+        """Return tensors, numbers, strings, lists and dicts alone: ``torch.load(..., weights_only=True)`` reads it."""
+        return {"net": self.net.state_dict(), "result": self.result.to_dict(), **self.moving_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
-        self.weighting.load_state_dict(state["weighting"])
-        torch.set_rng_state(state["rng"][0])
-        if self.recipe.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"][1], self.recipe.device)
-        self.epoch = state["epoch"]
+        self.load_moving_state(state)
         self.result = Result.from_dict(state["result"])
 
+    def moving_state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "schedule": {"last_epoch": self.schedule.last_epoch}}
 
-class Trainer(Training):
-    """A method that is a weighting of the tasks in every step."""
+    def load_moving_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
 
-    def __init__(self, recipe: Recipe, job: Job, settings: Settings):
-        super().__init__(recipe, job, settings)
-        self.updates = updates(job.optimizer, self.weighting, self.net, self.lr, TIME_EVERY)
-        self.layers = recipe.layers(self.net.backbone)
-
-    def begin_epoch(self, watch: Watch) -> None:
-        self.weighting.start_epoch(self.epoch)
-
-    def run_epoch(self, watch: Watch) -> None:
-        start = time.perf_counter()
-        seed_epoch(self.job.seed, self.epoch, self.world)
-        before = timed(lambda: self.begin_epoch(watch), self.recipe.device)
-        self.net.train()
-        part = self._own(self.split.shuffled(self.epoch))
-        total = torch.zeros(len(self.tasks), device=self.recipe.device)
-        shares: list[Tensor] = []
-        variances: list[Tensor] = []
-        seen, looked = 0, len(self.result.condition)
-        for i, batch in enumerate(part.batches(self.settings.batch_size, self.world)):
-            total += batch.rows * self._step(self.epoch * self.steps + i, batch, shares, variances)
-            seen += batch.rows
-            watch(self.epoch, self.ticks - self.steps + i, total / seen)
-        between = before + timed(self.weighting.end_epoch, self.recipe.device)
-        if self.weighting.working:
-            self.result.epoch_ms.append(between / self.steps)
-        if variances:
-            self.result.variance = torch.stack(variances).mean(0)
-        # In a warm-up no step is timed, and the sum is what runs.
-        share = torch.stack(shares).mean(0) if shares else torch.full((len(self.tasks),), 1.0 / len(self.tasks))
-        conditions = self.result.condition[looked:]
-        condition = statistics.median(conditions) if conditions else None
-        self.record(total / seen, share, self.updates.dominance(self.layers), start, condition)
-
-    def _step(self, number: int, batch: Batch, shares: list[Tensor], variances: list[Tensor]) -> Tensor:
-        """The losses [T], of the whole batch."""
-        optimizer = self.updates.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate(number)
-        made: list[Step] = []
-
-        def work() -> None:
-            self.weighting.start_step(batch)
-            features = self.net.features(*batch.inputs)
-            views = self.weighting.through(features, batch.targets)
-            losses = batch_losses(self.net, self.tasks, views, batch)
-            optimizer.zero_grad()
-            self.updates.backward(features, losses)
-            optimizer.step()
-            made.append(Step(self.net, batch, features.detach(), [loss.detach() for loss in losses]))
-
-        # The last of every 20 steps, for the first of an epoch sets things up.
-        timing = number % self.steps % TIME_EVERY == min(TIME_EVERY, self.steps) - 1
-        if not timing or not self.weighting.working:
-            work()
-        else:
-            jacobians = self.updates.foresee(batch)
-            self.result.step_ms.append(timed(work, self.recipe.device))
-            self.updates.observe(jacobians)
-            self._look(made[0], shares, variances)
-        return torch.stack(made[0].losses)
-
-    def _look(self, step: Step, shares: list[Tensor], variances: list[Tensor]) -> None:
-        """What the method did in a step, and how long its own part takes."""
-        share, variance = self.weighting.shares(torch.stack(step.losses).cpu()), self.weighting.variance()
-        shares += [share] if share is not None else []
-        variances += [variance] if variance is not None else []
-        system = self.weighting.system()
-        if system is not None:
-            self.result.condition.append(system[0])
-            self.result.rank.append(system[1])
-        own = self.weighting.own_work(step)
-        ms = 0.0 if own is None else timed(own, self.recipe.device)
-        self.result.own_ms.append(ms + self.updates.own_ms(step))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **self.updates.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.updates.load_state_dict(state)
+    def finish(self) -> Result:
+        """Return the result, with the test split's metrics, once every epoch is done."""
+        self.result.metrics, _ = self.evaluate(self.recipe.test)
+        return self.result

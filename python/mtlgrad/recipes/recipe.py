@@ -1,0 +1,113 @@
+"""What a recipe is: tasks, data and a model. One file a data set; yours is one, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from .tasks import Task
+
+
+class TrainError(Exception):
+    """Something the user can put right; its text is the one line that the command line prints."""
+
+
+class Recipe:
+    """Derive from it, and set in ``__init__(seed)`` what stands below without a value.
+
+    A data set's item is ``(inputs, targets)``: inputs are what the backbone takes (a tensor; a tuple or a dict, given
+    to it as its arguments), targets a dict from the tasks' names to a tensor or a number.
+    """
+
+    name: ClassVar[str] = ""
+    epochs: ClassVar[int] = 10
+    batch_size: ClassVar[int] = 128
+    evaluation_batch_size: ClassVar[int] = (
+        4096  #: as much as memory allows; alphaVIL takes a development batch for exact
+    )
+    workers: ClassVar[int] = 0  #: processes of the DataLoader
+
+    tasks: Sequence[Task]
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    test: Dataset[Any]
+
+    def __init__(self, seed: int):
+        """Read the data; ``seed`` may draw the split. All methods of a seed get one recipe."""
+
+    def model(self) -> nn.Module:
+        """Make a fresh model that has ``backbone`` and ``heads``, as :class:`MultiTaskNet` has."""
+        raise NotImplementedError
+
+    def loader(self, data: Dataset[Any], sampler: Sampler[int], batch_size: int) -> DataLoader[Any]:
+        """Make the loader of a split; override it for another ``collate_fn``."""
+        if getattr(data, "takes_lists", False):
+            return DataLoader(data, sampler=BatchSampler(sampler, batch_size, drop_last=False), batch_size=None)
+        return DataLoader(
+            data,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the workers' seeds; set for each epoch
+        )
+
+
+class MultiTaskNet(nn.Module):
+    """A backbone to features, and a head a task, by the tasks' names."""
+
+    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads)
+
+
+def linear_heads(width: int, outputs: Mapping[str, int]) -> dict[str, nn.Module]:
+    """Make a linear layer a task: its name -> outputs."""
+    return {name: nn.Linear(width, count) for name, count in outputs.items()}
+
+
+class Tensors(Dataset[Any]):
+    """Rows of tensors in memory: inputs [N, ...] and, a task, targets [N, ...]. A batch is one indexing, no collating."""
+
+    takes_lists = True
+
+    def __init__(self, inputs: Tensor, targets: Mapping[str, Tensor]):
+        self.inputs, self.targets = inputs, dict(targets)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = torch.as_tensor(rows)
+        return self.inputs[rows], {name: values[rows] for name, values in self.targets.items()}
+
+    def only(self, rows: Tensor) -> Tensors:
+        """Return these rows, as a split."""
+        return Tensors(self.inputs[rows], {name: values[rows] for name, values in self.targets.items()})
+
+
+def random_split(count: int, train: float, validation: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the rows for training and validation, parts of one; the others are for the test."""
+    # Another stream than those of the training rows' order.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(2_000_000_000 + seed))
+    first = int(count * train + 1e-6)
+    return order.tensor_split([first, first + int(count * validation + 1e-6)])  # type: ignore[return-value]
+
+
+def standardised(values: Tensor, train: Tensor) -> Tensor:
+    """Scale columns [N, F] to mean 0 and deviation 1 over the training rows; NaN becomes the mean there: 0."""
+    mean = values[train].nanmean(0)
+    filled = torch.where(values.isnan(), mean, values)
+    return ((filled - mean) / filled[train].std(0).clamp_min(1e-6)).float()
+
+
+def linear_layers(backbone: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """Yield the backbone's children that have parameters: name and parameters, for what is told by layer."""
+    for name, child in backbone.named_children():
+        if parameters := [p for p in child.parameters() if p.requires_grad]:
+            yield name, parameters
