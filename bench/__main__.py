@@ -14,12 +14,10 @@ from typing import NoReturn
 import torch
 
 from bench import memory
-from bench.bench_training import Training
 from bench.harness import BenchError, Case, Options, first_line
 from bench.table import ROOT, Row, facts, slug, write_rows
 
 STEMS = ("combine", "adatask", "moments", "host", "alphavil", "step")  # what runs when none is named
-ALSO = ("training",)
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 
 
@@ -49,9 +47,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Times every operation and whole training steps against their references and peers, after checking "
         "all of them against float64. Most of an hour on 2 cores. Tables and figures of it: python -m bench.report",
     )
-    parser.add_argument(
-        "stems", nargs="*", metavar="STEM", help=f"some of {', '.join(STEMS)} (default: these), {', '.join(ALSO)}"
-    )
+    parser.add_argument("stems", nargs="*", metavar="STEM", help=f"some of {', '.join(STEMS)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     parser.add_argument("--threads", type=positive(int), default=2, metavar="N", help="on the CPU (default: 2)")
     parser.add_argument("--quick", action="store_true", help="toy shapes, a few rounds, no memory: does it run?")
@@ -66,8 +62,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for stem in args.stems:
-        if stem not in (*STEMS, *ALSO):
-            parser.error(f"argument STEM: expected some of {', '.join((*STEMS, *ALSO))}, found {stem!r}")
+        if stem not in STEMS:
+            parser.error(f"argument STEM: expected some of {', '.join(STEMS)}, found {stem!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: expected cpu, since torch finds no CUDA device here, found 'cuda'")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,19 +71,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def chosen(args: argparse.Namespace) -> dict[str, list[Case | Training]]:
+def chosen(args: argparse.Namespace) -> dict[str, list[Case]]:
     """The cases to run by stem; stems without any are left out."""
     device, found = torch.device(args.device), {}
     for stem in args.stems:
-        every: list[Case | Training] = importlib.import_module(f"bench.bench_{stem}").cases(args.quick, device)
+        every: list[Case] = importlib.import_module(f"bench.bench_{stem}").cases(args.quick, device)
         found[stem] = [case for case in every if not args.only or any(text in case.title for text in args.only)]
     return {stem: cases for stem, cases in found.items() if cases}
 
 
-def run_stem(stem: str, cases: Sequence[Case | Training], options: Options, args: argparse.Namespace) -> bool:
+def run_stem(stem: str, cases: Sequence[Case], options: Options, args: argparse.Namespace) -> bool:
     """Whether all went well. A case that is wrong or fails is named and gets no row; the others go on."""
     extra = ["--device", args.device, "--threads", str(args.threads), *(["--quick"] if args.quick else [])]
-    shared = facts(torch.device("cpu") if stem in ALSO else options.device)
+    shared = facts(options.device)
     folder = args.results or (None if args.quick else ROOT / "bench" / "results")
     path = None if folder is None else folder / f"{stem}_{slug(shared['device'])}.csv"
     rows: list[Row] = []
@@ -116,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     listed = chosen(args)
     if args.memory_of:
         title, name = args.memory_of
-        every = (case for cases in listed.values() for case in cases if isinstance(case, Case))
+        every = (case for cases in listed.values() for case in cases)
         torch.manual_seed(0)
         print(memory.measure(next(case for case in every if case.title == title), name))
         return 0

@@ -3,9 +3,9 @@
     python -m bench.accuracy run river yeast      # goes on where it was; hours for all five
     python -m bench.accuracy report               # writes docs/accuracy.md from bench/results/accuracy/*.csv
 
-Of each contender every rate of ``RATES`` is tried on seed 0; the one with the best validation metrics (for several tasks
-Delta_m against the single-task nets') is then run on the other seeds. Fixed weights are the best of ``DRAWS`` at the
-rate of the plain sum. What counts is the test split after the last epoch.
+Of each contender every rate of ``RATES`` is tried on seed 0; the one with the best validation metrics (for several
+tasks Delta_m against the single-task nets') is then run on the other seeds. Fixed weights are the best of ``DRAWS`` at
+the rate of the plain sum. What counts is the test split after the last epoch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import argparse
 import csv
 import datetime
 import math
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -126,8 +128,8 @@ class Study:
             if is_new:
                 writer.writeheader()
             writer.writerows(new)
-        print(f"{self.dataset}: {method}{f' {task}' if task else ''}, lr {lr:g}, seed {seed}{f', {weights}' if weights else ''}: "
-              f"{facts['seconds']} s {error}", flush=True)  # fmt: skip
+        words = " ".join(filter(None, (method, task, weights)))
+        print(f"{self.dataset}: {words}, lr {lr:g}, seed {seed}: {facts['seconds']} s {error}", flush=True)
 
     def score(self, rows: list[Row]) -> float:
         """Return what is better the less it is: Delta_m on the validation split, in percent."""
@@ -174,11 +176,185 @@ class Study:
 
 
 def draws(tasks: int) -> Iterator[str]:
-    """Yield weights to try: log-normal, a factor of e in either direction being common; they sum to T."""
+    """Yield weights to try: equal ones, then log-normal ones, a factor of e being common; they sum to T."""
+    yield " ".join(["1.000"] * tasks)
     generator = torch.Generator().manual_seed(7)
-    for _ in range(DRAWS):
+    for _ in range(DRAWS - 1):
         weights = torch.randn(tasks, generator=generator).exp()
         yield " ".join(f"{w:.3f}" for w in (weights * tasks / weights.sum()).tolist())
+
+
+# ---- the report
+
+#: What a contender is, for readers of the tables.
+NAMES = {
+    "sum": "sum",
+    "logsum": "sum of logarithms",
+    "uncertainty": "uncertainty weighting",
+    FIXED: "fixed weights, tuned",
+    "bayesagg": "**BayesAgg**",
+    "bayesagg-published": "BayesAgg as published",
+    "adatask": "**AdaTask** (Adam)",
+    "adatask-mean": "AdaTask, mean of updates",
+    "adatask-log": "AdaTask, logarithms",
+    ALPHAVIL: "**alphaVIL**",
+}
+WORDS = {"aligned": "**Aligned-MTL**", "upgrad": "UPGrad", "dualproj": "DualProj", "mgda": "MGDA", "cagrad": "CAGrad",
+         "nash": "Nash-MTL", "fairgrad": "FairGrad", "imtl": "IMTL-G", "pcgrad": "PCGrad"}  # fmt: skip
+T95 = 2.776  #: Student's, two-sided, of 5 seeds
+OURS = ("bayesagg", "aligned", "adatask")
+BASELINES = ("sum", "logsum", "uncertainty", FIXED)
+
+
+def name_of(method: str) -> str:
+    if method in NAMES:
+        return NAMES[method]
+    first, *rest = method.split("-")
+    forms = {"ub": "layer", "log": "logarithms", "rmse": "scale rmse"}
+    return ", ".join([WORDS[first], *(forms[word] for word in rest)])
+
+
+class Column(NamedTuple):
+    """A contender's test results at its best rate."""
+
+    method: str
+    lr: float
+    delta: list[float]  #: Delta_m in percent, a seed each
+    step_ms: float
+
+
+class Found:
+    """What a data set's CSV says."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        self.tasks = list(dict.fromkeys(row["task"] for row in study.rows))
+        first = {row["task"]: row for row in study.rows}
+        self.higher = [first[task]["higher_is_better"] == "1" for task in self.tasks]
+        self.metrics = [first[task]["metric"] for task in self.tasks]
+        self.alone = {task: [float(r["test"]) for r in self._single(task)] for task in self.tasks}
+        self.base = [statistics.mean(self.alone[task]) for task in self.tasks]
+        self.columns = [column for method in METHODS if (column := self._column(method)) is not None]
+
+    def _single(self, task: str) -> list[Row]:
+        lr = self.study.best_rate(SINGLE, task)
+        return [row for seed in range(SEEDS) for row in self.study.find(SINGLE, lr, seed, task=task)]
+
+    def runs(self, method: str) -> list[list[Row]]:
+        """Return the rows of each seed at the best rate; fewer than all seeds where the study is not done."""
+        tried = self.study.find(method, self._rate(method), 0, self._weights(method))
+        if not tried:
+            return []
+        found = [self.study.find(method, self._rate(method), s, self._weights(method)) for s in range(SEEDS)]
+        return [rows for rows in found if rows]
+
+    def _rate(self, method: str) -> float:
+        if method != FIXED and not all(self.study.find(method, lr, 0) for lr in RATES):
+            return math.nan
+        return self.study.best_rate("sum" if method == FIXED else method)
+
+    def _weights(self, method: str) -> str:
+        known = method == FIXED and any(row["method"] == FIXED for row in self.study.rows)
+        return self.study.best_weights() if known else ""
+
+    def _column(self, method: str) -> Column | None:
+        runs = self.runs(method)
+        if len(runs) < SEEDS:
+            return None
+        delta = [delta_m([float(row["test"]) for row in rows], self.base, self.higher) for rows in runs]
+        times = [float(row["step_ms"]) for rows in runs for row in rows[:1]]
+        return Column(method, float(runs[0][0]["lr"]), delta, statistics.median(times))
+
+    def values(self, method: str, task: str) -> list[float]:
+        return [float(row["test"]) for rows in self.runs(method) for row in rows if row["task"] == task]
+
+    def best(self, among: Sequence[str]) -> Column | None:
+        listed = [c for c in self.columns if c.method in among]
+        return min(listed, key=lambda c: statistics.mean(c.delta), default=None)
+
+
+def difference(column: Column, other: Column) -> tuple[float, float]:
+    """Return the mean of the paired differences over the seeds, and half of its 95 % interval."""
+    differences = [a - b for a, b in zip(column.delta, other.delta, strict=True)]
+    return statistics.mean(differences), T95 * statistics.stdev(differences) / math.sqrt(SEEDS)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    rows = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([rows[0], "|" + " --- |" * len(cells[0]), *rows[1:]])
+
+
+def section(dataset: str, found: Found) -> str:
+    """Write a data set's part: what came out in a sentence, then the table, the best first."""
+    by_method = {column.method: column for column in found.columns}
+    ranked = sorted((c for c in found.columns if c.method != ALPHAVIL), key=lambda c: statistics.mean(c.delta))
+    cells = [["method", "Δm %", "against sum", "against logarithms", "lr", "ms a step"]]
+    for column in ranked:
+        cell = [name_of(column.method), spread(column.delta, "+.2f")]
+        for baseline in ("sum", "logsum"):
+            mean, half = difference(column, by_method[baseline])
+            cell.append("-" if column.method == baseline else f"{mean:+.2f} ± {half:.2f}" + " =" * (abs(mean) <= half))
+        cells.append([*cell, f"{column.lr:g}", f"{column.step_ms:.1f}"])
+    text = f"## {dataset}\n\n{sentence(found)}\n\n{markdown(cells)}\n"
+    if len(found.tasks) <= 4:
+        head = [f"{t}: {m} {'↑' if up else '↓'}" for t, m, up in zip(found.tasks, found.metrics, found.higher)]
+        rows = [["method", *head], ["single-task", *(spread(found.alone[t], ".4g") for t in found.tasks)]]
+        rows += [[name_of(c.method), *(spread(found.values(c.method, t), ".4g") for t in found.tasks)] for c in ranked]
+        text += f"\n{markdown(rows)}\n"
+    if ALPHAVIL in by_method:
+        target = TARGETS[dataset]
+        at = found.metrics[found.tasks.index(target)]
+        words = [("alone", found.alone[target]), *((name_of(m), found.values(m, target)) for m in (ALPHAVIL, "sum"))]
+        listed = ", ".join(f"{name} {spread(values, '.4g')}" for name, values in words)
+        text += f"\nalphaVIL trains for one task, {target} ({at}): {listed}.\n"
+    return text
+
+
+def sentence(found: Found) -> str:
+    """Say which baseline is best, and whether one of our methods is level with it or ahead."""
+    baseline = found.best(BASELINES)
+    mine = found.best([m for m in METHODS if m.split("-")[0] in OURS and m != "bayesagg-published"])
+    assert baseline is not None
+    assert mine is not None
+    mean, half = difference(mine, baseline)
+    word = "level with" if abs(mean) <= half else "ahead of" if mean < 0 else "behind"
+    return (
+        f"Of the four methods of this package {name_of(mine.method).replace('**', '')} comes out best "
+        f"({spread(mine.delta, '+.2f')}), {word} the best baseline, {name_of(baseline.method)} "
+        f"({spread(baseline.delta, '+.2f')}): a difference of {mean:+.2f} ± {half:.2f}."
+    )
+
+
+def report(path: Path) -> None:
+    """Write the page from the CSVs."""
+    studies = {name: Study(name) for name in TARGETS if (RESULTS / f"{name}.csv").exists()}
+    first = next(iter(studies.values())).rows[0]
+    commits = sorted({row["commit"] for study in studies.values() for row in study.rows})
+    text = HEAD.format(
+        torch=first["torch"], cpu=first["cpu"], commits=", ".join(commits), rates=", ".join(map(str, RATES))
+    )
+    parts = [section(name, Found(study)) for name, study in studies.items()]
+    path.write_text("\n".join([text, *parts]))
+
+
+HEAD = """# Accuracy
+
+<!-- Made by `python -m bench.accuracy report` from bench/results/accuracy/*.csv. -->
+
+Every method on {count} data sets, each at its own learning rate of {rates}, chosen by the validation
+metrics of seed 0. Test split after the last epoch; mean ± standard deviation over 5 seeds (initial weights, order of
+the data; for river, yeast and QM9 also the split). Δm is the mean relative change of the tasks' metrics against nets
+for one task each, whose learning rates were chosen likewise; in percent, + is worse. "Against" are paired differences
+of Δm over the seeds and half of their 95 % interval; = where it contains 0. "Layer" is the form at the shared features
+(one backward); without it a rule is on the backbone's parameters (a backward a task). "Logarithms": on the losses'
+logarithms. Fixed weights are the best of 8 on the validation split, equal ones among them. Adam with a cosine schedule,
+small nets: `mtlgrad train`, and one file a data set in `python/mtlgrad/recipes/`. torch {torch}, {cpu}, one
+thread of a busy machine (so times are rough), commits {commits}.
+"""
 
 
 def main() -> None:
@@ -193,9 +369,7 @@ def main() -> None:
         for dataset in given.datasets:
             Study(dataset).run()
     else:
-        from bench.accuracy_report import write
-
-        write()
+        report(Path(__file__).parent.parent / "docs" / "accuracy.md")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ NEEDED = (
     *("date", "machine", "cpu", "threads", "device", "python", "torch", "mtlgrad", "commit"),
     *("operation", "shape", "contender"),
 )
-NUMBERS = (*COLUMNS[COLUMNS.index("checked_error") : COLUMNS.index("metric")], *COLUMNS[COLUMNS.index("mean") :])
+NUMBERS = COLUMNS[COLUMNS.index("checked_error") :]
 OLD = COLUMNS[: COLUMNS.index("host_us")]  # of files from before there were more
 # Whose a contender is, by its name's first word, in the order of all tables and figures.
 KINDS = ("mtlgrad", "reference", "compiled", "published", "torchjd", "libmtl", "torch", "other")
@@ -124,7 +124,6 @@ class Results:
     paths: list[Path]
     rows: list[Measurement]  #: all of them, by file and line
     cases: list[CaseRows]
-    trainings: list[Measurement]
 
     @property
     def devices(self) -> dict[str, str]:
@@ -185,9 +184,7 @@ def check(row: dict[str, str], where: str) -> None:
                 "measure it again"
             )
     needed: tuple[str, ...] = ()
-    if row["metric"]:
-        needed = ("mean", "runs")
-    elif row["host_us"]:
+    if row["host_us"]:
         needed = ("host_us_p20", "host_us_p80", "times_first")
     elif not row["note"].startswith(UNTIMED):
         needed = ("median_ms", "times_first", "bytes", "flops", "copy_gb_per_s", "gemm_gflop_per_s")
@@ -206,19 +203,14 @@ def read_results(folder: Path) -> Results:
         raise ReportError(f"{folder}: expected CSVs, found none; measure: python -m bench")
     rows: list[Measurement] = []
     cases: dict[tuple[str, ...], CaseRows] = {}
-    trainings: dict[tuple[str, ...], Measurement] = {}
     for path in paths:
         stem, _, device = path.stem.partition("_")
         before = len(rows)
         for measurement in rows_in(path):
             rows.append(measurement)
             what = (measurement["operation"], measurement["shape"], measurement["dtype"])
-            if measurement["metric"]:
-                key = (device, *what, measurement.contender, measurement["metric"])
-                known = trainings.setdefault(key, measurement)
-            else:
-                case = cases.setdefault((device, stem, *what), CaseRows(device, stem, *what))
-                known = case.contenders.setdefault(measurement.contender, measurement)
+            case = cases.setdefault((device, stem, *what), CaseRows(device, stem, *what))
+            known = case.contenders.setdefault(measurement.contender, measurement)
             if known is not measurement:
                 raise ReportError(
                     f"{path}:{measurement.line}: expected each contender once, found {measurement.contender!r} of line "
@@ -226,4 +218,4 @@ def read_results(folder: Path) -> Results:
                 )
         if len(rows) == before:
             raise ReportError(f"{path}:1: expected rows below the columns, found none; measure again")
-    return Results(paths, rows, list(cases.values()), list(trainings.values()))
+    return Results(paths, rows, list(cases.values()))

@@ -11,11 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from bench.measured import KINDS, CaseRows, Measurement, Results, faster
-from bench.table import slug
 
 NOTHING = "Not measured yet."
 NONE = "-"
-METRICS = 6  # columns of a table of trainings at most
 Cell = Callable[[CaseRows], str]
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -73,17 +71,6 @@ def spoken(shape: str) -> str:
             parts.append(word)
             joins = True
     return ", ".join(parts)
-
-
-def interval(mean: float, sd: float) -> str:
-    """Two digits of the deviation, the mean to the same place."""
-    if not sd > 0:
-        return digits(mean, 4) + (" ± 0" if sd == 0 else "")
-    decimals = max(0, 1 - math.floor(math.log10(float(f"{sd:.1e}"))))
-    return f"{mean:,.{decimals}f} ± {sd:,.{decimals}f}"
-
-
-# Cells ---------------------------------------------------------------------------------------------------------------
 
 
 def time_cell(m: Measurement | None) -> str:
@@ -312,39 +299,6 @@ def operations(results: Results, stem: str, whole: str) -> str:
     return by_device(results, one)
 
 
-def training(results: Results) -> str:
-    """A table for each training: metrics of its methods, mean and standard deviation over seeds. Of more metrics than a
-    table has room for, Delta_m alone."""
-
-    def one(operation: str, listed: Sequence[Measurement]) -> str:
-        shapes = list(dict.fromkeys(m["shape"] for m in listed))
-        metrics = list(dict.fromkeys(m["metric"] for m in listed))
-        shown = ["delta_m"] if len(metrics) > METRICS and "delta_m" in metrics else metrics
-        groups: dict[str, dict[str, Measurement]] = {}
-        for m in listed:
-            label = m.contender + f", {spoken(m['shape'])}" * (len(shapes) > 1)
-            groups.setdefault(label, {})[m["metric"]] = m
-        rows = []
-        for label, found in groups.items():
-            means = [
-                interval(found[name].number("mean"), found[name].number("sd")) if name in found else NONE
-                for name in shown
-            ]
-            if any(mean != NONE for mean in means):
-                rows.append([label, *means, found[next(name for name in shown if name in found)]["runs"]])
-        title = f"**{operation.removeprefix('train ')}**" + f", {spoken(shapes[0])}" * (len(shapes) == 1)
-        return f"{title}:\n\n{markdown(['method', *shown, 'seeds'], rows)}"
-
-    def every(device: str) -> str:
-        groups: dict[str, list[Measurement]] = {}
-        for m in results.trainings:
-            if slug(m["device"]) == device:
-                groups.setdefault(m["operation"], []).append(m)
-        return "\n\n".join(one(operation, listed) for operation, listed in groups.items())
-
-    return by_device(results, every)
-
-
 def machine(results: Results) -> str:
     """Where the figures come from, a sentence a device."""
 
@@ -392,5 +346,4 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "bayesagg": bayesagg,
     "moments": lambda results: operations(results, "moments", "aggregate"),
     "combine": lambda results: operations(results, "combine", "aligned "),
-    "training": training,
 }

@@ -41,8 +41,6 @@ COLUMNS = (
     *("share_of_gemm", "peak_extra_mb"),
     # training steps: throughput, and the part of the step that is more than the first contender's
     *("examples_per_s", "method_share"),
-    # trainings: a metric's mean and standard deviation over `runs` seeds
-    *("metric", "mean", "sd"),
     # host: the host's time of a call in microseconds, with one thread and tiny tensors, which times_first then compares
     # (`median_ms` is the device's, if it has a time of its own). Files from before it was measured end before these.
     *("host_us", "host_us_p20", "host_us_p80"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_adatask, bench_moments, bench_training, harness, memory, table
+from bench import bench_adatask, bench_moments, harness, memory, table
 from bench.bench_combine import RULES, uneven
 from bench.harness import Case, Contender, Options, Result, Work
 from mtlgrad import cli
@@ -282,22 +282,6 @@ def test_quick_run_of_the_alphavil_benchmark(tmp_path: Path) -> None:
     rows = quick_rows("alphavil", tmp_path)
     expected = {"forward, backward", "mtlgrad alpha step", "torch alpha step"}
     assert contenders(rows, "alpha step resnet-18") == expected
-
-
-def test_quick_run_of_the_trainings(tmp_path: Path) -> None:
-    rows = run_quick("training", tmp_path)
-    assert {row["contender"] for row in rows} == {"single-task", "sum", "aligned"}
-    changes = {row["contender"]: row for row in rows if row["metric"] == "delta_m"}
-    assert set(changes) == {"sum", "aligned"}
-    assert all(math.isfinite(float(row["mean"])) and row["runs"] == "1" and row["sd"] == "" for row in rows)
-
-
-def test_metrics_are_gathered_over_seeds(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    lines = ["sum,0,age,MAE,1.0", "sum,1,age,MAE,3.0", "bayesagg,0,age,MAE,5.0", "sum,0,all,delta_m,-2.0"]
-    path.write_text("\n".join(["method,seed,task,metric,value", *lines, ""]))
-    expected = {("sum", "age MAE"): [1.0, 3.0], ("bayesagg", "age MAE"): [5.0], ("sum", "delta_m"): [-2.0]}
-    assert bench_training.summary(path) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from report_cases import WHERE, measured, readme, row, write
+from report_cases import measured, readme, row, write
 
 from bench import report, table
 from bench.measured import ReportError, faster, read_results
-from bench.readme_tables import BLOCKS, digits, interval, milliseconds, percent, power, spoken, times
+from bench.readme_tables import BLOCKS, digits, milliseconds, percent, power, spoken, times
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,10 +32,6 @@ def test_numbers() -> None:
     assert [percent(v) for v in (-0.033, 0.0994, 0.576)] == ["-3.3 %", "9.9 %", "58 %"]
     assert [power(v) for v in ("6.3e-08", "1e+07", "1.2e-11")] == ["6.3e-8", "1e7", "1.2e-11"]
     assert digits(0.0, 3) == "0"
-    assert interval(0.69148, 0.00254) == "0.6915 ± 0.0025"
-    assert interval(58.34, 5.17) == "58.3 ± 5.2"
-    assert interval(1234.5, 99.7) == "1,234 ± 100"
-    assert interval(35.4276, float("nan")) == "35.43"
 
 
 def test_shapes_in_words() -> None:
@@ -152,30 +148,6 @@ def test_blocks_of_bayesagg_and_its_operations(tmp_path: Path) -> None:
     assert "aggregate" not in block
 
 
-def test_block_of_trainings(tmp_path: Path) -> None:
-    def result(operation: str, shape: str, method: str, metric: str, mean: str, sd: str, seeds: int) -> dict:
-        what = {"operation": operation, "shape": shape, "contender": method, "metric": metric, "mean": mean, "sd": sd}
-        return WHERE | what | {"runs": seeds}
-
-    many = [result("train river", "scale=min", "sum", f"task {i}", "1", "1", 2) for i in range(7)]
-    results = measured(
-        tmp_path,
-        result("train clothing", "scale=min", "sum", "rating RMSE", "0.70384", "0.0036", 5),
-        result("train clothing", "scale=min", "sum", "age MAE", "7.25", "0.31", 5),
-        result("train clothing", "scale=min", "alphavil", "rating RMSE", "0.6910", "", 1),
-        *many,
-        result("train river", "scale=min", "sum", "delta_m", "58.31", "4.9", 2),
-        result("train river", "scale=rmse", "sum", "delta_m", "51.2", "2.9", 3),
-        name="training_cpu.csv",
-    )
-    clothing, river = BLOCKS["training"](results).split("**river**:")
-    assert cells(clothing, "sum") == ["sum", "0.7038 ± 0.0036", "7.25 ± 0.31", "5"]
-    assert cells(clothing, "alphavil") == ["alphavil", "0.6910", "-", "1"]
-    assert cells(river, "sum, scale=min") == ["sum, scale=min", "58.3 ± 4.9", "2"]
-    assert cells(river, "sum, scale=rmse") == ["sum, scale=rmse", "51.2 ± 2.9", "3"]
-    assert "task 0" not in river  # seven columns are too many
-
-
 def test_block_of_the_machine(tmp_path: Path) -> None:
     measured(tmp_path, row("gram", "T=2", "mtlgrad", 4.0))
     later = {"commit": "def5678+", "date": "2026-01-05T00:00Z"}
@@ -192,8 +164,6 @@ def test_block_of_the_machine(tmp_path: Path) -> None:
 def test_several_devices_get_a_table_each(tmp_path: Path) -> None:
     card = {"device": "NVIDIA H200", "driver": "CUDA 13.0, driver 580"}
     measured(tmp_path, row("aligned matrix", "T=2 N=1e+07", "mtlgrad out=", 10.5))
-    trained = {"operation": "train x", "shape": "s", "contender": "sum", "metric": "delta_m", "mean": "3", "runs": "1"}
-    write(tmp_path, "training_cpu.csv", [WHERE | trained])
     graph = row("aligned matrix", "T=2 N=1e+07", "mtlgrad graph", 0.3, 0.9, **card)
     results = measured(
         tmp_path,
@@ -206,7 +176,6 @@ def test_several_devices_get_a_table_each(tmp_path: Path) -> None:
     assert cells(cpu, "T 2, N 1e7, one matrix")[1] == "10.5 ms"
     assert cells(gpu, "T 2, N 1e7, one matrix")[1:3] == ["0.400 ms", "0.300 ms"]
     assert "CUDA 13.0, driver 580" in BLOCKS["machine"](results)
-    assert BLOCKS["training"](results).count("**x**") == 1
     assert BLOCKS["adatask"](results) == "Not measured yet."
 
 
@@ -315,7 +284,6 @@ def test_files_from_before_host_time_are_read_and_kept(tmp_path: Path) -> None:
         ({"median_ms": ""}, "expected a number in the column median_ms or a note of what failed"),
         ({"copy_gb_per_s": ""}, "expected a number in the column copy_gb_per_s"),
         ({"host_us": "4.0"}, "expected a number in the column host_us_p20"),
-        ({"metric": "delta_m"}, "expected a number in the column mean"),
         ({"device": "NVIDIA H200"}, r"expected the device that the file's name ends in \(cpu\), found 'NVIDIA H200'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A run: every method on one recipe, at learning rates chosen on the validation split, over seeds; stopped and resumed."""
+"""A run: methods on one recipe, at learning rates chosen on the validation split, over seeds; stopped and resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ..metrics import delta_m
 from ..world.ranks import world_of
 from . import report
 from .alphavil import AlphaVILTraining
@@ -32,6 +31,11 @@ RECIPES = {
     "qm9": "qm9:QM9",
     "multimnist": "multimnist:Digits",
     "multimnist-reconstruction": "multimnist:DigitAndImage",
+    "utkface": "utkface:UTKFace",
+    "cifar-mtl": "cifar_mtl:CIFARMTL",
+    "chestxray": "chestxray:ChestXray",
+    "nyuv2": "nyuv2:NYUv2",
+    "cityscapes": "cityscapes:Cityscapes",
 }
 #: What `--tune-lr` tries.
 RATES = (1e-3, 3e-3, 8e-3, 2e-2)
@@ -162,7 +166,13 @@ class Comparison:
             return read_checkpoint(folders[0].path)
 
         state = from_rank0(read)
-        return Comparison(Settings.from_dict(state["settings"]), folders[0] if folders else None, state)
+        try:
+            settings = Settings.from_dict(state["settings"])
+        except TypeError as error:
+            raise TrainError(
+                f"argument --resume: expected one of this version, found {path} of another ({error}); start anew"
+            ) from None
+        return Comparison(settings, folders[0] if folders else None, state)
 
     def recipe(self, seed: int) -> Recipe:
         if seed not in self._recipes:
@@ -196,9 +206,9 @@ class Comparison:
     def _score(self, result: Result) -> float:
         """Return what is better the less it is, of the last epoch's validation metrics."""
         values = result.history[-1]["metric"]
-        higher = {task.name: task.metric.higher_is_better for task in self.tasks}
         if result.job.task is not None:
-            return -values[0] if higher[result.job.task] else values[0]
+            higher = self.tasks[self.names.index(result.job.task)].metric.higher_is_better
+            return -values[0] if higher else values[0]
         if len(self.rates(result.job.method)) == 1:
             return 0.0
         base = []
@@ -206,7 +216,7 @@ class Comparison:
             alone = f"{name} alone"
             rate = self.best_rate(alone)
             base += [r.history[-1]["metric"][0] for r in self.results if r.job == Job(SINGLE, 0, rate, name)]
-        return delta_m(values, base, [higher[name] for name in self.names])
+        return report.change(values, base, self.tasks)
 
     def chosen(self) -> list[Result]:
         """Return the finished trainings that are compared: at each contender's best rate."""

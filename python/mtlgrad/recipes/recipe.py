@@ -15,6 +15,9 @@ from .tasks import Task
 class TrainError(Exception):
     """Something the user can put right; its text is the one line that the command line prints."""
 
+    def __init__(self, words: str = ""):
+        super().__init__(words.rpartition("TrainError: ")[2])  # a DataLoader's worker hands on its traceback
+
 
 class Recipe:
     """Derive from it, and set in ``__init__(seed)`` what stands below without a value.
@@ -72,7 +75,7 @@ def linear_heads(width: int, outputs: Mapping[str, int]) -> dict[str, nn.Module]
 
 
 class Tensors(Dataset[Any]):
-    """Rows of tensors in memory: inputs [N, ...] and, a task, targets [N, ...]. A batch is one indexing, no collating."""
+    """Rows of tensors in memory: inputs [N, ...] and, a task, targets [N, ...]. A batch is one indexing."""
 
     takes_lists = True
 

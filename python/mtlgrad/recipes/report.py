@@ -42,12 +42,21 @@ def baseline(chosen: Sequence[Result], tasks: Sequence[Task]) -> list[float] | N
     return [statistics.mean(values) for values in found] if all(found) else None
 
 
+def change(values: Sequence[float], base: Sequence[float], tasks: Sequence[Task]) -> float:
+    """Return Delta_m in percent, of the tasks that have a base that is neither 0 nor NaN; NaN where a value is."""
+    known = [i for i, number in enumerate(base) if number and not math.isnan(number)]
+    if not known or any(math.isnan(values[i]) for i in known):
+        return math.nan
+    up = higher(tasks)
+    return delta_m([values[i] for i in known], [base[i] for i in known], [up[i] for i in known])
+
+
 def deltas(chosen: Sequence[Result], tasks: Sequence[Task]) -> dict[str, dict[int, float]]:
     """Return Delta_m in percent, method -> seed -> value; empty while there is nothing to compare with."""
     base, found = baseline(chosen, tasks), dict[str, dict[int, float]]()
     for r in chosen:
         if r.job.task is None and base is not None:
-            found.setdefault(r.job.method, {})[r.job.seed] = delta_m(r.metrics, base, higher(tasks))
+            found.setdefault(r.job.method, {})[r.job.seed] = change(r.metrics, base, tasks)
     return found
 
 

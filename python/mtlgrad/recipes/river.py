@@ -1,4 +1,4 @@
-"""River flow (RF1 of Mulan): past flows at eight sites of the Mississippi network -> the flow at each, 48 hours ahead."""
+"""River flow (RF1 of Mulan): past flows at eight sites of the Mississippi network -> those 48 hours ahead."""
 
 from __future__ import annotations
 

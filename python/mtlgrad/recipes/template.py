@@ -17,7 +17,7 @@ class MyRecipe(Recipe):
     batch_size = 128
 
     def __init__(self, seed):
-        # From a CSV: table = pandas.read_csv("my.csv"), then torch.tensor(table[columns].to_numpy(), dtype=torch.float32).
+        # From a CSV: torch.tensor(pandas.read_csv("my.csv")[columns].to_numpy(), dtype=torch.float32).
         # Any torch Dataset will do in place of Tensors: its items are (inputs, {"task's name": target}).
         inputs, price, sold, kind = made_up()
         train, validation, test = random_split(len(inputs), 0.6, 0.2, seed)

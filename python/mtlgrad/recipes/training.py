@@ -164,7 +164,7 @@ class Training:
         self.result.history.append(line)
 
     def seed_epoch(self) -> None:
-        """Draw what follows (order, dropout, augmentation) from seed, epoch and rank: resuming has nothing to restore."""
+        """Draw what follows (order, dropout, augmentation) from seed, epoch and rank: resuming restores nothing."""
         seed = (self.job.seed * 1_000_003 + self.epoch) * 4096 + self.world.rank
         torch.manual_seed(seed)
         self.sampler.set_epoch(self.epoch)
@@ -175,7 +175,7 @@ class Training:
         """Return the losses, means over the epoch, and each task's share of the weights."""
         self.method.start_epoch(self.epoch)
         self.net.train()
-        total, shares = torch.zeros(len(self.tasks), device=self.device), []
+        total, shares = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device), []
         for step, (inputs, targets) in enumerate(self.loader):
             watch(self.epoch, step, total / max(step, 1))
             targets = moved(targets, self.device)
@@ -193,7 +193,7 @@ class Training:
             for buffer in self.model.buffers():  # DistributedDataParallel has done so where it was
                 dist.broadcast(buffer, 0)
         means = self.world.mean_(total / self.steps).tolist()
-        return means, torch.stack(shares).mean(0).tolist() if shares else None
+        return means, self.world.mean_(torch.stack(shares).mean(0)).tolist() if shares else None
 
     def losses(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> list[Tensor]:
         return [task.loss(output, targets[task.name]) for task, output in zip(self.tasks, outputs, strict=True)]
@@ -217,7 +217,7 @@ class Training:
         """Return the tasks' metrics and losses on a whole split; losses are means over the batches."""
         self.net.eval()
         metrics = [task.metric() for task in self.tasks]
-        total, count = torch.zeros(len(self.tasks), device=self.device), 0
+        total, count = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device), 0
         for inputs, targets in self.batches(data):
             features = features_of(self.model, inputs)
             heads: Any = self.model.heads
