@@ -15,8 +15,8 @@ C_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*##/make \1:/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/installed  ## Train a four-task model, sum of losses against BayesAgg-MTL (DEMO_ARGS="--epochs 2 ...")
-	$(BIN)/mtlgrad train --data clothing --compare sum bayesagg $(DEMO_ARGS)
+demo: $(VENV)/installed  ## Compare four methods on eight river flows (DEMO_ARGS="--epochs 2 ...")
+	$(BIN)/mtlgrad train --recipe river --methods sum logsum bayesagg aligned-ub --lr 8e-3 --seeds 2 $(DEMO_ARGS)
 
 test: $(VENV)/installed-dev  ## Run all tests, JOBS=2 at a time, CUDA kernels in the host emulator (TEST_ARGS="-k moments ...")
 	$(BIN)/python tests/simt/build.py

@@ -4,8 +4,7 @@
     python -m bench.defaults summary --write bench/results/defaults/bayesagg.csv
 
 Shared bottoms of two layers, Adam with a cosine schedule, batches of 128. Methods are compared on the test rows, at the
-learning rate with the least validation error. Needs yeast.npz in the folder of ``--data``, and the package qm9pack, for
-those data sets alone.
+learning rate with the least validation error. QM9 needs the package qm9pack.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
-import importlib.util
 import math
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -29,10 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mtlgrad
-import mtlgrad.data
+from mtlgrad.recipes import qm9 as recipe
 
-PACKAGED = Path(mtlgrad.data.__file__).parent
-CACHE = Path(tempfile.gettempdir(), "mtlgrad_qm9.pt")
+PACKAGED = Path(mtlgrad.__file__).parent / "data"
 WIDTH, BATCH = 64, 128
 METHODS = ("sum", "logsum", "uncertainty", "single", "bayesagg")
 COLUMNS = ("dataset", "method", "options", "lr", "epochs", "seed", "split", "task", "metric", "value")
@@ -140,70 +136,17 @@ def clothing(folder: Path) -> Data:
     return Data(inputs, heads, rows, 8, backbone)
 
 
-QM9_TARGETS = {
-    "mu": "Dipole_debye",
-    "alpha": "Polarizability_bohr3",
-    "homo": "HOMO_au",
-    "lumo": "LUMO_au",
-    "r2": "R2_bohr2",
-    "zpve": "ZPVE_au",
-    "U0": "InternalEnergy_0K_au",
-    "U": "InternalEnergy_298K_au",
-    "H": "Enthalphy_298K_au",
-    "G": "GibbsFreeEnergy_298K_au",
-    "cv": "Heatcapacity_Cv_cal_mol_K",
-}
-QM9_ENERGIES = ("zpve", "U0", "U", "H", "G")  # mostly sums over the atoms
-QM9_ELEMENTS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
-
-
-def coulomb_spectrum(elements: list[str], positions: list[list[float]]) -> Tensor:
-    """Compute the Coulomb matrix's eigenvalues, the largest first, padded to 29 atoms."""
-    charges = torch.tensor([QM9_ELEMENTS[e] for e in elements], dtype=torch.float64)
-    points = torch.tensor(positions, dtype=torch.float64) / 0.529177  # in bohr
-    matrix = charges[:, None] * charges / torch.cdist(points, points).fill_diagonal_(1.0)
-    matrix.diagonal().copy_(0.5 * charges**2.4)
-    values = torch.linalg.eigvalsh(matrix)
-    return functional.pad(values[values.abs().argsort(descending=True)], (0, 29 - len(values)))
-
-
-def read_qm9(count: int) -> dict[str, Tensor]:
-    """Read a random slice of the package's molecules: spectrum [N, 29], composition [N, 5], targets [N, 11]."""
-    spec = importlib.util.find_spec("qm9pack")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("qm9: expected the package qm9pack, found none; pip install --no-deps qm9pack")
-    molecules: list[dict[str, str]] = []
-    for part in (1, 2, 3):
-        with open(Path(spec.submodule_search_locations[0], "data", f"qm9_part{part}.csv"), newline="") as file:
-            molecules += csv.DictReader(file)
-    chosen = torch.randperm(len(molecules), generator=torch.Generator().manual_seed(5))[:count].tolist()
-    spectrum, composition, targets = [], [], []
-    for molecule in (molecules[i] for i in chosen):
-        elements = ast.literal_eval(molecule["Elements"])
-        spectrum.append(coulomb_spectrum(elements, ast.literal_eval(molecule["XYZ_Ang"])))
-        composition.append([float(elements.count(e)) for e in QM9_ELEMENTS])
-        targets.append([float(molecule[column]) for column in QM9_TARGETS.values()])
-    double = torch.float64
-    return {
-        "spectrum": torch.stack(spectrum),
-        "composition": torch.tensor(composition, dtype=double),
-        "targets": torch.tensor(targets, dtype=double),
-    }
-
-
 def qm9(_: Path) -> Data:
     """Read 10,000 molecules and 11 properties; of energies what the composition does not tell."""
-    if not CACHE.exists():
-        torch.save(read_qm9(10_000), CACHE)
-    molecules = torch.load(CACHE)
+    molecules = recipe.molecules()
     targets, composition = molecules["targets"].clone(), molecules["composition"]
     rows = random_split(len(targets), 6_000, 1_000, 3_000)
     design = torch.cat([composition, torch.ones(len(targets), 1, dtype=torch.float64)], 1)
-    energies = [list(QM9_TARGETS).index(name) for name in QM9_ENERGIES]
+    energies = [list(recipe.PROPERTIES).index(name) for name in recipe.ENERGIES]
     fit = torch.linalg.lstsq(design[rows["train"]], targets[rows["train"]][:, energies]).solution
     targets[:, energies] -= design @ fit
     inputs = standardised(torch.cat([molecules["spectrum"], composition], 1), rows["train"])
-    head = Head("regression", list(QM9_TARGETS), targets.shape[1], standardised(targets, rows["train"]))
+    head = Head("regression", list(recipe.PROPERTIES), targets.shape[1], standardised(targets, rows["train"]))
     return Data(inputs, [head], rows, 30, perceptron(inputs.shape[1]))
 
 

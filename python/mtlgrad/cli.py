@@ -168,8 +168,8 @@ def _settings(given: dict[str, Any]) -> Settings:
         raise TrainError(f"argument --target: expected one of {', '.join(tasks)} with {ALPHAVIL}, found {found}")
     device = torch.device(given.get("device", "cpu"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise TrainError(f"argument --device: expected a usable device, found {device} and {found} GPUs; take cpu")
+        gpus = torch.cuda.device_count()
+        raise TrainError(f"argument --device: expected a usable device, found {device} and {gpus} GPUs; take cpu")
     return Settings(
         recipe=str(Path(name).resolve()) if name.endswith(".py") else name,
         methods=methods,

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 Curves = dict[str, list[list[float]]]  # method -> per epoch, per task
 Shares = dict[str, list[list[list[float]]]]  # method -> per epoch, per layer, per task
-Rounds = dict[str, list[list[list[float]]]]  # method -> per seed, per round, per task
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -128,56 +126,6 @@ def dominance(tasks: Sequence[str], layers: Sequence[str], shares: Shares) -> by
         for row in grid:
             row[0].set_ylabel("share of updates")
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(tasks), 5), fontsize="small")
-    return _png(figure)
-
-
-def alphas(tasks: Sequence[str], target: str | None, alphas: Rounds, weights: Rounds) -> bytes:
-    """What each task's training was worth to the target: per method its alphas, where it has any, and task weights.
-
-    method -> [seeds][rounds][tasks]: `alphas` those of each round, `weights` as they were after it, both as
-    ``round.alphas`` and ``vil.task_weights`` of :class:`mtlgrad.AlphaVIL` are; weights are 1 before the first round.
-    A panel each, a line a task: the mean over seeds, thin ones for the seeds, the target's the thick one.
-    """
-    panels: list[tuple[str, list[list[list[float]]], int]] = []
-    for method, seeds in weights.items():
-        panels += [(f"{method}: alpha", alphas[method], 1)] if method in alphas else []
-        panels.append((f"{method}: task weight", [[[1.0] * len(tasks), *rounds] for rounds in seeds], 0))
-    figure = _figure(0.6 + 4.0 * len(panels), 3.4)
-    handles: dict[str, Any] = {}
-    for axis, (title, seeds, first) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
-        values = torch.tensor(seeds, dtype=torch.float64)  # [S, R, T]
-        rounds, marker = range(first, first + values.shape[1]), "." if values.shape[1] == 1 else None
-        axis.axhline(1.0, color="black", linestyle="--", linewidth=0.8)
-        for t, task in enumerate(tasks):
-            name, width = (f"{task} (target)", 2.6) if task == target else (task, 1.3)
-            for seed in values[:, :, t] if len(seeds) > 1 else []:
-                axis.plot(rounds, seed.numpy(), color=f"C{t}", linewidth=0.6, alpha=0.4)
-            (handles[name],) = axis.plot(
-                rounds, values[:, :, t].mean(0).numpy(), color=f"C{t}", linewidth=width, marker=marker
-            )
-        axis.set_title(title, fontsize="medium")
-        axis.set_xlabel("round")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(tasks), 5), fontsize="small")
-    return _png(figure)
-
-
-def uncertainty_map(tasks: Sequence[str], variance: Tensor) -> bytes:
-    """The variance of each task's gradient in each dimension of the representation, [T, D], on a logarithmic scale.
-
-    Dimensions are sorted by the mean logarithm over tasks, so that what tasks share and where they differ is visible.
-    Units that are rarely active keep much of the prior's variance: they stand on the right.
-    """
-    logs = variance.double().clamp_min(1e-12).log10()
-    order = logs.mean(0).argsort()
-    figure = _figure(10.0, 1.2 + 0.5 * len(tasks))
-    axis = figure.subplots()
-    image = axis.imshow(logs[:, order].numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
-    axis.set_yticks(range(len(tasks)), list(tasks))
-    axis.set_title("bayesagg: variance of the gradient, mean over the last epoch")
-    axis.set_xlabel("dimension of the shared representation, sorted")
-    figure.colorbar(image, ax=axis, label="log10 variance")
     return _png(figure)
 
 

@@ -138,7 +138,7 @@ def test_info(capsys):
 
 def test_the_template_runs_as_it_is(folder):
     (folder / "my_recipe.py").write_text(done("recipe").stdout)
-    methods = "sum logsum bayesagg aligned-ub".split()
+    methods = ["sum", "logsum", "bayesagg", "aligned-ub"]
     found = done("train", "--recipe", "my_recipe.py", "--methods", *methods, "--seeds", "1", "--epochs", "2")
     assert (found.returncode, found.stderr) == (0, "")
     for words in ("price: MAE ($) ↓", "sold: AUC ↑", "is best here", *methods):

@@ -84,7 +84,7 @@ def test_the_rate_is_the_one_of_the_best_validation_metrics(run):
         deltas = {lr: delta_m(last[method, lr], base, [False, True, True]) for lr in (1e-3, 1e-2, 1e-1)}
         assert at_hand.best_rate(method) == min(deltas, key=deltas.get)
     chosen = {(r.job.contender, r.job.lr) for r in at_hand.chosen()}
-    assert {(c, lr) for c, lr in best.items()} <= chosen
+    assert set(best.items()) <= chosen
     assert len(chosen) == 5
 
 
@@ -335,6 +335,11 @@ FULL = "self.tasks = [binary('a')]; d = Tensors(torch.ones(9, 2), {'a': torch.on
             GOOD + FULL + "self.tasks *= 2; self.train = self.validation = self.test = d",
             r"expected different names, at",
         ),
+        (
+            GOOD + FULL + "self.train = self.validation = d; self.test = []",
+            "R.test: expected a Dataset with items and a",
+        ),
+        (GOOD + FULL + "self.train = self.validation = self.test = iter([])", "R.train: expected a Dataset with items"),
         (
             GOOD + FULL + "self.train = self.validation = self.test = [1]",
             r"R.train: expected items \(inputs, targets\)",

@@ -2,7 +2,9 @@
 
 import io
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from small_recipe import CPU, Listed, Small, begun, quiet, trained
@@ -268,6 +270,51 @@ def test_bayesagg_refuses_a_head_that_is_not_linear():
         begun("bayesagg", recipe=Deep())
 
 
+def test_a_model_without_a_head_and_a_loss_that_is_no_scalar_are_refused():
+    class Headless(Small):
+        def model(self):
+            return MultiTaskNet(torch.nn.Linear(6, 4), linear_heads(4, {"a": 1, "c": 3})).double()
+
+    with pytest.raises(
+        TrainError, match=r"^Headless.model: expected .backbone, and .heads by task, found no head for b$"
+    ):
+        begun("sum", recipe=Headless())
+
+    class Unreduced(Small):
+        def __init__(self, seed=0):
+            super().__init__(seed)
+            self.tasks[1] = type(self.tasks[1])("b", lambda o, t: (o[:, 0] - t) ** 2, self.tasks[1].metric)
+
+    with pytest.raises(TrainError, match=r"^task 'b': expected a loss that is a scalar, found shape \[8\]$"):
+        trained("sum", recipe=Unreduced())
+
+
+def test_whatever_draws_in_the_main_process_is_seeded():
+    class Noisy(Listed):
+        def __init__(self, seed=0):
+            super().__init__(seed)
+            plain = self.train
+
+            class Augmented(torch.utils.data.Dataset):
+                def __len__(self):
+                    return len(plain)
+
+                def __getitem__(self, i):
+                    inputs, targets = plain[i]
+                    return inputs + torch.rand(()) + random.random() + np.random.rand(), targets  # noqa: NPY002
+
+            self.train = Augmented()
+
+    whole = trained("sum", recipe=Noisy(), epochs=3)
+    first = begun("sum", recipe=Noisy(), epochs=3)
+    for _ in range(2):
+        first.run_epoch(quiet)
+    second = begun("sum", recipe=Noisy(), epochs=3)
+    second.load_state_dict(on_disk(first.state_dict()))
+    second.run_epoch(quiet)
+    assert_same(untimed(second), untimed(whole))
+
+
 def test_a_dense_recipe_needs_nothing_of_the_trainer():
     """Two tasks on generated images, an encoder and decoders."""
 
@@ -325,7 +372,8 @@ RANKED = (
 def test_two_ranks_come_to_what_one_process_does(two_ranks, method):
     alone = on_ranks(method, 48)
     for found in two_ranks(on_ranks, method, 48):
-        assert_same(found, alone, 1e-6)  # losses' weights are float32
+        # Losses' weights are float32; LBFGS ends its line searches at other points.
+        assert_same(found, alone, 1e-4 if method == "alphavil" else 1e-6)
 
 
 @pytest.mark.parametrize("method", ["sum", "aligned-ub", "adatask-log", "bayesagg"])

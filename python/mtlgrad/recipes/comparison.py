@@ -63,7 +63,8 @@ class Settings:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Settings:
-        return Settings(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
+        return Settings(**known)
 
 
 def recipe_class(name: str) -> type[Recipe]:
@@ -109,6 +110,10 @@ def checked(recipe: Recipe) -> Recipe:
     for name in ("tasks", "train", "validation", "test"):
         if not hasattr(recipe, name):
             raise TrainError(f"{kind}.__init__: expected it to set self.{name}, found it unset")
+    for name in ("train", "validation", "test"):
+        data = getattr(recipe, name)
+        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data)):
+            raise TrainError(f"{kind}.{name}: expected a Dataset with items and a length, found {type(data).__name__}")
     names = [task.name for task in recipe.tasks]
     if not names or len(set(names)) < len(names):
         raise TrainError(f"{kind}.tasks: expected different names, at least one, found {names}")
@@ -176,6 +181,7 @@ class Comparison:
 
     def recipe(self, seed: int) -> Recipe:
         if seed not in self._recipes:
+            torch.manual_seed(seed)  # for what a recipe draws without a generator: the same on all ranks
             self._recipes = {seed: checked(self.make_recipe(seed))}  # one at a time: memory
         return self._recipes[seed]
 

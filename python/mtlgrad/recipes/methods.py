@@ -132,7 +132,7 @@ class BayesAggregation(Method):
         if published:
             likelihoods["regression"] = partial(Regression, noise=1.0, bias=False)
         prior = {"gamma": 0.005, "power": 1.0} if published else {}
-        layer = {"statistics": "stored", "reduction": "mean"} if published else {"covariance": "block"}
+        layer: dict[str, Any] = {"statistics": "stored", "reduction": "mean"} if published else {"covariance": "block"}
         heads: Any = model.heads
         for task in tasks:
             if task.kind is None or not isinstance(heads[task.name], (nn.Linear, nn.Conv2d)):
@@ -206,7 +206,7 @@ _ADATASK = {
 }
 #: What trains by itself, between the epochs: see alphavil.py.
 ALPHAVIL = "alphavil"
-_FORMS: dict[str, type[Method]] = {"": OnParameters, "-ub": AtFeatures}
+_FORMS: dict[str, type[OnParameters | AtFeatures]] = {"": OnParameters, "-ub": AtFeatures}
 METHODS = (
     *("sum", "logsum", "uncertainty", "bayesagg", "bayesagg-published"),
     *(name + form + log for name in _RULES for form in _FORMS for log in ("", "-log")),
@@ -231,7 +231,7 @@ def make(name: str, tasks: Sequence[Task], model: nn.Module, epochs: int, prefer
     form = "-ub" if base.endswith("-ub") else ""
     rule, weighs = _RULES[base.removesuffix("-ub")]
     kept = partial(rule, preference=preference) if weighs and preference is not None else rule
-    return _FORMS[form](tasks, model, kept, log=log)  # type: ignore[call-arg]
+    return _FORMS[form](tasks, model, kept, log=log)
 
 
 def default_lr(name: str) -> float:

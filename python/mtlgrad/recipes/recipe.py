@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -107,10 +107,3 @@ def standardised(values: Tensor, train: Tensor) -> Tensor:
     mean = values[train].nanmean(0)
     filled = torch.where(values.isnan(), mean, values)
     return ((filled - mean) / filled[train].std(0).clamp_min(1e-6)).float()
-
-
-def linear_layers(backbone: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    """Yield the backbone's children that have parameters: name and parameters, for what is told by layer."""
-    for name, child in backbone.named_children():
-        if parameters := [p for p in child.parameters() if p.requires_grad]:
-            yield name, parameters

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler, SequentialSam
 
 from ..world.ranks import world_of
 from .methods import Method, make
-from .recipe import Recipe, TrainError, linear_layers
+from .recipe import Recipe, TrainError
 from .tasks import Task
 
 LOOK_EVERY = 20  #: steps, at the method's weights
@@ -115,17 +117,19 @@ class Training:
         self.batch_size = max(1, batch_size // self.world.size)
         torch.manual_seed(job.seed)
         self.model = recipe.model().to(device)
-        for name, head in self.model.heads.items():  # type: ignore[operator, union-attr]
-            head.requires_grad_(any(task.name == name for task in self.tasks))
+        heads: Any = getattr(self.model, "heads", {})
+        missing = [task.name for task in recipe.tasks if task.name not in heads]
+        if missing or not hasattr(self.model, "backbone"):
+            found = f"no head for {', '.join(missing)}" if missing else "no backbone"
+            raise TrainError(f"{type(recipe).__name__}.model: expected .backbone, and .heads by task, found {found}")
+        for name in heads:
+            heads[name].requires_grad_(any(task.name == name for task in self.tasks))
         method = "sum" if job.task is not None else job.method
         self.method = make(method, self.tasks, self.model, epochs, preference).to(device)
         self.result = Result(job, [task.name for task in self.tasks])
-        self.sampler = DistributedSampler(
-            recipe.train,
-            self.world.size,
-            self.world.rank,
-            seed=job.seed * 1_000_003,  # type: ignore[arg-type]
-        )
+        rows: Any = recipe.train
+        size, rank = self.world.size, self.world.rank
+        self.sampler: DistributedSampler[int] = DistributedSampler(rows, size, rank, seed=job.seed * 1_000_003)
         self.loader = recipe.loader(recipe.train, self.sampler, self.batch_size)
         self.steps = len(self.loader)
         self.ticks = self.steps  #: calls of `watch` in an epoch, at most
@@ -159,7 +163,7 @@ class Training:
             if not math.isfinite(loss):
                 raise TrainError(f"the loss of {task.name} became {loss} in epoch {self.epoch + 1}; lower --lr")
         metrics, losses = self.evaluate(self.recipe.validation)
-        line = {"train": train, "validation": losses, "metric": metrics, "share": share}
+        line: dict[str, Any] = {"train": train, "validation": losses, "metric": metrics, "share": share}
         line |= {"step_ms": 1e3 * seconds / self.steps, "dominance": self.dominance()}
         self.result.history.append(line)
 
@@ -167,6 +171,8 @@ class Training:
         """Draw what follows (order, dropout, augmentation) from seed, epoch and rank: resuming restores nothing."""
         seed = (self.job.seed * 1_000_003 + self.epoch) * 4096 + self.world.rank
         torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         self.sampler.set_epoch(self.epoch)
         if self.loader.generator is not None:
             self.loader.generator.manual_seed(seed)
@@ -196,13 +202,19 @@ class Training:
         return means, self.world.mean_(torch.stack(shares).mean(0)).tolist() if shares else None
 
     def losses(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> list[Tensor]:
-        return [task.loss(output, targets[task.name]) for task, output in zip(self.tasks, outputs, strict=True)]
+        losses = [task.loss(output, targets[task.name]) for task, output in zip(self.tasks, outputs, strict=True)]
+        for task, loss in zip(self.tasks, losses, strict=True):
+            if loss.dim():
+                raise TrainError(f"task {task.name!r}: expected a loss that is a scalar, found shape {[*loss.shape]}")
+        return losses
 
     def dominance(self) -> dict[str, list[float]] | None:
         """Return each layer's shares of the tasks in its squared updates, of the optimizers that keep count."""
         if not hasattr(self.optimizer, "dominance"):
             return None
-        layers = dict(linear_layers(self.model.backbone))  # type: ignore[arg-type]
+        backbone: Any = self.model.backbone
+        every = {name: [p for p in layer.parameters() if p.requires_grad] for name, layer in backbone.named_children()}
+        layers = {name: parameters for name, parameters in every.items() if parameters}
         shares: Tensor = self.optimizer.dominance(layers)
         return dict(zip(layers, shares.tolist(), strict=True))
 
