@@ -349,7 +349,8 @@ def on_ranks(method, rows, task=None):
         pass
 
     Sized.rows = rows
-    training = trained(method, recipe=Sized(), task=task)
+    # LBFGS magnifies: 1e-15 in the parameters are 6e-13 after an epoch of alphaVIL, and 2e-3 after two.
+    training = trained(method, recipe=Sized(), task=task, epochs=1 if method == "alphavil" else 2)
     history = untimed(training)
     return history, training.method.state_dict() if method == "pcgrad" else {}
 
@@ -372,8 +373,7 @@ RANKED = (
 def test_two_ranks_come_to_what_one_process_does(two_ranks, method):
     alone = on_ranks(method, 48)
     for found in two_ranks(on_ranks, method, 48):
-        # Losses' weights are float32; LBFGS ends its line searches at other points.
-        assert_same(found, alone, 1e-4 if method == "alphavil" else 1e-6)
+        assert_same(found, alone, 1e-6)  # losses' weights are float32
 
 
 @pytest.mark.parametrize("method", ["sum", "aligned-ub", "adatask-log", "bayesagg"])
