@@ -67,25 +67,40 @@ def test_a_seed_is_complete_before_the_next_and_rates_are_tried_on_the_first(run
     assert at_hand.run(watcher, never)
     tried = [(c, lr) for c in ("a alone", "b alone", "c alone", "sum", "aligned-ub") for lr in (1e-3, 3e-3, 2e-2)]
     assert [(job.contender, job.lr) for job in made if job.seed == 0] == tried
-    rest = [("a alone", 2e-2), ("b alone", 2e-2), ("c alone", 2e-2), ("sum", 3e-3), ("aligned-ub", 3e-3)]
+    rest = [(f"{name} alone", lr) for name in "abc" for lr in (2e-2, 3e-3)]
+    rest += [(method, lr) for method in ("sum", "aligned-ub") for lr in (3e-3, 1e-3)]
     assert [(job.contender, job.lr) for job in made[len(tried) :]] == rest
     assert {job.seed for job in made[len(tried) :]} == {1}
     assert at_hand.total == len(made)
 
 
-def test_the_rate_is_the_one_of_the_best_validation_metrics(run):
-    at_hand = run(rates=(1e-3, 1e-2, 1e-1), seeds=1)
+def test_of_the_two_best_rates_of_seed_0_the_best_over_the_seeds_is_taken(run):
+    at_hand = run(rates=(1e-3, 1e-2, 1e-1), seeds=3)
     assert at_hand.run(Watchers(), never)
-    last = {(r.job.contender, r.job.lr): r.history[-1]["metric"] for r in at_hand.results}
-    best = {c: min((last[c, lr][0] * sign, lr) for lr in (1e-3, 1e-2, 1e-1))[1]
-            for c, sign in (("a alone", 1), ("b alone", -1), ("c alone", -1))}  # fmt: skip
-    base = [last[c, lr][0] for c, lr in best.items()]
-    for method in ("sum", "aligned-ub"):
-        deltas = {lr: delta_m(last[method, lr], base, [False, True, True]) for lr in (1e-3, 1e-2, 1e-1)}
-        assert at_hand.best_rate(method) == min(deltas, key=deltas.get)
-    chosen = {(r.job.contender, r.job.lr) for r in at_hand.chosen()}
-    assert set(best.items()) <= chosen
-    assert len(chosen) == 5
+    last = {(r.job.contender, r.job.lr, r.job.seed): r.history[-1]["metric"] for r in at_hand.results}
+
+    def score(contender, lr, seed):
+        up = {"a alone": [-1], "b alone": [1], "c alone": [1]}.get(contender, [-1, 1, 1])
+        return sum(sign * math.log(value) for sign, value in zip(up, last[contender, lr, seed], strict=True))
+
+    chosen = {r.job.contender: r.job.lr for r in at_hand.chosen()}
+    for contender in at_hand.contenders:
+        ranked = sorted((1e-3, 1e-2, 1e-1), key=lambda lr: -score(contender, lr, 0))
+        assert {(c, lr) for c, lr, seed in last if c == contender and seed} == {(contender, lr) for lr in ranked[:2]}
+        best = max(ranked[:2], key=lambda lr: sum(score(contender, lr, seed) for seed in range(3)))
+        assert chosen[contender] == best
+    assert len(at_hand.chosen()) == 15
+
+
+def test_scores_are_relative_changes_and_leave_out_what_has_no_metric():
+    assert report.score([2.0, 0.5], [False, True]) == pytest.approx((math.log(2.0) - math.log(0.5)) / 2)
+    assert report.score([math.nan, 3.0], [True, False]) == pytest.approx(math.log(3.0))
+    assert report.score([math.nan], [True]) == math.inf
+    # The better of two by Delta_m is the better by their scores, whatever the baseline.
+    for base in ([1.0, 1.0], [3.0, 0.2]):
+        first, second = [1.01, 0.9], [0.99, 0.9]
+        assert delta_m(second, base, [False, True]) < delta_m(first, base, [False, True])
+        assert report.score(second, [False, True]) < report.score(first, [False, True])
 
 
 def test_a_rate_that_diverges_is_out_and_all_that_diverge_are_an_error(run):

@@ -37,7 +37,7 @@ RECIPES = {
     "nyuv2": "nyuv2:NYUv2",
     "cityscapes": "cityscapes:Cityscapes",
 }
-#: What `--tune-lr` tries.
+#: What `--tune-lr` tries on seed 0; the two best go on to the other seeds.
 RATES = (1e-3, 3e-3, 8e-3, 2e-2)
 
 
@@ -54,7 +54,7 @@ class Settings:
     seeds: int
     epochs: int
     batch_size: int
-    rates: tuple[float, ...]  #: several: the best on the validation split, of seed 0; none: the method's own
+    rates: tuple[float, ...]  #: several: the best on the validation split; none: the method's own
     preference: tuple[float, ...] | None
     target: str | None  #: alphaVIL's
     device: str
@@ -152,7 +152,8 @@ class Comparison:
         self.tasks: list[Task] = list(self.recipe(0).tasks)
         self.names = [task.name for task in self.tasks]
         self.contenders = [f"{name} alone" for name in self.names] + list(settings.methods)
-        self.total = len(self.contenders) * (settings.seeds + max(len(settings.rates), 1) - 1)
+        rates = max(len(settings.rates), 1)
+        self.total = len(self.contenders) * (rates + (settings.seeds - 1) * min(rates, 2))  #: trainings
 
     @staticmethod
     def start(settings: Settings, out: Path, name: str | None) -> Comparison:
@@ -195,34 +196,36 @@ class Comparison:
             for contender in self.contenders:
                 task = contender.removesuffix(" alone") if contender.endswith(" alone") else None
                 method = SINGLE if task is not None else contender
-                rates = self.rates(method)
-                for lr in rates if seed == 0 else (self.best_rate(contender),):
+                for lr in self.finalists(contender) if seed else self.rates(method):
                     if (contender, seed, lr) not in done:
                         return Job(method, seed, lr, task)
         return None
 
-    def best_rate(self, contender: str) -> float:
-        """Return the rate of the best validation metrics at the end of seed 0; for several tasks by Delta_m."""
-        tried = [r for r in self.results if r.job.contender == contender and r.job.seed == 0]
-        scores = {r.job.lr: self._score(r) for r in tried if not r.error}
-        if not scores:
-            raise TrainError(f"{contender}: no learning rate of {', '.join(f'{r.job.lr:g}' for r in tried)} worked")
-        return min(scores, key=lambda lr: math.inf if math.isnan(scores[lr]) else scores[lr])
+    def _scores(self, contender: str, lr: float) -> dict[int, float]:
+        """Return, a seed, what is less for better validation metrics at the end of a training at this rate."""
+        own = [r for r in self.results if r.job.contender == contender and r.job.lr == lr]
+        return {r.job.seed: math.inf if r.error else self._score(r) for r in own}
 
     def _score(self, result: Result) -> float:
-        """Return what is better the less it is, of the last epoch's validation metrics."""
-        values = result.history[-1]["metric"]
-        if result.job.task is not None:
-            higher = self.tasks[self.names.index(result.job.task)].metric.higher_is_better
-            return -values[0] if higher else values[0]
-        if len(self.rates(result.job.method)) == 1:
-            return 0.0
-        base = []
-        for name in self.names:
-            alone = f"{name} alone"
-            rate = self.best_rate(alone)
-            base += [r.history[-1]["metric"][0] for r in self.results if r.job == Job(SINGLE, 0, rate, name)]
-        return report.change(values, base, self.tasks)
+        tasks = [self.tasks[self.names.index(name)] for name in result.tasks]
+        if result.job.method == ALPHAVIL:  # by what it is for
+            at = self.names.index(self.settings.target or "")
+            return report.score(result.history[-1]["metric"][at : at + 1], report.higher(tasks[at : at + 1]))
+        return report.score(result.history[-1]["metric"], report.higher(tasks))
+
+    def finalists(self, contender: str) -> list[float]:
+        """Return the two rates with the best validation metrics of seed 0, which are run on the other seeds."""
+        tried = dict.fromkeys(r.job.lr for r in self.results if r.job.contender == contender and not r.job.seed)
+        scores = {lr: self._scores(contender, lr)[0] for lr in tried}
+        if all(map(math.isinf, scores.values())):
+            raise TrainError(f"{contender}: no learning rate of {', '.join(f'{lr:g}' for lr in tried)} worked")
+        return sorted((lr for lr in scores if not math.isinf(scores[lr])), key=lambda lr: scores[lr])[:2]
+
+    def best_rate(self, contender: str) -> float:
+        """Return the finalist with the best validation metrics, the mean over the seeds that all finalists have."""
+        scores = {lr: self._scores(contender, lr) for lr in self.finalists(contender)}
+        seeds = set.intersection(*(set(found) for found in scores.values()))
+        return min(scores, key=lambda lr: sum(scores[lr][seed] for seed in seeds))
 
     def chosen(self) -> list[Result]:
         """Return the finished trainings that are compared: at each contender's best rate."""
@@ -281,7 +284,7 @@ class Comparison:
         except (RuntimeError, ValueError, TrainError) as error:  # of a method that refuses, of torch, of a recipe
             words = f"{job.title}: {' '.join(str(error).split())}"
             others = [lr for lr in self.rates(job.method) if lr != job.lr]
-            if training is None or job.seed or not (others and isinstance(error, TrainError)):
+            if training is None or not (others and isinstance(error, TrainError)):
                 raise TrainError(words) from error
             result = training.result
             result.error = words

@@ -42,6 +42,16 @@ def baseline(chosen: Sequence[Result], tasks: Sequence[Task]) -> list[float] | N
     return [statistics.mean(values) for values in found] if all(found) else None
 
 
+def score(values: Sequence[float], is_higher_better: Sequence[bool]) -> float:
+    """Return what is less for better metrics: the mean of their logarithms, negative where more is better.
+
+    Differences are mean relative changes, as Delta_m's are, and need no baseline. A metric that is NaN is left out.
+    """
+    known = [(value, up) for value, up in zip(values, is_higher_better, strict=True) if not math.isnan(value)]
+    terms = [math.log(max(value, 1e-12)) * (-1 if up else 1) for value, up in known]
+    return statistics.mean(terms) if terms else math.inf
+
+
 def change(values: Sequence[float], base: Sequence[float], tasks: Sequence[Task]) -> float:
     """Return Delta_m in percent, of the tasks that have a base that is neither 0 nor NaN; NaN where a value is."""
     known = [i for i, number in enumerate(base) if number and not math.isnan(number)]
