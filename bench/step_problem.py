@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.bench_combine import exact_sum
+from bench.encoder import Encoder
 from bench.peers.bayesagg_published import Kind
 from bench.peers.torchjd_merge import RIDGE
 from mtlgrad import optim, posterior, reference
-from mtlgrad.recipes.backbones import Encoder, resnet18, resnet50
+from mtlgrad.recipes.backbones import resnet18, resnet50
 
 POWER = 0.05  # BayesAgg's exponent, the layer's default
 LR, BETAS, EPS = 1e-2, (0.9, 0.999), 1e-8

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from bench.encoder import Encoder
 from mtlgrad.recipes import backbones
-from mtlgrad.recipes.backbones import Encoder, resnet18, resnet50
+from mtlgrad.recipes.backbones import resnet18, resnet50
 
 
 def count(module: nn.Module) -> int:

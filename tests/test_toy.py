@@ -231,7 +231,7 @@ def test_a_run_that_breaks_off_leaves_nothing(what, tmp_path, monkeypatch):
 
 def test_a_run_that_is_asked_to_stop_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mtlgrad.recipes.comparison.Stop.requested", True)
+    monkeypatch.setattr("mtlgrad.cli.Stop.requested", True)
     assert run("--steps", "1000") == 130
     assert "stopped; nothing was written" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []
