@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib.util
 import json
 import math
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from .ops.align import SCALES
-from .recipes.comparison import RATES, RECIPES, Comparison, Interrupted, Settings, checked, recipe_class
+from .recipes.comparison import RATES, RECIPES, Comparison, Interrupted, Settings, checked, digest, recipe_class
 from .recipes.methods import ALPHAVIL, METHODS, WITH_PREFERENCE
 from .recipes.recipe import TrainError
 from .recipes.toy import RULES
@@ -49,7 +50,9 @@ class _Parser(argparse.ArgumentParser):
 def _one_of(names: Iterable[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, found {text!r}")
+            close = difflib.get_close_matches(text, list(names), 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, found {text!r}{hint}")
         return text
 
     return parse
@@ -170,8 +173,9 @@ def _settings(given: dict[str, Any]) -> Settings:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise TrainError(f"argument --device: expected a usable device, found {device} and {gpus} GPUs; take cpu")
+    name = str(Path(name).resolve()) if name.endswith(".py") else name
     return Settings(
-        recipe=str(Path(name).resolve()) if name.endswith(".py") else name,
+        recipe=name,
         methods=methods,
         seeds=given.get("seeds", 3),
         epochs=given.get("epochs", recipe.epochs),
@@ -182,6 +186,7 @@ def _settings(given: dict[str, Any]) -> Settings:
         device=str(device),
         threads=given.get("threads", 1),
         tensorboard=given.get("tensorboard", False),
+        digest=digest(name),
     )
 
 
@@ -269,11 +274,10 @@ def _run(comparison: Comparison, stop: Stop) -> int:
     with display.bars:
         finished = comparison.run(Watchers(display, *board), lambda: stop.requested)
     if comparison.chosen():
-        plural = "s" if settings.seeds > 1 else ""
+        epochs = f"{settings.epochs} epoch{'s' * (settings.epochs > 1)}"
+        seeds = f"{settings.seeds} seeds (mean ± sd)" if settings.seeds > 1 else "1 seed"
         rates = "; learning rates chosen on the validation split" if len(settings.rates) > 1 else ""
-        head = (
-            f"{settings.recipe}, test split, {settings.epochs} epochs, {settings.seeds} seed{plural} (mean ± sd){rates}"
-        )
+        head = f"{settings.recipe}, test split, {epochs}, {seeds}{rates}"
         say(console, head)
         show_table(console, report.table(comparison))
         if words := report.headline(comparison):

@@ -93,7 +93,7 @@ def test_bad_input_is_one_line_exit_2_and_no_folder(folder, capsys, arguments, w
         ),
         (
             "--resume nowhere",
-            "argument --resume: expected a run folder or its checkpoint.pt, found checkpoint.pt: No such",
+            "argument --resume: expected a run folder or its checkpoint.pt, found none at nowhere",
         ),
         ("--resume mine.py", "argument --resume: expected a run folder"),
         (

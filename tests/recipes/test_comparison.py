@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 from small_recipe import Small
+from torch import nn
 
 from mtlgrad import plots
 from mtlgrad.metrics import delta_m
-from mtlgrad.recipes import comparison, folder, report
+from mtlgrad.recipes import Tensors, comparison, folder, regression, report, standardised_labels
 from mtlgrad.recipes.comparison import Comparison, Settings, recipe_class
 from mtlgrad.recipes.folder import RunFolder
 from mtlgrad.recipes.progress import Board, Watchers, show_table
@@ -152,19 +153,26 @@ def test_delta_m_is_against_the_mean_of_the_single_task_nets(told):
     assert cells[2] == ["sum", "2.0000 ± 0.2828", "0.5000 ± 0.0000", "+0.00 ± 7.07", "0.01", "5.00"]
     rows = list(csv.DictReader(io.StringIO(report.results_csv(at_hand.results, at_hand.chosen(), at_hand.tasks))))
     assert len(rows) == 4 + 4 + 2
-    assert [float(row["value"]) for row in rows if row["metric"] == "delta_m"] == pytest.approx([5.0, -5.0])
+    assert [float(row["test"]) for row in rows if row["metric"] == "delta_m"] == pytest.approx([5.0, -5.0])
 
 
 @pytest.mark.parametrize(
     ("deltas", "words"),
     [
-        ({"sum": [5.0], "logsum": [-2.0]}, "logsum is best here: 2.0 % better than single-task nets; one seed, so"),
-        ({"sum": [5.0, 5.1], "logsum": [-2.0, -2.1]}, "logsum is best here: 2.1 % better than single-task nets"),
+        ({"sum": [5.0]}, "sum: 5.0 % worse than single-task nets; one learning rate for all says little: --tune-lr"),
+        (
+            {"sum": [5.0], "logsum": [-2.0]},
+            "logsum is best here: 2.0 % better than single-task nets; one seed, so that",
+        ),
+        ({"sum": [5.0, 5.1], "logsum": [-2.0, -2.1]}, "logsum is best here: 2.1 % better than single-task nets; one l"),
         (
             {"sum": [5.0, 6.0, 5.5], "logsum": [1.0, 3.0, 2.0], "mgda": [2.5, 1.0, 3.0]},
-            "logsum is best here: 2.0 % worse than single-task nets; level with it: mgda",
+            "% worse than single-task nets; level with it: mgda (95 %, paired over 3 seeds, which tell little apart)",
         ),
-        ({"sum": [1.0, 2.0], "logsum": [2.0, 1.0]}, "by more than chance"),
+        (
+            {"sum": [1.0, 2.0], "logsum": [2.0, 1.0]},
+            "; no other differs by more than chance (95 %, paired over 2 seeds",
+        ),
         ({"sum": [math.nan]}, None),
     ],
 )
@@ -241,7 +249,7 @@ def test_tensorboard_has_each_epoch_once_however_often_the_run_was_interrupted(r
             assert [(p.step, p.value) for p in points] == [
                 (epoch, pytest.approx(line["validation"][i])) for epoch, line in enumerate(r.history, 1)
             ]
-    assert "dominance_0/a" in events.Tags()["scalars"]
+    assert "dominance_backbone.0/a" in events.Tags()["scalars"]
 
 
 # ---- stopped, resumed, damaged
@@ -386,6 +394,110 @@ def test_a_recipe_that_lacks_something_is_refused_in_one_line(tmp_path, text, wo
 def test_a_recipe_that_is_not_there(name, words):
     with pytest.raises(TrainError, match=words):
         recipe_class(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"a": nn.Linear(4, 2)},
+            r"task 'a': expected a number for each label, \[8\], found outputs \[8, 2\] \(outputs ",
+        ),
+        (
+            {"c": nn.Linear(4, 2)},
+            r"task 'c': Target 2 is out of bounds. \(outputs .*; classes count from 0, and -100 is no",
+        ),
+        ({"b": nn.Linear(3, 1)}, r"task 'b': mat1 and mat2 shapes cannot be multiplied"),
+        (nn.Linear(5, 4), "model: backbone: mat1 and mat2 shapes cannot be multiplied"),
+        (
+            nn.Linear(6, 4).double().requires_grad_(False).float(),
+            "model: backbone: mat1 and mat2 must have the same dtype",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_by_task_before_any_training(run, monkeypatch, change, words):
+    plain = Small.model
+
+    def model(self):
+        net = plain(self)
+        if isinstance(change, dict):
+            net.heads.update({name: head.double() for name, head in change.items()})
+        else:
+            net.backbone = change if "dtype" in words else change.double()
+        return net
+
+    monkeypatch.setattr(Small, "model", model)
+    with pytest.raises(TrainError, match=words):
+        run().run(Watchers(), never)
+
+
+@pytest.mark.parametrize("where", ["inputs", "targets"])
+def test_nan_in_the_first_batch_is_not_put_down_to_the_learning_rate(run, monkeypatch, where):
+    plain = Small.__init__
+
+    def init(self, seed=0):
+        plain(self, seed)
+        if where == "inputs":
+            self.train.inputs[:, 2] = math.nan
+        else:
+            self.train.targets["a"][:] = math.nan
+            first = self.tasks[0]
+            self.tasks[0] = type(first)("a", lambda o, t: (o[:, 0] - t).square().mean(), first.metric)
+
+    monkeypatch.setattr(Small, "__init__", init)
+    words = "task 'a': expected a finite loss of the first batch, found nan; NaN in the inputs, or in labels"
+    with pytest.raises(TrainError, match=words):
+        run().run(Watchers(), never)
+
+
+def test_a_method_that_does_not_take_a_task_is_refused_before_any_training(run, monkeypatch, tmp_path):
+    plain = Small.model
+
+    def model(self):
+        net = plain(self)
+        net.heads["a"] = nn.Sequential(nn.Linear(4, 1)).double()
+        return net
+
+    monkeypatch.setattr(Small, "model", model)
+    with pytest.raises(TrainError, match="bayesagg: task 'a': expected a linear head"):
+        run(methods=("sum", "bayesagg")).run(Watchers(), never)
+    assert os.listdir(tmp_path) == []
+
+
+def test_labels_that_are_missing_stay_missing(run):
+    values = torch.tensor([1.0, math.nan, 3.0, 8.0, math.nan])
+    labels, scale = standardised_labels(values, torch.tensor([0, 1, 2]))
+    assert scale == pytest.approx(2**0.5)
+    assert labels.isnan().tolist() == [False, True, False, False, True]
+    torch.testing.assert_close(labels[[0, 2, 3]] * scale + 2.0, values[[0, 2, 3]])
+    for bad in ([math.nan] * 3, [2.0, 2.0, math.nan], [2.0, math.nan, math.nan]):
+        with pytest.raises(TrainError, match="expected labels that differ in the training rows"):
+            standardised_labels(torch.tensor(bad), torch.arange(3))
+    with pytest.raises(ValueError, match="task 'a': scale: expected a finite number above 0, found nan"):
+        regression("a", scale=math.nan)
+
+
+@pytest.mark.parametrize(("targets", "words"), [([1, 2, 3], "found list"), (torch.ones(2), "found 2 rows")])
+def test_rows_that_do_not_match_are_refused(targets, words):
+    with pytest.raises(TrainError, match=f"^Tensors: a: expected a tensor of 3 rows, {words}$"):
+        Tensors(torch.ones(3, 2), {"a": targets})
+
+
+def test_a_preference_is_not_a_single_task_nets(run):
+    at_hand = run(methods=("sum", "aligned-ub"), preference=(1.0, 2.0, 0.5), seeds=1)
+    assert at_hand.run(Watchers(), never)
+    share = next(r for r in at_hand.results if r.job.method == "sum").history[-1]["share"]
+    assert share == pytest.approx([1 / 3.5, 2 / 3.5, 0.5 / 3.5])
+
+
+def test_a_recipe_that_was_changed_is_not_resumed(run, tmp_path):
+    (tmp_path / "mine.py").write_text("1")
+    at_hand = run(recipe=str(tmp_path / "mine.py"), digest=comparison.digest(str(tmp_path / "mine.py")))
+    at_hand.folder.close()
+    run(resume=at_hand.folder.path).folder.close()
+    (tmp_path / "mine.py").write_text("2")
+    with pytest.raises(TrainError, match=r"mine\.py has changed since the run began; start anew"):
+        run(resume=at_hand.folder.path)
 
 
 def test_recipes_of_a_file_and_of_a_module(tmp_path):

@@ -1,6 +1,6 @@
 """A trainer that compares methods on a recipe: one file with tasks, data and a model. ``mtlgrad train`` runs it."""
 
-from .recipe import MultiTaskNet, Recipe, Tensors, linear_heads, random_split, standardised
+from .recipe import MultiTaskNet, Recipe, Tensors, linear_heads, random_split, standardised, standardised_labels
 from .tasks import (
     AUC,
     MAE,
@@ -37,4 +37,5 @@ __all__ = [
     "regression",
     "squared_error",
     "standardised",
+    "standardised_labels",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .recipe import MultiTaskNet, Recipe, linear_heads
+from .recipe import MultiTaskNet, Recipe, linear_heads, standardised_labels
 from .tasks import RMSE, binary, multiclass, regression
 
 FILE = Path(__file__).parent.parent / "data" / "clothing_reviews.npz"
@@ -72,8 +72,7 @@ class Clothing(Recipe):
         targets = {"department": torch.from_numpy(arrays["department"].astype(np.int64)), **numbers}
         scale = {}
         for name in ("rating", "age"):
-            mean, scale[name] = targets[name][rows[0]].mean(), float(targets[name][rows[0]].std())
-            targets[name] = (targets[name] - mean) / scale[name]
+            targets[name], scale[name] = standardised_labels(targets[name], rows[0])
         self.tasks = [
             regression("rating", RMSE, scale=scale["rating"], unit="stars"),
             binary("recommended"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -21,7 +22,7 @@ from .folder import RunFolder, read_checkpoint
 from .methods import ALPHAVIL, default_lr
 from .recipe import Recipe, TrainError
 from .tasks import Task
-from .training import SINGLE, Job, Result, Training
+from .training import SINGLE, Job, Result, Training, features_of, moved
 
 #: The recipes that come with the package: a name -> module and class, imported when asked for.
 RECIPES = {
@@ -60,6 +61,7 @@ class Settings:
     device: str
     threads: int
     tensorboard: bool
+    digest: str = ""  #: of the recipe's file
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Settings:
@@ -104,6 +106,11 @@ def _is_recipe(value: Any, module: str) -> bool:
     return isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module
 
 
+def digest(name: str) -> str:
+    """Return a digest of the recipe's file; "" where it is no file."""
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest() if name.endswith(".py") else ""
+
+
 def checked(recipe: Recipe) -> Recipe:
     """Return the recipe, or say what it lacks: before a training begins, not in its first step."""
     kind = type(recipe).__name__
@@ -124,6 +131,36 @@ def checked(recipe: Recipe) -> Recipe:
     if missing:
         raise TrainError(f"{kind}.train: expected a target a task, found none for {', '.join(missing)}")
     return recipe
+
+
+def check_first_batch(recipe: Recipe, device: torch.device) -> None:
+    """Send a batch through model, losses and metrics: what does not fit is said by task, before any training."""
+    training = Training(recipe, Job(SINGLE, 0, 1e-3), 1, recipe.batch_size, device)
+    inputs, targets = moved(next(iter(training.loader)), device)
+    try:
+        features = features_of(training.model, inputs)
+    except Exception as error:
+        raise TrainError(f"{type(recipe).__name__}.model: backbone: {one_line(error)}") from error
+    heads: Any = training.model.heads
+    for task in recipe.tasks:
+        where, found = f"{type(recipe).__name__}: task {task.name!r}", ""
+        try:
+            output, target = heads[task.name](features), targets[task.name]
+            found = f" (outputs {[*output.shape]} {output.dtype}, labels {[*target.shape]} {target.dtype})"
+            loss = task.loss(output, target)
+            task.metric().update(output.detach(), target)
+        except Exception as error:
+            classes = "; classes count from 0, and -100 is no label" if task.kind == "multiclass" else ""
+            raise TrainError(f"{where}: {one_line(error)}{found}{classes}") from error
+        if not loss.isfinite().all():
+            what = "NaN in the inputs, or in labels that the loss does not leave out?"
+            raise TrainError(
+                f"{where}: expected a finite loss of the first batch, found {float(loss.detach().sum())}; {what}"
+            )
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 class Watcher(Protocol):
@@ -178,6 +215,8 @@ class Comparison:
             raise TrainError(
                 f"argument --resume: expected one of this version, found {path} of another ({error}); start anew"
             ) from None
+        if settings.digest != digest(settings.recipe):
+            raise TrainError(f"argument --resume: {settings.recipe} has changed since the run began; start anew")
         return Comparison(settings, folders[0] if folders else None, state)
 
     def recipe(self, seed: int) -> Recipe:
@@ -216,10 +255,10 @@ class Comparison:
     def finalists(self, contender: str) -> list[float]:
         """Return the two rates with the best validation metrics of seed 0, which are run on the other seeds."""
         tried = dict.fromkeys(r.job.lr for r in self.results if r.job.contender == contender and not r.job.seed)
-        scores = {lr: self._scores(contender, lr)[0] for lr in tried}
-        if all(map(math.isinf, scores.values())):
+        failed = [r.job.lr for r in self.results if r.job.contender == contender and not r.job.seed and r.error]
+        if len(failed) == len(tried):
             raise TrainError(f"{contender}: no learning rate of {', '.join(f'{lr:g}' for lr in tried)} worked")
-        return sorted((lr for lr in scores if not math.isinf(scores[lr])), key=lambda lr: scores[lr])[:2]
+        return sorted((lr for lr in tried if lr not in failed), key=lambda lr: self._scores(contender, lr)[0])[:2]
 
     def best_rate(self, contender: str) -> float:
         """Return the finalist with the best validation metrics, the mean over the seeds that all finalists have."""
@@ -237,9 +276,17 @@ class Comparison:
                 at_hand += [r for r in own if r.job.lr == rate and not r.error]
         return at_hand
 
+    def check(self) -> None:
+        """Say what would end a training later: a batch that does not fit, a method that does not take the tasks."""
+        check_first_batch(self.recipe(0), self.device)
+        for method in self.settings.methods:
+            self._training(Job(method, 0, 1e-3))
+
     def run(self, watcher: Watcher, stop: Callable[[], bool]) -> bool:
         """Train what is left. True when all is done, False when it was stopped; the files are complete either way."""
         try:
+            if not self.results and self.current is None:
+                self.check()
             while (job := self.next_job()) is not None:
                 self._train(job, watcher, stop)
         except Interrupted:
@@ -281,8 +328,8 @@ class Comparison:
                 self._checkpoint()
                 watcher.epoch_done(training)
             result = training.finish()
-        except (RuntimeError, ValueError, TrainError) as error:  # of a method that refuses, of torch, of a recipe
-            words = f"{job.title}: {' '.join(str(error).split())}"
+        except (RuntimeError, ValueError, IndexError, TrainError) as error:  # of a method, of torch, of a recipe
+            words = f"{job.title}: {one_line(error)}"
             others = [lr for lr in self.rates(job.method) if lr != job.lr]
             if training is None or not (others and isinstance(error, TrainError)):
                 raise TrainError(words) from error

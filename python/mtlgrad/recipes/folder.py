@@ -95,6 +95,8 @@ class RunFolder:
     @staticmethod
     def open(path: Path) -> RunFolder:
         """Take a run to resume, given its folder or the checkpoint in it."""
+        if not path.exists():
+            raise TrainError(f"argument --resume: expected a run folder or its {CHECKPOINT}, found none at {path}")
         folder = path if path.is_dir() else path.parent
         read_checkpoint(folder)
         run = RunFolder(folder)

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .recipe import MultiTaskNet, Recipe, Tensors, TrainError, linear_heads, random_split, standardised
+from .recipe import (
+    MultiTaskNet,
+    Recipe,
+    Tensors,
+    TrainError,
+    linear_heads,
+    random_split,
+    standardised,
+    standardised_labels,
+)
 from .tasks import regression
 
 MOLECULES = 10_000
@@ -82,13 +91,12 @@ class QM9(Recipe):
         design = torch.cat([composition, torch.ones(len(targets), 1, dtype=torch.float64)], 1)
         energies = [list(PROPERTIES).index(name) for name in ENERGIES]
         targets[:, energies] -= design @ torch.linalg.lstsq(design[rows[0]], targets[rows[0]][:, energies]).solution
-        self.tasks = [
-            regression(name, scale=scale, unit=unit)
-            for (name, (_, unit)), scale in zip(PROPERTIES.items(), targets[rows[0]].std(0).tolist(), strict=True)
-        ]
+        self.tasks, labels = [], {}
+        for (name, (_, unit)), values in zip(PROPERTIES.items(), targets.unbind(1), strict=True):
+            labels[name], scale = standardised_labels(values, rows[0])
+            self.tasks.append(regression(name, scale=scale, unit=unit))
         inputs = standardised(torch.cat([data["spectrum"], composition], 1), rows[0])
-        columns = dict(zip(PROPERTIES, standardised(targets, rows[0]).unbind(1), strict=True))
-        split = Tensors(inputs, columns)
+        split = Tensors(inputs, labels)
         self.train, self.validation, self.test = (split.only(part) for part in rows)
 
     def model(self) -> nn.Module:

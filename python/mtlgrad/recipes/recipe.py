@@ -80,6 +80,10 @@ class Tensors(Dataset[Any]):
     takes_lists = True
 
     def __init__(self, inputs: Tensor, targets: Mapping[str, Tensor]):
+        for name, values in {"inputs": inputs, **targets}.items():
+            if not isinstance(values, Tensor) or len(values) != len(inputs):
+                found = f"{len(values)} rows" if isinstance(values, Tensor) else type(values).__name__
+                raise TrainError(f"Tensors: {name}: expected a tensor of {len(inputs)} rows, found {found}")
         self.inputs, self.targets = inputs, dict(targets)
 
     def __len__(self) -> int:
@@ -103,7 +107,20 @@ def random_split(count: int, train: float, validation: float, seed: int) -> tupl
 
 
 def standardised(values: Tensor, train: Tensor) -> Tensor:
-    """Scale columns [N, F] to mean 0 and deviation 1 over the training rows; NaN becomes the mean there: 0."""
-    mean = values[train].nanmean(0)
+    """Scale inputs [N, F] to mean 0 and deviation 1 over the training rows; NaN becomes 0, the mean there.
+
+    A column that is constant in the training rows is only shifted.
+    """
+    mean = values[train].nanmean(0).nan_to_num()
     filled = torch.where(values.isnan(), mean, values)
-    return ((filled - mean) / filled[train].std(0).clamp_min(1e-6)).float()
+    deviation = filled[train].std(0)
+    return ((filled - mean) / torch.where(deviation > 0, deviation, 1.0)).float()
+
+
+def standardised_labels(values: Tensor, train: Tensor) -> tuple[Tensor, float]:
+    """Scale a regression's labels [N] likewise: return them and their deviation. NaN, no label, stays NaN."""
+    known = values[train][~values[train].isnan()].double()
+    if len(known) < 2 or not float(known.std()):
+        raise TrainError(f"expected labels that differ in the training rows, found {len(known)} labels, all the same")
+    scale = float(known.std())
+    return ((values.double() - known.mean()) / scale).float(), scale

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from .. import plots
@@ -72,7 +73,7 @@ def deltas(chosen: Sequence[Result], tasks: Sequence[Task]) -> dict[str, dict[in
 
 def results_csv(results: Sequence[Result], chosen: Sequence[Result], tasks: Sequence[Task]) -> str:
     """Write a row per method, learning rate, seed and task, on the test split, and Delta_m of those chosen."""
-    head = "method,lr,seed,chosen,task,metric,value,higher_is_better,validation,step_ms"
+    head = "method,lr,seed,chosen,task,metric,higher_is_better,validation,test,step_ms"
     rows: list[list[object]] = [[*head.split(",")]]
     table = {task.name: task for task in tasks}
     for r in results:
@@ -82,12 +83,16 @@ def results_csv(results: Sequence[Result], chosen: Sequence[Result], tasks: Sequ
         for name, value, validation in zip(r.tasks, metrics, last, strict=True):
             up = int(higher([table[name]])[0])
             metric: str = table[name].metric.name
-            start = [r.job.contender if r.job.task is None else "single-task", r.job.lr, r.job.seed, is_chosen]
-            rows.append([*start, name, metric, value, up, validation, ms])
+            start = [_method(r), r.job.lr, r.job.seed, is_chosen]
+            rows.append([*start, name, metric, up, validation, value, ms])
     for method, values in deltas(chosen, tasks).items():
         rate = next(r.job.lr for r in chosen if r.job.method == method)
-        rows += [[method, rate, seed, 1, "all", "delta_m", value, 0, "", ""] for seed, value in values.items()]
+        rows += [[method, rate, seed, 1, "all", "delta_m", 0, "", value, ""] for seed, value in values.items()]
     return as_csv(rows)
+
+
+def _method(result: Result) -> str:
+    return result.job.method if result.job.task is None else "single-task"
 
 
 def history_csv(results: Sequence[Result]) -> str:
@@ -98,7 +103,7 @@ def history_csv(results: Sequence[Result]) -> str:
         for epoch, line in enumerate(r.history, 1):
             share = line["share"] or [""] * len(r.tasks)
             columns = zip(r.tasks, line["train"], line["validation"], line["metric"], share, strict=True)
-            start = [r.job.contender, r.job.lr, r.job.seed, epoch]
+            start = [_method(r), r.job.lr, r.job.seed, epoch]
             rows += [[*start, *values] for values in columns]
     return as_csv(rows)
 
@@ -107,8 +112,8 @@ def spread(values: Sequence[float], form: str) -> str:
     """Return mean and, from two seeds on, standard deviation."""
     if not values:
         return "-"
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else mean
+    mean = format(np.mean(values), form)
+    return f"{mean} ± {format(np.std(values, ddof=1), form.lstrip('+'))}" if len(values) > 1 else mean
 
 
 def table(comparison: Comparison) -> list[list[str]]:
@@ -116,7 +121,8 @@ def table(comparison: Comparison) -> list[list[str]]:
     tasks, chosen = comparison.tasks, comparison.chosen()
     cells = [["method", *(label(task) for task in tasks), "Δm %, + is worse ↓", "lr", "ms a step"]]
     alone = [[r.metrics[0] for r in chosen if r.job.task == task.name] for task in tasks]
-    cells.append(["single-task", *(spread(v, f".{t.digits}f") for v, t in zip(alone, tasks)), "-", "", ""])
+    own = "each its own" if len(comparison.settings.rates) > 1 else ""
+    cells.append(["single-task", *(spread(v, f".{t.digits}f") for v, t in zip(alone, tasks)), "-", own, ""])
     found = deltas(chosen, tasks)
     for method in comparison.settings.methods:
         runs = [r for r in chosen if r.job.method == method]
@@ -148,13 +154,18 @@ def headline(comparison: Comparison) -> str | None:
             width = _T95[min(len(differences) - 1, len(_T95)) - 1] * statistics.stdev(differences)
             if statistics.mean(differences) <= width / math.sqrt(len(differences)):
                 level.append(other)
-    value = statistics.mean(found[best].values())
-    words = f"{best} is best here: {abs(value):.1f} % {'worse' if value > 0 else 'better'} than single-task nets"
-    if len(found[best]) == 1:
-        return words + "; one seed, so that nothing is said about chance"
-    if len(level) == len(ranked) - 1 and level:
-        return words + ", but no method differs from it by more than chance"
-    return words + (f"; level with it: {', '.join(level)}" if level else "")
+    value, count = statistics.mean(found[best].values()), len(found[best])
+    words = f"{best}{' is best here' if len(ranked) > 1 else ''}: "
+    words += f"{abs(value):.1f} % {'worse' if value > 0 else 'better'} than single-task nets"
+    if count == 1 and len(ranked) > 1:
+        words += "; one seed, so that nothing is said about chance"
+    elif level:
+        every = len(level) == len(ranked) - 1
+        words += "; no other differs by more than chance" if every else f"; level with it: {', '.join(level)}"
+        words += f" (95 %, paired over {count} seeds{', which tell little apart' if count < 4 else ''})"
+    if len(comparison.settings.rates) < 2:
+        words += "; one learning rate for all says little: --tune-lr"
+    return words
 
 
 def figures(comparison: Comparison) -> dict[str, bytes]:

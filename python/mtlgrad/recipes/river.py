@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .recipe import MultiTaskNet, Recipe, Tensors, linear_heads, random_split, standardised
+from .recipe import MultiTaskNet, Recipe, Tensors, linear_heads, random_split, standardised, standardised_labels
 from .tasks import regression
 
 FILE = Path(__file__).parent.parent / "data" / "river_flow.npz"
@@ -29,9 +29,10 @@ class River(Recipe):
             inputs, flows = torch.from_numpy(file["inputs"]), torch.from_numpy(file["targets"])
             sites = [name.partition("_")[0] for name in file["target_names"].tolist()]
         rows = random_split(len(inputs), 0.6, 0.1, seed)
-        scales = flows[rows[0]].std(0).tolist()
-        self.tasks = [regression(site, scale=scale, digits=3) for site, scale in zip(sites, scales, strict=True)]
-        targets = dict(zip(sites, standardised(flows, rows[0]).unbind(1), strict=True))
+        self.tasks, targets = [], {}
+        for site, values in zip(sites, flows.unbind(1), strict=True):
+            targets[site], scale = standardised_labels(values, rows[0])
+            self.tasks.append(regression(site, scale=scale, digits=3))
         data = Tensors(standardised(inputs, rows[0]), targets)
         self.train, self.validation, self.test = (data.only(part) for part in rows)
 

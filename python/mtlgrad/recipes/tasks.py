@@ -127,7 +127,7 @@ class MeanIoU(Metric):
 
 @dataclass(frozen=True)
 class Task:
-    """One head's task."""
+    """One head's task. Its loss gets a head's output and the labels of a batch, those that are missing, too."""
 
     name: str
     loss: Callable[[Tensor, Tensor], Tensor]  #: output, target -> a scalar: the mean over what is labelled
@@ -136,6 +136,10 @@ class Task:
     scale: float = 1.0  #: what a metric of one is in `unit`
     unit: str = ""
     digits: int = 4  #: of the metric, behind the point
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"task {self.name!r}: scale: expected a finite number above 0, found {self.scale}")
 
 
 def regression(name: str, metric: type[Metric] = MAE, *, scale: float = 1.0, unit: str = "", digits: int = 4) -> Task:
@@ -157,21 +161,27 @@ def multiclass(name: str, metric: type[Metric] = Accuracy) -> Task:
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    return _labelled_mean((output.reshape(target.shape) - target.nan_to_num()).square(), target.isnan())
+    return _labelled_mean((_like(output, target) - target.nan_to_num()).square(), target.isnan())
 
 
 def absolute_error(output: Tensor, target: Tensor) -> Tensor:
-    return _labelled_mean((output.reshape(target.shape) - target.nan_to_num()).abs(), target.isnan())
+    return _labelled_mean((_like(output, target) - target.nan_to_num()).abs(), target.isnan())
 
 
 def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    logits = output.reshape(target.shape)
-    losses = functional.binary_cross_entropy_with_logits(logits, target.nan_to_num(), reduction="none")
+    labels = target.nan_to_num().to(output.dtype)
+    losses = functional.binary_cross_entropy_with_logits(_like(output, target), labels, reduction="none")
     return _labelled_mean(losses, target.isnan())
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    return _labelled_mean(functional.cross_entropy(output, target, reduction="none"), target == -100)
+    return _labelled_mean(functional.cross_entropy(output, target.long(), reduction="none"), target == -100)
+
+
+def _like(output: Tensor, target: Tensor) -> Tensor:
+    if output.numel() != target.numel():
+        raise ValueError(f"expected a number for each label, {[*target.shape]}, found outputs {[*output.shape]}")
+    return output.reshape(target.shape)
 
 
 def _labelled_mean(values: Tensor, missing: Tensor) -> Tensor:

@@ -9,7 +9,17 @@ It runs as it is, on numbers that are made up. Put your data in __init__ and you
 import torch
 from torch import nn
 
-from mtlgrad.recipes import MultiTaskNet, Recipe, Tensors, binary, multiclass, random_split, regression, standardised
+from mtlgrad.recipes import (
+    MultiTaskNet,
+    Recipe,
+    Tensors,
+    binary,
+    multiclass,
+    random_split,
+    regression,
+    standardised,
+    standardised_labels,
+)
 
 
 class MyRecipe(Recipe):
@@ -17,17 +27,22 @@ class MyRecipe(Recipe):
     batch_size = 128
 
     def __init__(self, seed):
-        # From a CSV: torch.tensor(pandas.read_csv("my.csv")[columns].to_numpy(), dtype=torch.float32).
+        # From a CSV beside this file: table = pandas.read_csv(Path(__file__).parent / "my.csv"), then
+        # torch.tensor(table[columns].to_numpy(), dtype=torch.float32); a text's numbers are
+        # table[column].astype("category").cat.codes, with -1, not -100, where it is missing.
         # Any torch Dataset will do in place of Tensors: its items are (inputs, {"task's name": target}).
         inputs, price, sold, kind = made_up()
         train, validation, test = random_split(len(inputs), 0.6, 0.2, seed)
 
-        # A task: its name, in the targets and the heads. A missing label is NaN, or -100 for classes. Targets of a
-        # regression are best standardised; `scale` and `unit` are for people, who read errors in the label's own unit.
-        # Another loss or metric: mtlgrad.recipes.Task("name", loss=my_loss, metric=MyMetric).
-        scale = float(price[train].std())
+        # A regression's labels are best standardised; with `scale` and `unit` errors are told in the labels' own unit.
+        price, scale = standardised_labels(price, train)
+
+        # A task: its name, in the targets and the heads. A missing label is NaN (standardised_labels leaves it so), for
+        # classes -100. Another loss or metric: mtlgrad.recipes.Task("name", loss=my_loss, metric=MyMetric).
         self.tasks = [regression("price", scale=scale, unit="$", digits=2), binary("sold"), multiclass("kind")]
-        targets = {"price": standardised(price[:, None], train)[:, 0], "sold": sold, "kind": kind}
+        targets = {"price": price, "sold": sold, "kind": kind}
+
+        # Inputs: what is missing (NaN) becomes the mean.
 
         data = Tensors(standardised(inputs, train), targets)
         self.train, self.validation, self.test = data.only(train), data.only(validation), data.only(test)

@@ -124,8 +124,9 @@ class Training:
             raise TrainError(f"{type(recipe).__name__}.model: expected .backbone, and .heads by task, found {found}")
         for name in heads:
             heads[name].requires_grad_(any(task.name == name for task in self.tasks))
-        method = "sum" if job.task is not None else job.method
-        self.method = make(method, self.tasks, self.model, epochs, preference).to(device)
+        method = "sum" if job.method == SINGLE else job.method
+        weights = preference if job.task is None else None
+        self.method = make(method, self.tasks, self.model, epochs, weights).to(device)
         self.result = Result(job, [task.name for task in self.tasks])
         rows: Any = recipe.train
         size, rank = self.world.size, self.world.rank
@@ -213,8 +214,10 @@ class Training:
         if not hasattr(self.optimizer, "dominance"):
             return None
         backbone: Any = self.model.backbone
-        every = {name: [p for p in layer.parameters() if p.requires_grad] for name, layer in backbone.named_children()}
-        layers = {name: parameters for name, parameters in every.items() if parameters}
+        layers: dict[str, list[Any]] = {}
+        for name, layer in backbone.named_children():
+            if parameters := [p for p in layer.parameters() if p.requires_grad]:
+                layers[f"backbone.{name}"] = parameters
         shares: Tensor = self.optimizer.dominance(layers)
         return dict(zip(layers, shares.tolist(), strict=True))
 
