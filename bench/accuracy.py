@@ -373,7 +373,7 @@ chosen likewise; in percent, + is worse. "Against" are paired differences of Δm
 interval; = where it contains 0. "Layer" is the form at the shared features (one backward); without it a rule is on the
 backbone's parameters (a backward a task). "Logarithms": on the losses' logarithms. Fixed weights are the best of 8 on
 the validation split, equal ones among them. Adam with a cosine schedule, small nets: `mtlgrad train`, and one file a
-data set in `python/mtlgrad/recipes/`. torch {torch}, {cpu}, one thread of a busy machine (so times are rough),
+data set in `python/mtlgrad/data/`. torch {torch}, {cpu}, one thread of a busy machine (so times are rough),
 commits {commits}.
 """
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mtlgrad
-from mtlgrad.recipes import qm9 as recipe
+from mtlgrad.data import qm9 as recipe
 
 PACKAGED = Path(mtlgrad.__file__).parent / "data"
 WIDTH, BATCH = 64, 128

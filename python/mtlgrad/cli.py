@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from .ops.align import SCALES
-from .recipes.comparison import RATES, RECIPES, Comparison, Interrupted, Settings, checked, digest, recipe_class
+from .recipes.comparison import RATES, Comparison, Interrupted, Settings, checked, digest, packaged, recipe_class
 from .recipes.methods import ALPHAVIL, METHODS, WITH_PREFERENCE
 from .recipes.recipe import TrainError
 from .recipes.toy import RULES
@@ -116,7 +116,9 @@ def _add_train(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,  # only what was given is set: --resume takes nothing else
     )
     add = train.add_argument
-    add("--recipe", metavar="NAME", help=f"{', '.join(RECIPES)}; my_recipe.py; package.module:Class (default: river)")
+    add(
+        "--recipe", metavar="NAME", help=f"{', '.join(packaged())}; my_recipe.py; package.module:Class (default: river)"
+    )
     several = f"{', '.join(METHODS)} (default: sum logsum bayesagg aligned-ub)"
     add("--methods", type=_one_of(METHODS), nargs="+", metavar="METHOD", help=several)
     add("--seeds", type=_whole(1, 1000), metavar="N", help="train everything N times (default: 3)")

@@ -86,7 +86,7 @@ def test_bad_input_is_one_line_exit_2_and_no_folder(folder, capsys, arguments, w
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--recipe lake", "argument --recipe: expected one of clothing, river"),
+        ("--recipe lake", "argument --recipe: expected one of chestxray, cifar-mtl"),
         (
             "--recipe gone.py",
             "argument --recipe: expected a file, found none at gone.py; `mtlgrad recipe > my_recipe.py`",

@@ -12,8 +12,8 @@ from PIL import Image
 from small_recipe import CPU, quiet
 from torch import nn
 
-from mtlgrad.recipes.comparison import RECIPES, checked, recipe_class
-from mtlgrad.recipes.nyuv2 import Angle, one_minus_cosine
+from mtlgrad.data.nyuv2 import Angle, one_minus_cosine
+from mtlgrad.recipes.comparison import checked, packaged, recipe_class
 from mtlgrad.recipes.recipe import TrainError
 from mtlgrad.recipes.training import Job, Training
 
@@ -158,8 +158,8 @@ def tiny():
 )
 def test_an_epoch(put, monkeypatch, name, method):
     make, folder = put(name)
-    module = "nyuv2" if name in DENSE else RECIPES[name].partition(":")[0]
-    monkeypatch.setattr(importlib.import_module(f"mtlgrad.recipes.{module}"), "resnet18", tiny)
+    module = "nyuv2" if name in DENSE else packaged()[name].__module__.rpartition(".")[2]
+    monkeypatch.setattr(importlib.import_module(f"mtlgrad.data.{module}"), "resnet18", tiny)
     before = content(folder)
     training = Training(make(0), Job(method, 0, 1e-3), 1, 8, CPU)
     training.run_epoch(quiet)

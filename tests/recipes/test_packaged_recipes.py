@@ -8,8 +8,9 @@ import pytest
 import torch
 from small_recipe import begun, quiet
 
-from mtlgrad.recipes import Tensors, clothing, multimnist, qm9, random_split, river, standardised, yeast
-from mtlgrad.recipes.comparison import RECIPES, checked, recipe_class
+from mtlgrad.data import clothing, multimnist, qm9, river, yeast
+from mtlgrad.recipes import Tensors, random_split, standardised
+from mtlgrad.recipes.comparison import checked, packaged, recipe_class
 from mtlgrad.recipes.recipe import TrainError
 
 VENDORED = ("clothing", "river", "yeast")
@@ -210,7 +211,10 @@ def test_without_qm9pack(monkeypatch):
 
 
 def test_every_recipe_is_there():
-    for name in RECIPES:
+    names = {"chestxray", "cifar-mtl", "cityscapes", "clothing", "multimnist", "multimnist-reconstruction", "nyuv2"}
+    names |= {"qm9", "river", "utkface", "yeast"}
+    assert set(packaged()) == names
+    for name in names:
         assert recipe_class(name).__init__.__code__.co_argcount == 2  # self, seed
 
 

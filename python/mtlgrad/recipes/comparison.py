@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
 import math
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from .. import data
 from ..world.ranks import world_of
 from . import report
 from .alphavil import AlphaVILTraining
@@ -24,20 +27,6 @@ from .recipe import Recipe, TrainError
 from .tasks import Task
 from .training import SINGLE, Job, Result, Training, features_of, moved
 
-#: The recipes that come with the package: a name -> module and class, imported when asked for.
-RECIPES = {
-    "clothing": "clothing:Clothing",
-    "river": "river:River",
-    "yeast": "yeast:Yeast",
-    "qm9": "qm9:QM9",
-    "multimnist": "multimnist:Digits",
-    "multimnist-reconstruction": "multimnist:DigitAndImage",
-    "utkface": "utkface:UTKFace",
-    "cifar-mtl": "cifar_mtl:CIFARMTL",
-    "chestxray": "chestxray:ChestXray",
-    "nyuv2": "nyuv2:NYUv2",
-    "cityscapes": "cityscapes:Cityscapes",
-}
 #: What `--tune-lr` tries on seed 0; the two best go on to the other seeds.
 RATES = (1e-3, 3e-3, 8e-3, 2e-2)
 
@@ -69,13 +58,22 @@ class Settings:
         return Settings(**known)
 
 
+@functools.cache
+def packaged() -> dict[str, type[Recipe]]:
+    """Find the recipes that come with the package, by name: the classes in files of `mtlgrad.data` that have one."""
+    found: dict[str, type[Recipe]] = {}
+    for module in pkgutil.iter_modules(data.__path__):
+        values = vars(importlib.import_module(f"{data.__name__}.{module.name}")).values()
+        found |= {v.name: v for v in values if isinstance(v, type) and issubclass(v, Recipe) and v.name}
+    return dict(sorted(found.items()))
+
+
 def recipe_class(name: str) -> type[Recipe]:
-    """Find a recipe: one of RECIPES, a file, or package.module:Class."""
+    """Find a recipe: one of `packaged`, a file, or package.module:Class."""
     where = "argument --recipe"
-    if name in RECIPES:
-        module, _, attribute = RECIPES[name].partition(":")
-        found: type[Recipe] = getattr(importlib.import_module(f".{module}", __package__), attribute)
-        return found
+    known = packaged()
+    if name in known:
+        return known[name]
     path, _, attribute = name.rpartition(":") if ":" in name else (name, "", "")
     if path.endswith(".py"):
         spec = importlib.util.spec_from_file_location("mtlgrad_recipe", path)
@@ -92,8 +90,8 @@ def recipe_class(name: str) -> type[Recipe]:
         except ModuleNotFoundError as error:
             raise TrainError(f"{where}: {name}: {error}") from None
     else:
-        known = ", ".join(RECIPES)
-        raise TrainError(f"{where}: expected one of {known}, a file.py or package.module:Class, found {name!r}")
+        names = ", ".join(known)
+        raise TrainError(f"{where}: expected one of {names}, a file.py or package.module:Class, found {name!r}")
     own = [value for value in vars(module_object).values() if _is_recipe(value, module_object.__name__)]
     classes = [c for c in own if attribute in ("", c.__name__)]
     if len(classes) != 1:

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .backbones import resnet18
+from ..recipes.backbones import resnet18
+from ..recipes.recipe import MultiTaskNet, Recipe, TrainError, linear_heads
+from ..recipes.tasks import binary
 from .files import WORKERS, ImageFiles, data_folder, existing, split_off
-from .recipe import MultiTaskNet, Recipe, TrainError, linear_heads
-from .tasks import binary
 
 SOURCE = "{} of the NIH's ChestX-ray14, from nihcc.app.box.com/v/ChestXray-NIHCC"
 FINDINGS = (
@@ -48,6 +48,7 @@ class ChestXray(Recipe):
     validation patients, drawn for each seed, are ours.
     """
 
+    name = "chestxray"
     tasks = tuple(binary(name) for name in FINDINGS)
     epochs = 100
     batch_size = 256

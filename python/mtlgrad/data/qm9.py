@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .recipe import (
+from ..recipes.recipe import (
     MultiTaskNet,
     Recipe,
     Tensors,
@@ -22,7 +22,7 @@ from .recipe import (
     standardised,
     standardised_labels,
 )
-from .tasks import regression
+from ..recipes.tasks import regression
 
 MOLECULES = 10_000
 #: A property -> its column in the package, and its unit.
@@ -82,6 +82,7 @@ def molecules() -> dict[str, Tensor]:
 class QM9(Recipe):
     """10,000 molecules; energies less what is linear in the composition; a random split for each seed."""
 
+    name = "qm9"
     epochs = 30
 
     def __init__(self, seed: int):

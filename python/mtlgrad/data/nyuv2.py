@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
-from .backbones import resnet18
+from ..recipes.backbones import resnet18
+from ..recipes.recipe import MultiTaskNet, Recipe, TrainError
+from ..recipes.tasks import MAE, Mean, MeanIoU, Task, absolute_error, multiclass
 from .files import WORKERS, data_folder, existing, read_array, split_off
-from .recipe import MultiTaskNet, Recipe, TrainError
-from .tasks import MAE, Mean, MeanIoU, Task, absolute_error, multiclass
 
 
 class Scenes(Dataset[Any]):
@@ -109,6 +109,7 @@ class NYUv2(DenseScenes):
     of its metrics this has one a task.
     """
 
+    name = "nyuv2"
     name = "nyuv2"
     source = (
         "NYUv2 as preprocessed for MTAN (train/ and val/, each with image/, label/, depth/ and normal/ of N.npy), "

@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from .recipe import MultiTaskNet, Recipe, Tensors, linear_heads, random_split, standardised
-from .tasks import binary
+from ..recipes.recipe import MultiTaskNet, Recipe, Tensors, linear_heads, random_split, standardised
+from ..recipes.tasks import binary
 
-FILE = Path(__file__).parent.parent / "data" / "yeast.npz"
+FILE = Path(__file__).parent / "yeast.npz"
 
 
 class Yeast(Recipe):
     """14 labels, 1.3 % to 75 % positive; a random split for each seed, 60 % training, 10 % validation."""
 
+    name = "yeast"
     epochs = 30
 
     def __init__(self, seed: int):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .recipe import MultiTaskNet, Recipe, Tensors, TrainError, linear_heads
-from .tasks import RMSE, Task, multiclass, squared_error
+from ..recipes.recipe import MultiTaskNet, Recipe, Tensors, TrainError, linear_heads
+from ..recipes.tasks import RMSE, Task, multiclass, squared_error
 
 #: Per split: which of the 500 examples of each digit, and how many images are made of them.
 PARTS = ((slice(0, 350), 20_000), (slice(350, 400), 2_000), (slice(400, 500), 4_000))
@@ -50,6 +50,7 @@ def overlaid(left: Tensor, right: Tensor) -> Tensor:
 class Digits(Recipe):
     """As Sabour et al. (NeurIPS 2017) made them, arranged as Sener & Koltun (NeurIPS 2018) did; one split."""
 
+    name = "multimnist"
     tasks = (multiclass("left"), multiclass("right"))
 
     def __init__(self, seed: int):
@@ -72,6 +73,7 @@ class Digits(Recipe):
 class DigitAndImage(Digits):
     """Classify the digit on the left, reconstruct the one on the right: tasks of two kinds, one of them dense."""
 
+    name = "multimnist-reconstruction"
     tasks = (multiclass("left"), Task("right image", squared_error, RMSE))
 
     def targets(self, pixels: Tensor, digits: Tensor) -> dict[str, Tensor]:

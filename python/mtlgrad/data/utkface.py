@@ -7,10 +7,10 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .backbones import resnet18
+from ..recipes.backbones import resnet18
+from ..recipes.recipe import MultiTaskNet, Recipe, TrainError, linear_heads, random_split
+from ..recipes.tasks import binary, multiclass, regression
 from .files import WORKERS, ImageFiles, data_folder
-from .recipe import MultiTaskNet, Recipe, TrainError, linear_heads, random_split
-from .tasks import binary, multiclass, regression
 
 SOURCE = "UTKFace's aligned and cropped faces, [age]_[gender]_[race]_[date].jpg, from susanqq.github.io/UTKFace"
 #: Age, gender, race; or age and one label of which the name does not tell which it is.
@@ -27,6 +27,7 @@ class UTKFace(Recipe):
     their age counts, the rest is missing.
     """
 
+    name = "utkface"
     epochs = 100
     evaluation_batch_size = 128
     workers = WORKERS

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .recipe import TrainError, random_split
+from ..recipes.recipe import TrainError, random_split
 
-WORKERS = min(4, len(os.sched_getaffinity(0)))  #: processes that read: DataLoader warns of more than there are cores
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = min(4, CORES)  #: processes that read: DataLoader warns of more than there are cores
 
 
 def data_folder(name: str, source: str) -> Path:

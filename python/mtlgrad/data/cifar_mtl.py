@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .backbones import resnet18
+from ..recipes.backbones import resnet18
+from ..recipes.recipe import MultiTaskNet, Recipe, Tensors, TrainError, linear_heads
+from ..recipes.tasks import binary
 from .files import data_folder, existing, split_off
-from .recipe import MultiTaskNet, Recipe, Tensors, TrainError, linear_heads
-from .tasks import binary
 
 SOURCE = "CIFAR-100's python version, unpacked (files train and test), from www.cs.toronto.edu/~kriz/cifar.html"
 SUPERCLASSES = (
@@ -69,6 +69,7 @@ class CIFARMTL(Recipe):
     2402.04005); the ResNet-18, in place of a net of three convolutions, and AUC, in place of accuracy, are ours.
     """
 
+    name = "cifar-mtl"
     tasks = tuple(binary(name) for name in SUPERCLASSES)
     epochs = 50
     evaluation_batch_size = 512

@@ -8,10 +8,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from .recipe import MultiTaskNet, Recipe, Tensors, linear_heads, random_split, standardised, standardised_labels
-from .tasks import regression
+from ..recipes.recipe import (
+    MultiTaskNet,
+    Recipe,
+    Tensors,
+    linear_heads,
+    random_split,
+    standardised,
+    standardised_labels,
+)
+from ..recipes.tasks import regression
 
-FILE = Path(__file__).parent.parent / "data" / "river_flow.npz"
+FILE = Path(__file__).parent / "river_flow.npz"
 
 
 class River(Recipe):
@@ -22,6 +30,7 @@ class River(Recipe):
     of the 2,738 test rows make up to 100 % of a site's squared error, and a root mean square of mere chance.
     """
 
+    name = "river"
     epochs = 40
 
     def __init__(self, seed: int):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..recipes.tasks import MAE, MeanIoU, Task, absolute_error, multiclass
 from .nyuv2 import DenseScenes
-from .tasks import MAE, MeanIoU, Task, absolute_error, multiclass
 
 
 class Cityscapes(DenseScenes):
@@ -13,6 +13,7 @@ class Cityscapes(DenseScenes):
     of its metrics this has one a task.
     """
 
+    name = "cityscapes"
     name = "cityscapes"
     source = (
         "Cityscapes as preprocessed for MTAN (train/ and val/, each with image/, label/ and depth/ of N.npy), "
