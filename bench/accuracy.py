@@ -327,6 +327,8 @@ def section(dataset: str, found: Found) -> str:
         words = [("alone", found.alone[target]), *((name_of(m), found.values(m, target)) for m in (ALPHAVIL, "sum"))]
         listed = ", ".join(f"{name} {spread(values, '.4g')}" for name, values in words)
         text += f"\nalphaVIL trains for one task, {target} ({at}): {listed}.\n"
+    if missing := [name_of(method).replace("**", "") for method in METHODS if method not in by_method]:
+        text += f"\nNot yet run on all seeds: {'; '.join(missing)}.\n"
     return text
 
 
@@ -334,8 +336,8 @@ def sentence(found: Found) -> str:
     """Say which baseline is best, and whether one of our methods is level with it or ahead."""
     baseline = found.best(BASELINES)
     mine = found.best([m for m in METHODS if m.split("-")[0] in OURS and m != "bayesagg-published"])
-    assert baseline is not None
-    assert mine is not None
+    if baseline is None or mine is None:
+        return "The study of this set has only begun."
     mean, half = difference(mine, baseline)
     word = "level with" if abs(mean) <= half else "ahead of" if mean < 0 else "behind"
     return (

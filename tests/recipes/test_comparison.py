@@ -384,7 +384,7 @@ def test_a_recipe_that_lacks_something_is_refused_in_one_line(tmp_path, text, wo
     [
         (
             "lake",
-            r"argument --recipe: expected one of chestxray, .*, river, .*, a file.py or package.module:Class, found 'lake'",
+            r"--recipe: expected one of chestxray, .*, river, .*, a file.py or package.module:Class, found 'lake'",
         ),
         ("nowhere.py", r"expected a file, found none at nowhere.py; `mtlgrad recipe > my_recipe.py` makes one"),
         ("no.such:Class", "argument --recipe: no.such:Class: No module named 'no'"),
