@@ -16,7 +16,7 @@ help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*##/make \1:/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed  ## Compare four methods on eight river flows (DEMO_ARGS="--epochs 2 ...")
-	$(BIN)/mtlgrad train --recipe river --methods sum logsum bayesagg aligned-ub --lr 8e-3 --seeds 2 $(DEMO_ARGS)
+	$(BIN)/mtlgrad train --recipe river --methods sum logsum bayesagg aligned-ub --lr 8e-3 --epochs 25 $(DEMO_ARGS)
 
 test: $(VENV)/installed-dev  ## Run all tests, JOBS=2 at a time, CUDA kernels in the host emulator (TEST_ARGS="-k moments ...")
 	$(BIN)/python tests/simt/build.py
