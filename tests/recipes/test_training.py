@@ -208,6 +208,20 @@ def test_a_net_for_one_task_trains_its_own_head_alone():
     assert len(training.finish().metrics) == 1
 
 
+@pytest.mark.parametrize("method", ["sum", "aligned", "aligned-ub", "adatask", "uncertainty"])
+def test_what_a_recipe_froze_stays_frozen(method):
+    class Frozen(Small):
+        def model(self):
+            net = super().model()
+            net.backbone[0].requires_grad_(False)
+            net.heads["a"].weight.requires_grad_(False)
+            return net
+
+    start, end = begun(method, recipe=Frozen()).model.state_dict(), trained(method, recipe=Frozen()).model.state_dict()
+    still = {name for name, value in end.items() if torch.equal(value, start[name])}
+    assert still == {"backbone.0.weight", "backbone.0.bias", "heads.a.weight"}
+
+
 def test_inputs_may_be_a_tuple_or_a_dict():
     class Parts(torch.nn.Module):
         def __init__(self):

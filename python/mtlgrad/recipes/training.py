@@ -123,7 +123,8 @@ class Training:
             found = f"no head for {', '.join(missing)}" if missing else "no backbone"
             raise TrainError(f"{type(recipe).__name__}.model: expected .backbone, and .heads by task, found {found}")
         for name in heads:
-            heads[name].requires_grad_(any(task.name == name for task in self.tasks))
+            if all(task.name != name for task in self.tasks):
+                heads[name].requires_grad_(False)
         method = "sum" if job.method == SINGLE else job.method
         weights = preference if job.task is None else None
         self.method = make(method, self.tasks, self.model, epochs, weights).to(device)
