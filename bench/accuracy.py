@@ -296,7 +296,8 @@ def difference(column: Column, other: Column) -> tuple[float, float]:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.lstrip('+')}}"
+    deviation = form.lstrip("+").replace("4g", "2g")
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{deviation}}"
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
