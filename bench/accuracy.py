@@ -1,6 +1,7 @@
 """The accuracy study: what each method reaches on five data sets, at learning rates chosen on validation splits.
 
     python -m bench.accuracy run river yeast      # goes on where it was; hours for all five
+    python -m bench.accuracy scale                # river's first loss times 10^k, under Adam and AdaTask; two minutes
     python -m bench.accuracy report               # writes docs/accuracy.md from bench/results/accuracy/*.csv
 
 Of each contender every rate of ``RATES`` is tried on seed 0; the two with the best validation metrics are run on the
@@ -13,15 +14,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import mtlgrad
 from bench.table import commit, processor
@@ -201,6 +204,62 @@ def draws(tasks: int) -> Iterator[str]:
         yield " ".join(f"{w:.3f}" for w in (weights * tasks / weights.sum()).tolist())
 
 
+# ---- what the scale of a loss does
+
+SCALES = RESULTS.parent / "defaults" / "scale_river.csv"
+POWERS = range(-3, 4)
+
+
+def scale(epochs: int = 10, seeds: int = 3) -> None:
+    """Train on river with its first task's loss times 10^k, and write every task's error."""
+    rows = []
+    for method in ("sum", "adatask"):
+        for power in POWERS:
+            for seed in range(seeds):
+                recipe = recipe_class("river")(seed)
+                first, *others = recipe.tasks
+                recipe.tasks = [dataclasses.replace(first, loss=times(10.0**power, first.loss)), *others]
+                device, job = torch.device("cpu"), Job(method, seed, 3e-3)
+                training = Training(recipe, job, epochs, recipe.batch_size, device)
+                while training.epoch < epochs:
+                    training.run_epoch(lambda *_: None)
+                errors = training.finish().metrics
+                rows += [(method, power, seed, t.name, repr(e)) for t, e in zip(recipe.tasks, errors, strict=True)]
+    with SCALES.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("method", "power", "seed", "task", "MAE"), *rows])
+
+
+def times(factor: float, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda output, target: factor * loss(output, target)
+
+
+def scale_section() -> str:
+    """Write how far the errors are from those of k = 0, the first task's and the others'."""
+    with SCALES.open(newline="") as file:
+        found = {
+            (r["method"], int(r["power"]), int(r["seed"]), r["task"]): float(r["MAE"]) for r in csv.DictReader(file)
+        }
+    tasks, seeds = list(dict.fromkeys(key[3] for key in found)), sorted({key[2] for key in found})
+
+    def cell(method: str, power: int, which: Sequence[str]) -> str:
+        changes = [
+            100 * statistics.mean(found[method, power, s, t] / found[method, 0, s, t] - 1 for t in which) for s in seeds
+        ]
+        return f"{statistics.mean(changes):+.1f} ± {statistics.stdev(changes):.1f}"
+
+    head = ["k", "Adam: the task", "Adam: the others", "AdaTask: the task", "AdaTask: the others"]
+    sides = [(method, which) for method in ("sum", "adatask") for which in (tasks[:1], tasks[1:])]
+    rows = [[str(power), *(cell(method, power, which) for method, which in sides)] for power in POWERS if power]
+    return SCALE_HEAD.format(seeds=len(seeds)) + f"\n{markdown([head, *rows])}\n"
+
+
+SCALE_HEAD = """## One loss times 10^k
+
+River, the first task's loss times 10^k, the plain sum under Adam and under AdaTask: change of the test errors against
+k = 0 in percent, {seeds} seeds, 10 epochs, learning rate 3e-3.
+"""
+
+
 # ---- the report
 
 #: What a contender is, for readers of the tables.
@@ -361,7 +420,7 @@ def report(path: Path) -> None:
         rates=", ".join(map(str, RATES)),
     )
     parts = [section(name, Found(study)) for name, study in studies.items()]
-    path.write_text("\n".join([text, *parts]))
+    path.write_text("\n".join([text, *parts, scale_section()]))
 
 
 HEAD = """# Accuracy
@@ -386,12 +445,16 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("datasets", nargs="+", choices=TARGETS)
+    commands.add_parser("scale")
     commands.add_parser("report")
     given = parser.parse_args()
     if given.command == "run":
         torch.set_num_threads(1)
         for dataset in given.datasets:
             Study(dataset).run()
+    elif given.command == "scale":
+        torch.set_num_threads(1)
+        scale()
     else:
         report(Path(__file__).parent.parent / "docs" / "accuracy.md")
 
