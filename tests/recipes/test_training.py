@@ -116,7 +116,6 @@ def test_adatask_mean_moves_a_task_th_as_far():
     both = [begun(name, epochs=1) for name in ("adatask", "adatask-mean")]
     start = [p.clone() for p in both[0].model.backbone.parameters()]
     for training in both:
-        training.recipe.rows = 8
         inputs, targets = training.recipe.train[list(range(8))]
         features, outputs = training.net(inputs, targets)
         training.method.backward(training.losses(outputs, targets), features, training.model.backbone)

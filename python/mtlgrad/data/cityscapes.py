@@ -14,7 +14,6 @@ class Cityscapes(DenseScenes):
     """
 
     name = "cityscapes"
-    name = "cityscapes"
     source = (
         "Cityscapes as preprocessed for MTAN (train/ and val/, each with image/, label/ and depth/ of N.npy), "
         "from github.com/lorenmt/mtan"

@@ -110,7 +110,6 @@ class NYUv2(DenseScenes):
     """
 
     name = "nyuv2"
-    name = "nyuv2"
     source = (
         "NYUv2 as preprocessed for MTAN (train/ and val/, each with image/, label/, depth/ and normal/ of N.npy), "
         "from github.com/lorenmt/mtan"

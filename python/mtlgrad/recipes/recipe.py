@@ -29,9 +29,7 @@ class Recipe:
     name: ClassVar[str] = ""
     epochs: ClassVar[int] = 10
     batch_size: ClassVar[int] = 128
-    evaluation_batch_size: ClassVar[int] = (
-        4096  #: as much as memory allows; alphaVIL takes a development batch for exact
-    )
+    evaluation_batch_size: ClassVar[int] = 4096  #: as much as memory allows; of alphaVIL's development batches, too
     workers: ClassVar[int] = 0  #: processes of the DataLoader
 
     tasks: Sequence[Task]
