@@ -64,8 +64,9 @@ Row = dict[str, str]
 class Study:
     """One data set: what is done, in a CSV, and what comes next."""
 
-    def __init__(self, dataset: str):
-        self.dataset, self.path = dataset, RESULTS / f"{dataset}.csv"
+    def __init__(self, dataset: str, folder: Path | None = None):
+        self.dataset, self.path = dataset, (folder or RESULTS) / f"{dataset}.csv"
+        self.seeds = SEEDS
         self.rows: list[Row] = []
         if self.path.exists():
             with self.path.open(newline="") as file:
@@ -90,14 +91,7 @@ class Study:
         start, recipe = time.perf_counter(), self.recipe(seed)
         job = Job("sum" if method == FIXED else method, seed, lr, task)
         preference = [float(word) for word in weights.split()] or None
-        device = torch.device("cpu")
-        error = ""
-        training: Training
-        if method == ALPHAVIL:
-            target = TARGETS[self.dataset]
-            training = AlphaVILTraining(recipe, job, recipe.epochs, recipe.batch_size, device, target)
-        else:
-            training = Training(recipe, job, recipe.epochs, recipe.batch_size, device, preference)
+        error, training = "", self.training(recipe, job, preference)
         try:
             while training.epoch < recipe.epochs:
                 training.run_epoch(lambda *_: None)
@@ -126,7 +120,7 @@ class Study:
             )
         ]
         self.rows += new
-        RESULTS.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -135,6 +129,12 @@ class Study:
             writer.writerows(new)
         words = " ".join(filter(None, (method, task, weights)))
         print(f"{self.dataset}: {words}, lr {lr:g}, seed {seed}: {facts['seconds']} s {error}", flush=True)
+
+    def training(self, recipe: Recipe, job: Job, preference: list[float] | None) -> Training:
+        settings = recipe.epochs, recipe.batch_size, torch.device("cpu")
+        if job.method == ALPHAVIL:
+            return AlphaVILTraining(recipe, job, *settings, TARGETS[self.dataset])
+        return Training(recipe, job, *settings, preference)
 
     def score(self, rows: list[Row]) -> float:
         """Return what is less for better validation metrics; of alphaVIL its target's."""
@@ -152,7 +152,7 @@ class Study:
         """Return the better of them, by the mean over all seeds."""
 
         def mean(lr: float) -> float:
-            found = [self.find(method, lr, seed, task=task) for seed in range(SEEDS)]
+            found = [self.find(method, lr, seed, task=task) for seed in range(self.seeds)]
             return statistics.mean(self.score(rows) for rows in found)
 
         return min(self.finalists(method, task), key=mean)
@@ -188,11 +188,15 @@ class Study:
                 for seed in range(1, SEEDS):
                     self.train(FIXED, self.best_rate("sum"), seed, self.best_weights())
                 continue
-            for lr in RATES:
-                self.train(method, lr, 0, task=task)
-            for lr in self.finalists(method, task):
-                for seed in range(1, SEEDS):
-                    self.train(method, lr, seed, task=task)
+            self.train_rates(method, task)
+
+    def train_rates(self, method: str, task: str | None = None) -> None:
+        """Train by one contender with every rate, and with the two best on every seed."""
+        for lr in RATES:
+            self.train(method, lr, 0, task=task)
+        for lr in self.finalists(method, task):
+            for seed in range(1, self.seeds):
+                self.train(method, lr, seed, task=task)
 
 
 def draws(tasks: int) -> Iterator[str]:
@@ -336,9 +340,13 @@ class Found:
         runs = self.runs(method)
         if not runs:
             return None
-        delta = [delta_m([float(row["test"]) for row in rows], self.base, self.higher) for rows in runs]
+        delta = [self.delta(rows) for rows in runs]
         times = [float(row["step_ms"]) for rows in runs for row in rows[:1]]
         return Column(method, float(runs[0][0]["lr"]), delta, statistics.median(times))
+
+    def delta(self, rows: list[Row]) -> float:
+        """Return Delta_m of one training, in percent."""
+        return delta_m([float(row["test"]) for row in rows], self.base, self.higher)
 
     def values(self, method: str, task: str) -> list[float]:
         return [float(row["test"]) for rows in self.runs(method) for row in rows if row["task"] == task]

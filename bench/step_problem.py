@@ -35,7 +35,6 @@ POWER = 0.05  # BayesAgg's exponent, the layer's default
 LR, BETAS, EPS = 1e-2, (0.9, 0.999), 1e-8
 STEPS = 10_000.0  # made before: Adam's corrections are over
 SLOW = 300_000_000  # gradients of single tasks, all together: beyond it a step is timed once
-FULL = 6000  # weights of a head, at most, whose joint covariance BayesAgg can have: it is their square
 
 HEADS: dict[int, tuple[tuple[Kind, int], ...]] = {
     3: (("regression", 1), ("multiclass", 10), ("binary", 5)),
@@ -174,12 +173,6 @@ class Problem:
             return [(self.kinds[0][0], heads, torch.cat(self.targets, 1))]
         return [(kind, [head], target) for (kind, _), head, target in zip(self.kinds, heads, self.targets, strict=True)]
 
-    @property
-    def covariance(self) -> str:
-        """Of a multiclass head's weights."""
-        most = max([outputs for kind, outputs in self.kinds if kind == "multiclass"], default=0)
-        return "full" if most * (self.shape.features + 1) <= FULL else "block"
-
     # ---- what is right ----
 
     def error(self, form: str) -> float:
@@ -218,7 +211,9 @@ class Problem:
         doubled = [w for w in weights for _ in ("weight", "bias")]
         weighed = [adam(w * g.double(), scale) for w, g in zip(doubled, head_gradients, strict=True)]
         found["weighed"] = found["features"][: len(self.shared)] + weighed
-        found["bayesagg"] = passed_on(bayesagg(self, features.detach())) + heads
+        found["bayesagg"] = passed_on(bayesagg(self, features.detach(), "block")) + heads
+        if self.shape.literal:
+            found["bayesagg full"] = passed_on(bayesagg(self, features.detach(), "full")) + heads
         rows = [torch.autograd.grad(features, self.shared, g, retain_graph=True) for g in arrived]
         gram = reference.gram(rows)
         for form, merging in ("parameters", reference.align(gram).weights), ("upgrad", upgrad(gram)):
@@ -266,7 +261,7 @@ def upgrad(gram: Tensor) -> Tensor:
     return total
 
 
-def bayesagg(problem: Problem, features: Tensor) -> Tensor:
+def bayesagg(problem: Problem, features: Tensor, covariance: str) -> Tensor:
     """The gradient at the features, [B, D], in float64; the data set is this batch alone."""
     wide, means, variances = features.double(), [], []
     for kind, heads, target in problem.groups():
@@ -276,7 +271,7 @@ def bayesagg(problem: Problem, features: Tensor) -> Tensor:
         if kind != "regression":
             weight = torch.cat([torch.cat([head.weight, head.bias[:, None]], 1) for head in heads])
             arguments.append(weight.detach().double())
-            options["structure"] = problem.covariance if kind == "multiclass" else "full"
+            options["structure"] = covariance if kind == "multiclass" else "full"
         prior = make(*arguments, **options)
         after = make(*arguments, prior=prior, **options)
         moments = getattr(reference, f"{kind}_moments")

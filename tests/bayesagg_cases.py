@@ -24,7 +24,7 @@ POWERS = {"regression": 0.5, "binary": 1.0, "multiclass": 0.7}
 ALL_KINDS = ("regression", "binary", "multiclass")
 #: The published model: unit noise, no bias; an epoch's features; the mean over the tasks.
 published_regression = partial(Regression, noise=1.0, bias=False)
-published_layer = partial(BayesAgg, reduction="mean", statistics="stored")
+published_layer = partial(BayesAgg, covariance="full", reduction="mean", statistics="stored")
 LAYERS: dict[str, Any] = {"regression": published_regression, "binary": Binary, "multiclass": Multiclass}
 
 

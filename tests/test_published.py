@@ -162,7 +162,8 @@ def make_layer(problems: list[Problem], moments: str) -> mtlgrad.BayesAgg:
     regression = partial(mtlgrad.Regression, noise=1.0, bias=False)
     classes: dict[str, Any] = {"regression": regression, "binary": mtlgrad.Binary, "multiclass": mtlgrad.Multiclass}
     heads = [classes[problem.kind](problem.head(), gamma=GAMMA, power=POWER) for problem in problems]
-    layer = mtlgrad.BayesAgg(heads, moments=moments, num_samples=SAMPLES, reduction="mean", statistics="stored")
+    published = {"covariance": "full", "reduction": "mean", "statistics": "stored"}
+    layer = mtlgrad.BayesAgg(heads, moments=moments, num_samples=SAMPLES, **published)
     layer(problems[0].all_features.clone().requires_grad_(), [problem.all_targets for problem in problems])
     layer.refresh()
     return layer

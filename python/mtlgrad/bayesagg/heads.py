@@ -17,7 +17,7 @@ from ..posterior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ..posterior.posteriors import Posterior, check_gamma
 from ..world.shards import full
 
-DEFAULT_GAMMA = 0.1
+DEFAULT_GAMMA = 0.1  # of classifiers
 DEFAULT_POWER = 0.05
 
 Layers = nn.Linear | nn.Conv2d | Sequence[nn.Linear | nn.Conv2d] | nn.ModuleList
@@ -205,7 +205,7 @@ class Regression(Head):
     def __init__(
         self,
         layers: Layers,
-        gamma: float = DEFAULT_GAMMA,
+        gamma: float = 1.0,
         power: float | Sequence[float] | Tensor = DEFAULT_POWER,
         noise: float | str = "estimated",
         bias: bool | None = None,

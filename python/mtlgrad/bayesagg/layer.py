@@ -60,8 +60,9 @@ class BayesAgg(NotScripted, nn.Module):
             regression or binary head is a task, a multiclass head is one. Their losses are the batch means of
             (w.h - y)^2, binary cross entropy with logits, and cross entropy.
         moments: "exact" (closed form and quadrature) or "sampled" (the published estimator, for classification).
-        covariance: of classification posteriors: "full", "block", "kron" or "diag"; they differ for multiclass, and
-            "diag" for binary. Regression posteriors are exact and full.
+        covariance: of classification posteriors: "block" (one block a class), "full" (as published; its memory is the
+            square of classes times features), "kron" or "diag"; they differ for multiclass, and "diag" for binary.
+            Regression posteriors are exact and full.
         num_samples: of the weights, for ``moments="sampled"``.
         statistics: for the full-data posterior: "streaming" keeps the epoch's sums alone, memory independent of the
             data set's size, and expands each batch at the weights it met; "stored" keeps the epoch's features, as
@@ -95,7 +96,7 @@ class BayesAgg(NotScripted, nn.Module):
         self,
         heads: Sequence[Head],
         moments: str = "exact",
-        covariance: str = "full",
+        covariance: str = "block",
         num_samples: int = 1024,
         statistics: str = "streaming",
         seed: int = 0,

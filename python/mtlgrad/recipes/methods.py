@@ -6,7 +6,7 @@ step of ``method.optimizer(...)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -122,23 +122,27 @@ class AtFeatures(Method):
 
 
 class BayesAggregation(Method):
-    """BayesAgg-MTL after epochs of plain sum: half of all, at most four. By our defaults, or as published."""
+    """BayesAgg-MTL after epochs of plain sum: half of all, at most four.
+
+    ``options`` are those of the "regression" and "classification" heads and of the "layer", where not the defaults.
+    """
 
     refreshes: Tensor
 
-    def __init__(self, tasks: Sequence[Task], model: nn.Module, epochs: int, published: bool = False):
+    def __init__(self, tasks: Sequence[Task], model: nn.Module, epochs: int, options: Mapping[str, dict[str, Any]]):
         super().__init__(tasks, model)
-        likelihoods: dict[Any, Any] = {"regression": Regression, "binary": Binary, "multiclass": Multiclass}
-        if published:
-            likelihoods["regression"] = partial(Regression, noise=1.0, bias=False)
-        prior = {"gamma": 0.005, "power": 1.0} if published else {}
-        layer: dict[str, Any] = {"statistics": "stored", "reduction": "mean"} if published else {"covariance": "block"}
+        regression, classification, layer = (options.get(k, {}) for k in ("regression", "classification", "layer"))
+        likelihoods: dict[Any, Any] = {
+            "regression": partial(Regression, **regression),
+            "binary": partial(Binary, **classification),
+            "multiclass": partial(Multiclass, **classification),
+        }
         heads: Any = model.heads
         for task in tasks:
             if task.kind is None or not isinstance(heads[task.name], (nn.Linear, nn.Conv2d)):
                 expected = "a linear head with squared error, binary or categorical cross entropy"
                 raise TrainError(f"bayesagg: task {task.name!r}: expected {expected}; take another method")
-        self.bayes = BayesAgg([likelihoods[t.kind](heads[t.name], **prior) for t in tasks], **layer)
+        self.bayes = BayesAgg([likelihoods[t.kind](heads[t.name]) for t in tasks], **layer)
         self.warmup = max(1, min(4, epochs // 2))
         self.watching = False  # whether this epoch's batches go through the layer
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64))
@@ -204,6 +208,11 @@ _ADATASK = {
     "adatask-rmsprop": AdaTaskRMSprop,
     "adatask-adagrad": AdaTaskAdagrad,
 }
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "regression": {"gamma": 0.005, "power": 1.0, "noise": 1.0, "bias": False},
+    "classification": {"gamma": 0.005, "power": 1.0},
+    "layer": {"covariance": "full", "statistics": "stored", "reduction": "mean"},
+}
 #: What trains by itself, between the epochs: see alphavil.py.
 ALPHAVIL = "alphavil"
 _FORMS: dict[str, type[OnParameters | AtFeatures]] = {"": OnParameters, "-ub": AtFeatures}
@@ -224,7 +233,7 @@ def make(name: str, tasks: Sequence[Task], model: nn.Module, epochs: int, prefer
     if name == "uncertainty":
         return Uncertainty(tasks, model)
     if name.startswith("bayesagg"):
-        return BayesAggregation(tasks, model, epochs, published=name != "bayesagg")
+        return BayesAggregation(tasks, model, epochs, {} if name == "bayesagg" else _PUBLISHED)
     log, base = name.endswith("-log"), name.removesuffix("-log")
     if base in _ADATASK:
         return AdaTask(tasks, model, _ADATASK[base], mean=base.endswith("-mean"), log=log)

@@ -125,9 +125,7 @@ class Training:
         for name in heads:
             if all(task.name != name for task in self.tasks):
                 heads[name].requires_grad_(False)
-        method = "sum" if job.method == SINGLE else job.method
-        weights = preference if job.task is None else None
-        self.method = make(method, self.tasks, self.model, epochs, weights).to(device)
+        self.method = self.make_method(preference if job.task is None else None).to(device)
         self.result = Result(job, [task.name for task in self.tasks])
         rows: Any = recipe.train
         size, rank = self.world.size, self.world.rank
@@ -137,6 +135,10 @@ class Training:
         self.ticks = self.steps  #: calls of `watch` in an epoch, at most
         self.net = _Net(self.model, self.method)
         self.begin()
+
+    def make_method(self, preference: Sequence[float] | None) -> Method:
+        name = "sum" if self.job.method == SINGLE else self.job.method
+        return make(name, self.tasks, self.model, self.epochs, preference)
 
     def begin(self) -> None:
         """Make what moves the model."""
