@@ -1,7 +1,7 @@
-"""The README's tables and the figures, from the CSVs of bench/results/ alone: ``python -m bench.report``.
+"""The tables of README and docs/benchmarks.md, and the figures, from the CSVs of bench/results/ alone.
 
-What stands between ``<!-- bench: NAME -->`` and ``<!-- /bench -->`` in README.md is replaced; readme_tables.py has the
-names. The figures go beside the CSVs. Nothing is interpolated or extrapolated: a cell or point is a row of a CSV, or
+``python -m bench.report`` replaces what stands between ``<!-- bench: NAME -->`` and ``<!-- /bench -->``;
+readme_tables.py has the names. The figures go beside the CSVs. Nothing is interpolated or extrapolated: a cell or point is a row of a CSV, or
 the quotient of two of its columns or rows. A CSV that does not say where it comes from is refused.
 """
 
@@ -19,6 +19,7 @@ from bench.measured import ReportError, Results, read_results
 from bench.readme_tables import BLOCKS
 from bench.table import ROOT
 
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 STALE, BAD_INPUT = 1, 2
 OPEN, CLOSE = re.compile(r"<!-- bench: ([\w-]+) -->"), "<!-- /bench -->"
 MARKER = re.compile(r"<!--\s*/?\s*bench\b")  # also those that are not quite right
@@ -66,18 +67,16 @@ def filled(text: str, results: Results, name: str = "README.md") -> tuple[str, l
     return "\n".join(lines) + "\n", list(reversed(stale))
 
 
-def unmeasured(text: str, section: str = "Measured") -> list[str]:
-    """``line: figure`` of each number with a unit, factor or share that stands in the section outside of the blocks.
+def unmeasured(text: str) -> list[str]:
+    """``line: figure`` of each number with a unit, factor or share that stands outside of the blocks, code and links.
 
     Such a one need not be in any CSV."""
     inside = {i for start, end, _ in blocks(text, "README.md") for i in range(start, end)}
-    found, here, fenced = [], False, False
+    found, fenced = [], False
     for i, line in enumerate(text.splitlines()):
         fenced ^= line.startswith("```")
-        if line.startswith("## ") and not fenced:
-            here = line[3:].strip() == section
-        elif here and i not in inside:
-            shown = re.sub(r"\]\([^)]*\)", "]", line)  # not the targets of links
+        if not fenced and i not in inside:
+            shown = re.sub(r"\]\([^)]*\)|`[^`]*`", "]", line)
             found += [f"{i + 1}: {match.group().strip()}" for match in FIGURE.finditer(shown)]
     return found
 
@@ -106,27 +105,28 @@ def warn_of_changes(results: Results) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 where `--check` finds a stale block, 2 for input that is refused."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where README's blocks are stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where blocks are stale")
     parser.add_argument("--no-figures", action="store_true", help="tables only")
     add = parser.add_argument
     add("--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="(default: bench/results)")
-    add("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="(default: README.md)")
+    add("--page", type=Path, nargs="+", default=PAGES, metavar="FILE", help="(default: README.md, docs/benchmarks.md)")
     args = parser.parse_args(argv)
     try:
         results = read_results(args.results)
         warn_of_changes(results)
-        text = args.readme.read_text(encoding="utf-8")
-        new, stale = filled(text, results, args.readme.name)
+        pages = {path: filled(path.read_text(encoding="utf-8"), results, path.name) for path in args.page}
         if args.check:
-            if stale:
-                names = ", ".join(stale)
-                print(f"bench.report: {args.readme}: stale: {names}; run python -m bench.report", file=sys.stderr)
-            return STALE if stale else 0
+            for path, (_, stale) in pages.items():
+                if stale:
+                    names = ", ".join(stale)
+                    print(f"bench.report: {path}: stale: {names}; run python -m bench.report", file=sys.stderr)
+            return STALE if any(stale for _, stale in pages.values()) else 0
         if not args.no_figures:
             draw(results, args.results)
-        if stale:
-            replace(args.readme, new)
-        print(f"{args.readme}: {', '.join(stale) or 'nothing'} changed")
+        for path, (new, stale) in pages.items():
+            if stale:
+                replace(path, new)
+            print(f"{path}: {', '.join(stale) or 'nothing'} changed")
     except (ReportError, OSError, UnicodeDecodeError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return BAD_INPUT

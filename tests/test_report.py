@@ -185,7 +185,7 @@ def test_several_devices_get_a_table_each(tmp_path: Path) -> None:
 def test_blocks_are_filled_and_stale_ones_found(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path, "adatask_cpu.csv", [row("adatask adam", "T=3 N=1e+07", "mtlgrad", 18.0)])
     path = readme(tmp_path, "machine", "adatask")
-    arguments = ["--results", str(tmp_path), "--readme", str(path)]
+    arguments = ["--results", str(tmp_path), "--page", str(path)]
     before = path.read_bytes()
     assert report.main([*arguments, "--check"]) == 1
     assert capsys.readouterr().err == (f"bench.report: {path}: stale: machine, adatask; run python -m bench.report\n")
@@ -208,7 +208,7 @@ def test_blocks_are_filled_and_stale_ones_found(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- bench: speed -->\n<!-- /bench -->\n", r"README.md:1: expected a block of machine, .*found 'speed'"),
+        ("<!-- bench: speed -->\n<!-- /bench -->\n", r"README.md:1: expected a block of summary, .*found 'speed'"),
         ("\n<!-- bench: step -->\n", r"README.md:2: expected <!-- /bench --> for the block 'step', found none"),
         ("<!-- bench: step -->\n<!-- bench: step -->\n<!-- /bench -->\n", "README.md:2: expected <!-- /bench -->"),
         ("<!-- /bench -->\n", "README.md:1: expected <!-- bench: NAME -->, alone in its line"),
@@ -220,7 +220,7 @@ def test_blocks_that_are_not_right(tmp_path: Path, capsys: pytest.CaptureFixture
     write(tmp_path, "adatask_cpu.csv", [row("adatask adam", "T=3 N=1e+07", "mtlgrad", 18.0)])
     path = tmp_path / "README.md"
     path.write_text(text)
-    assert report.main(["--results", str(tmp_path), "--readme", str(path)]) == 2
+    assert report.main(["--results", str(tmp_path), "--page", str(path)]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.count("\n") == 1
@@ -230,10 +230,10 @@ def test_blocks_that_are_not_right(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_figures_outside_of_blocks_are_found() -> None:
     text = (
-        "It takes 3 ms.\n## Measured\nSome 12.5 ms, 3x, 1,024 MB, 58 %, 3.1 ± 0.2, 1e-3 s, 2.80 GHz and 5 times.\n"
+        "It takes long.\n## Measured\nSome 12.5 ms, 3x, 1,024 MB, 58 %, 3.1 ± 0.2, 1e-3 s, 2.80 GHz and 5 times.\n"
         "<!-- bench: step -->\n99 ms\n<!-- /bench -->\n"
         "T 3, N 1e7, 64 x 64 images, 3x64x64, 20 heads, [78 %](a_5ms.svg), (5 T + 2) N, ResNet-50's 161 parameters.\n"
-        "## Limits\nWithin 4 ms.\n"
+        "```python\nsleep()  # 4 ms\n```\nand `4 ms`\n"
     )
     found = ["3: 12.5 ms", "3: 3x", "3: 1,024 MB", "3: 58 %", "3: 3.1 ±", "3: 1e-3 s", "3: 2.80 GHz", "3: 5 times"]
     assert report.unmeasured(text) == [*found, "7: 78 %"]
@@ -293,7 +293,7 @@ def test_rows_that_say_nothing_are_refused(tmp_path: Path, more: dict, message: 
 
 
 def test_files_that_say_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert report.main(["--results", str(tmp_path), "--readme", str(readme(tmp_path, "step"))]) == 2
+    assert report.main(["--results", str(tmp_path), "--page", str(readme(tmp_path, "step"))]) == 2
     assert re.fullmatch(r"bench.report: .*: expected CSVs, found none; .*\n", capsys.readouterr().err)
     path = write(tmp_path, "combine_cpu.csv", [])
     with pytest.raises(ReportError, match=r"combine_cpu.csv:1: expected rows"):
@@ -311,7 +311,7 @@ def test_files_that_say_nothing_are_refused(tmp_path: Path, capsys: pytest.Captu
 def test_uncommitted_changes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path, "gram_cpu.csv", [row("gram", "T=2", "mtlgrad", 4.0, commit="abc1234+")])
     path = readme(tmp_path, "machine")
-    assert report.main(["--results", str(tmp_path), "--readme", str(path), "--no-figures"]) == 0
+    assert report.main(["--results", str(tmp_path), "--page", str(path), "--no-figures"]) == 0
     message = f"bench.report: {tmp_path / 'gram_cpu.csv'}:2: commit abc1234+: measured with uncommitted changes\n"
     assert capsys.readouterr().err == message
     assert "with uncommitted changes" in path.read_text()
@@ -324,8 +324,9 @@ def test_this_repository_every_csv_says_where_it_comes_from() -> None:
     assert read_results(ROOT / "bench" / "results").rows
 
 
-def test_this_repository_readme_is_what_the_csvs_say() -> None:
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_this_repository_pages_are_what_the_csvs_say(page: Path) -> None:
+    text = page.read_text()
     _, stale = report.filled(text, read_results(ROOT / "bench" / "results"))
     assert stale == []
     assert report.unmeasured(text) == []

@@ -42,7 +42,7 @@ def test_figures_are_written_and_the_same_again(tmp_path: Path, capsys: pytest.C
         row("step net", "B=8", name, 9.0) for name in ("plain", "mtlgrad adatask", "published adatask", "published")
     ]
     write(tmp_path, "step_cpu.csv", steps)
-    arguments = ["--results", str(tmp_path), "--readme", str(readme(tmp_path, "machine"))]
+    arguments = ["--results", str(tmp_path), "--page", str(readme(tmp_path, "machine"))]
     assert report.main(arguments) == 0
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
     assert sorted(first) == ["roofline_cpu.svg", "scaling_cpu.svg", "speedup_cpu.svg"]
