@@ -1,8 +1,9 @@
 """The tables of README and docs/benchmarks.md, and the figures, from the CSVs of bench/results/ alone.
 
 ``python -m bench.report`` replaces what stands between ``<!-- bench: NAME -->`` and ``<!-- /bench -->``;
-readme_tables.py has the names. The figures go beside the CSVs. Nothing is interpolated or extrapolated: a cell or point is a row of a CSV, or
-the quotient of two of its columns or rows. A CSV that does not say where it comes from is refused.
+readme_tables.py has the names. The figures go beside the CSVs. Nothing is interpolated or extrapolated: a cell or
+point is a row of a CSV, or the quotient of two of its columns or rows. A CSV that does not say where it comes from is
+refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The examples of README and documentation run as they stand: a page's Python blocks, one after the other, are one script.
+"""The examples of README and of all pages run as they stand: a page's Python blocks, in their order, are one script.
 
 A page with the line ``<!-- ranks: 2 -->`` is started by torchrun, as that many processes on the CPU. Of a diff, what it
 leads to is run.
@@ -79,7 +79,7 @@ def test_every_page_is_in_its_index(folder: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text()
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M)
     for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
         assert (page.parent / link).exists(), f"{page}: {link}"
     for link in re.findall(r"github(?:usercontent)?\.com/mtlgrad/mtlgrad/(?:(?:blob|tree)/)?main/([^)#\s]+)", text):

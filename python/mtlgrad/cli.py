@@ -209,7 +209,7 @@ def _check_preference(preference: Sequence[float], tasks: Sequence[str]) -> None
 
 @contextlib.contextmanager
 def _signals(stop: Stop) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks to stop after the step at hand; a second one no longer waits."""
+    """Ask to stop after the step at hand at the first Ctrl-C or SIGTERM; no longer wait at a second one."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.requested:
@@ -323,7 +323,7 @@ def _installed(name: str) -> bool:
 
 
 def _bench(argv: Sequence[str]) -> int:
-    """The benchmarks lie in the source tree, with their peers and results; they are no part of the package."""
+    """Run the benchmarks, which lie in the source tree with their peers and results, and not in the package."""
     places = (Path(__file__).resolve().parents[2], Path.cwd())
     root = next((place for place in places if (place / "bench" / "bench_moments.py").is_file()), None)
     if root is None:

@@ -30,6 +30,8 @@ def average_jacobians(parameters: Iterable[Tensor], *, process_group: ProcessGro
 
     Raises:
         RuntimeError: ranks have ``.jac`` on other parameters.
+        TypeError: ``process_group`` is no process group.
+        ValueError: several ranks, and no parameter has ``.jac`` that is no shard.
     """
     name = name_of("average_jacobians", process_group)
     world = world_of(name)
@@ -72,6 +74,10 @@ def global_means(
 
     Returns:
         One scalar a task, as ``values`` has them. One all-reduce of T float64 counts; nothing is read by the host.
+
+    Raises:
+        TypeError: a value is no tensor, or ``process_group`` no process group.
+        ValueError: there are no values.
     """
     listed = list(values.values()) if isinstance(values, Mapping) else list(values)
     if not listed:

@@ -17,7 +17,7 @@ from .optim.dominance import Layers, layer_shares
 
 
 def delta_m(metrics: Sequence[float], baseline: Sequence[float], higher_is_better: Sequence[bool]) -> float:
-    """The average relative change per task against a baseline, usually single-task nets, in percent; **+ is worse**.
+    """Average the relative change per task against a baseline, usually single-task nets, in percent; **+ is worse**.
 
     .. math::
         \\Delta_m = \\frac{100}{K} \\sum_{k=1}^{K} (-1)^{\\delta_k} \\frac{M_{m,k} - M_{b,k}}{M_{b,k}}
@@ -54,7 +54,7 @@ def delta_m(metrics: Sequence[float], baseline: Sequence[float], higher_is_bette
 
 
 def mean_rank(metrics: Sequence[Sequence[float]] | Tensor, higher_is_better: Sequence[bool]) -> list[float]:
-    """Every method's rank among the methods (1 is best), averaged over the metrics; **- is better**.
+    """Average every method's rank among the methods (1 is best) over the metrics; **- is better**.
 
     .. math:: \\mathrm{MR}_m = \\frac{1}{K} \\sum_{k=1}^{K} \\Bigl(\\tfrac12 + \\tfrac12 \\#\\{j : M_j = M_m\\}
         + \\#\\{j : M_j \\text{ better than } M_m\\}\\Bigr)
@@ -112,7 +112,7 @@ class GradientStatistics(NamedTuple):
 
 @torch.no_grad()
 def gradient_statistics(rows: AnyRows | ops.Stacked, weights: Tensor | None = None) -> GradientStatistics:
-    r"""Conditioning, conflict and dominance among the gradients of T tasks: each is read once, the host reads nothing.
+    r"""Measure conditioning, conflict and dominance among the gradients of T tasks, each read once, none by the host.
 
     With g_i the gradients, and G the matrix whose columns they are,
 
@@ -148,7 +148,8 @@ def gradient_statistics(rows: AnyRows | ops.Stacked, weights: Tensor | None = No
         ``update_cosine`` is NaN for a gradient of zero; for all tasks, if the update is zero (or not longer than what
         rounding leaves of gradients that cancel, some 1e-8 of theirs), or if anything is not finite.
 
-    Errors: as :func:`mtlgrad.ops.gram`; ``RuntimeError`` for weights of another shape, dtype or device.
+    Raises:
+        RuntimeError, ValueError: as :func:`mtlgrad.ops.gram`; ``RuntimeError`` for weights that do not fit.
     """
     gram = ops.gram(rows)
     if weights is not None:
@@ -241,7 +242,7 @@ class Dominance:
 
     @torch.no_grad()
     def update(self, jacobians: Mapping[Tensor, Tensor] | None = None) -> None:
-        """Takes in a step that the optimizer has made: before a scheduler changes the learning rate.
+        """Take in a step that the optimizer has made: before a scheduler changes the learning rate.
 
         Args:
             jacobians: parameter -> the tasks' gradients [T, *shape] in that step, whose sum was its ``.grad``; the
@@ -274,7 +275,7 @@ class Dominance:
 
     @torch.no_grad()
     def shares(self, layers: Layers | None = None) -> Tensor:
-        """The shares so far, in the form of ``dominance()`` of :mod:`mtlgrad.optim`.
+        """Return the shares so far, in the form of ``dominance()`` of :mod:`mtlgrad.optim`.
 
         Args:
             layers: for each layer its parameters, in a sequence or a dict; the parameter groups if not given.
@@ -288,11 +289,15 @@ class Dominance:
         return layer_shares(layers, self.num_tasks, lambda p: self._state.get(p, {}).get("update_square"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors alone, by the parameters' numbers in the optimizer."""
+        """Return tensors alone, by the parameters' numbers in the optimizer."""
         return {"state": {i: dict(self._state[p]) for i, p in enumerate(self._parameters()) if p in self._state}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; tensors are copied."""
+        """Go on from what was measured before.
+
+        Args:
+            state_dict: of :meth:`state_dict`; its tensors are copied.
+        """
         known = list(self._parameters())
         self._state = {
             known[i]: {name: value.to(known[i].device, copy=True) for name, value in values.items()}
@@ -323,7 +328,7 @@ class Dominance:
         return average / (1.0 - beta ** float(state["count"]))
 
     def _step_size(self, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-        """What the optimizer multiplies a first moment, or a gradient, with."""
+        """Return what the optimizer multiplies a first moment, or a gradient, with."""
         lr, eps = group["lr"], group["eps"]
         step = state["step"].double()  # float32 would lose half the digits of 1 - beta2
         if isinstance(self.optimizer, _ADAM):

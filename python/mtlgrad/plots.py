@@ -60,9 +60,15 @@ def _panels(tasks: Sequence[str], curves: Curves, label: str, draw: Any, *, same
 
 
 def loss_curves(tasks: Sequence[str], train: Curves, validation: Curves) -> bytes:
-    """Per task and method: validation loss (solid) and training loss (dotted) over the epochs, means over seeds.
+    """Draw, per task and method, validation loss (solid) and training loss (dotted) over the epochs.
 
-    `train` and `validation`: method -> [epochs][tasks]. Losses more than twenty-fold apart get a logarithmic axis.
+    Args:
+        tasks: their names, a panel each.
+        train, validation: method -> ``[epochs][tasks]``, means over seeds. Losses more than twenty-fold apart get a
+            logarithmic axis.
+
+    Returns:
+        A PNG.
     """
     columns = zip(*(line for curves in (train, validation) for epochs in curves.values() for line in epochs))
     ranges = [(min(values), max(values)) for values in columns]
@@ -79,7 +85,15 @@ def loss_curves(tasks: Sequence[str], train: Curves, validation: Curves) -> byte
 
 
 def task_weights(tasks: Sequence[str], shares: Curves) -> bytes:
-    """Per task and method: the task's share of all weights over the epochs, means over seeds; [epochs][tasks] each."""
+    """Draw, per task and method, the task's share of all weights over the epochs.
+
+    Args:
+        tasks: their names, a panel each.
+        shares: method -> ``[epochs][tasks]``, means over seeds.
+
+    Returns:
+        A PNG.
+    """
     every = [share for epochs in shares.values() for line in epochs for share in line]
     low, high = min(0.0, *every), max(every)
     margin = 0.05 * (high - low)
@@ -92,11 +106,18 @@ def task_weights(tasks: Sequence[str], shares: Curves) -> bytes:
 
 
 def dominance(tasks: Sequence[str], layers: Sequence[str], shares: Shares) -> bytes:
-    """Who moves the shared parameters: per method and layer, each task's share of the squared updates over the epochs.
+    """Draw who moves the shared parameters: per method and layer, each task's share of the squared updates by epoch.
 
-    `shares`: method -> [epochs][layers][tasks], as ``optimizer.dominance(layers)`` of :mod:`mtlgrad.optim`, or
-    ``shares(layers)`` of :class:`mtlgrad.metrics.Dominance`, had them after each epoch. A panel a layer, at most five
-    in a row; a block of rows a method; dashed, the share that all tasks would have if none dominated.
+    A panel a layer, at most five in a row; a block of rows a method; dashed, the share that all tasks would have if
+    none dominated.
+
+    Args:
+        tasks, layers: their names.
+        shares: method -> ``[epochs][layers][tasks]``, as ``optimizer.dominance(layers)`` of :mod:`mtlgrad.optim`, or
+            ``shares(layers)`` of :class:`mtlgrad.metrics.Dominance`, had them after each epoch.
+
+    Returns:
+        A PNG.
     """
     columns = min(len(layers), 5)
     rows = -(-len(layers) // columns)
@@ -142,10 +163,16 @@ class Descent:
 
 
 def landscape(axis: Tensor, descents: Sequence[Descent], front: Tensor, front_losses: Tensor) -> bytes:
-    """A column a method, at most five beside each other: above the parameters with contours, below the losses; the
-    Pareto front [P, 2] in both.
+    """Draw a column a method, at most five beside each other: above the parameters with contours, below the losses; the
+    Pareto front in both.
 
-    `axis` [n] has the coordinates of the contours' grid.
+    Args:
+        axis: [n], the coordinates of the contours' grid.
+        descents: one a method.
+        front, front_losses: [P, 2] each, parameters and losses of the Pareto front.
+
+    Returns:
+        A PNG.
     """
     blocks = -(-len(descents) // 5)
     columns = -(-len(descents) // blocks)

@@ -98,7 +98,7 @@ class Deltas:
 
     @torch.no_grad()
     def take(self, task: int, theta: Copies) -> bool:
-        """Keeps delta_task = parameters - theta. False where the parameters are not finite."""
+        """Keep delta_task = parameters - theta. False where the parameters are not finite."""
         if not self.rows:
             self.rows = self._empty_rows()
         largest: list[Tensor] = []

@@ -39,7 +39,7 @@ ALPHA_OPTIMIZER: MakeOptimizer = partial(torch.optim.SGD, lr=0.1)
 
 
 class AlphaVIL:
-    """Trains a model for the good of one task, the target, by weighing what the training of each task does to it.
+    """Train a model for the good of one task, the target, by weighing what the training of each task does to it.
 
     A round, :meth:`epoch`: from the same parameters theta each task t trains on w_t L_t over a sampled part of its
     batches, which leads to theta + delta_t. Then alpha, 1 for all at first, descends the target's development loss at
@@ -122,8 +122,13 @@ class AlphaVIL:
       rank saves a state of its own, since random state is in it.
     - Memory: while a task trains, its gradients S + H_t once more, as they travel.
 
-    Errors: ``TypeError`` and ``ValueError`` in one line; ``RuntimeError`` where ranks are not in step. A stage that
-    raises (Ctrl-C, too) leaves model, weights and random state as they were before it.
+    Raises:
+        RuntimeError: ranks that are not in step.
+        TypeError: a model, task, loss or function of another kind.
+        ValueError: an option out of its range, data without batches, a development loss that is not finite before the
+            round, or ranks with other parameters.
+
+    A stage that raises (Ctrl-C, too) leaves model, weights and random state as they were before it.
     """
 
     def __init__(
@@ -177,7 +182,7 @@ class AlphaVIL:
 
     @property
     def task_weights(self) -> Tensor:
-        """[T] float64; may be set, to anything that torch.as_tensor takes."""
+        """Return w, [T] float64. May be set, to T finite numbers in anything that torch.as_tensor takes."""
         return self._task_weights
 
     @task_weights.setter
@@ -186,11 +191,18 @@ class AlphaVIL:
 
     @property
     def alphas(self) -> Tensor:
-        """[T] float64 of the last finished round; ones before the first."""
+        """Return the last finished round's alphas, [T] float64; ones before the first."""
         return torch.ones_like(self.task_weights) if self.last is None else self.last.alphas
 
     def epoch(self) -> Round:
-        """Runs a round, or what is left of the one that was begun."""
+        """Run a round, or what is left of the one that was begun.
+
+        Returns:
+            What came of it.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as the class says.
+        """
         for _, said in self._run():
             for text in said:
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -198,10 +210,16 @@ class AlphaVIL:
         return self.last
 
     def stages(self) -> Iterator[Stage]:
-        """The same, stage by stage: yields after each.
+        """Run a round, or what is left of it, stage by stage.
 
         Between two stages the model is as before the round, and :meth:`state_dict` has all that is needed to go on. A
         stage that raises leaves everything as it was before the stage, random state too.
+
+        Yields:
+            Every stage, when it is done.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as the class says.
         """
         for stage, said in self._run():
             for text in said:
@@ -283,7 +301,7 @@ class AlphaVIL:
         return loss
 
     def _put_back(self, theta: Copies, buffers: dict[str, Tensor]) -> None:
-        """The model as it was; from the start if Ctrl-C comes in between."""
+        """Put the model back as it was; from the start if Ctrl-C comes in between."""
         try:
             self._deltas.put_back(theta)
             self._buffers.put_back(buffers)
@@ -313,7 +331,7 @@ class AlphaVIL:
         return float(torch.stack(losses).mean())
 
     def _evaluate(self, now: Round) -> float:
-        """The development loss before the round, and at alpha = 1, where the search starts."""
+        """Find the development loss before the round, and at alpha = 1, where the search starts."""
         self._search.begin(len(self.names), now.sat_out, self._deltas.device)
         before = self._search.loss(None, self._world)
         if not math.isfinite(before):
@@ -369,11 +387,14 @@ class AlphaVIL:
         return now.after
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the model, whose own ``state_dict()`` belongs beside it; ``torch.load(weights_only=True)`` reads it.
+        """Save all but the model, whose own ``state_dict()`` belongs beside it.
 
         In the middle of a round it holds the deltas there are, by reference: save it before going on. The random state
         in it is that of torch, numpy, Python and of the generators that loaders were given; workers that outlive a pass
         (``persistent_workers``) and generators inside losses and data sets are beyond its reach.
+
+        Returns:
+            What ``torch.load(weights_only=True)`` reads.
         """
         middle = self._round is not None
         return {
@@ -391,7 +412,14 @@ class AlphaVIL:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken; the model is to be loaded, too. Sets the global random state."""
+        """Go on where :meth:`state_dict` was taken; the model is to be loaded, too. Sets the global random state.
+
+        Args:
+            state: what that gave.
+
+        Raises:
+            ValueError: a state of other tasks, another target, model or loaders.
+        """
         check_state(state, self.names, self.target, self._buffers.named(), len(self._generators))
         self._deltas.load_state_dict(state["deltas"])
         self._buffers.load_state_dict(state["buffers"])

@@ -11,7 +11,7 @@ import torch
 
 
 def generators_of(sources: Iterable[object]) -> list[torch.Generator]:
-    """The generators that loaders were given; what they draw otherwise comes from torch's global one."""
+    """Return the generators that loaders were given; what they draw otherwise comes from torch's global one."""
     found: list[torch.Generator] = []
     for source in sources:
         batches = getattr(source, "batch_sampler", None)

@@ -39,9 +39,18 @@ class Round:
     kept: Kept = "none"
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the fields by name; lists are copied."""
         return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Round:
+        """Make the round of a :meth:`state_dict`.
+
+        Args:
+            state: what that gave; lists and tensors are copied.
+
+        Returns:
+            An equal round.
+        """
         copied = {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
         return Round(**{**copied, "alphas": state["alphas"].to("cpu", torch.float64, copy=True)})

@@ -77,7 +77,7 @@ class Search:
         self.optimizer = made("alpha_optimizer", self.make_optimizer, [self.alphas])
 
     def loss(self, deltas: Deltas | None, world: World = ALONE) -> float:
-        """The development loss at alpha, or (no deltas) at the model as it is; the mean over the ranks."""
+        """Return the development loss at alpha, or (no deltas) at the model as it is; the mean over the ranks."""
         with evaluation_mode(self.model), torch.no_grad():
             buffers = self._buffers(merged=deltas is not None)
             parameters = self._renormed() if deltas is None else self._parameters(deltas)
@@ -88,7 +88,7 @@ class Search:
             return float(world.mean_(torch.stack(losses).mean()))
 
     def epoch(self, deltas: Deltas, world: World = ALONE) -> bool:
-        """A step of alpha a batch. False where alpha came to NaN or infinity.
+        """Take a step of alpha a batch. Return False where alpha came to NaN or infinity.
 
         All ranks take the same steps, each on its part of a batch.
         """
@@ -108,7 +108,7 @@ class Search:
         return bool(self.alphas.isfinite().all())
 
     def _derive(self, deltas: Deltas, buffers: dict[str, Tensor], batch: Any, world: World) -> Tensor:
-        """A batch's loss; its gradient in alpha goes to ``alphas.grad``. Means over the ranks, both."""
+        """Return a batch's loss; its gradient in alpha goes to ``alphas.grad``. Means over the ranks, both."""
         with torch.enable_grad():
             stand_ins = {**self._parameters(deltas), **buffers}
             loss, self.alphas.grad = functional_call(self.derived, stand_ins, (batch, self.alphas))
@@ -122,7 +122,7 @@ class Search:
         return means[-1]
 
     def _renormed(self) -> dict[str, Tensor]:
-        """Copies of the embeddings that a forward scales down in place, in evaluation mode, too."""
+        """Copy the embeddings that a forward scales down in place, in evaluation mode, too."""
         kinds = (nn.Embedding, nn.EmbeddingBag)
         modules = [(n, m) for n, m in self.model.named_modules() if isinstance(m, kinds) and m.max_norm is not None]
         return {f"{MODEL}.{n}.weight" if n else f"{MODEL}.weight": m.weight.detach().clone() for n, m in modules}
@@ -131,7 +131,7 @@ class Search:
         return {f"{MODEL}.{name}": p for name, p in deltas.displaced(self.alphas, self.absent).items()}
 
     def _buffers(self, *, merged: bool) -> dict[str, Tensor]:
-        """Copies, since some buffers (counters, caches) are written in evaluation mode, too."""
+        """Copy the buffers, since some (counters, caches) are written in evaluation mode, too."""
         found = self.buffers.copy()
         if merged:
             found.update((name, b.clone()) for name, b in self.buffers.merged.items())
@@ -148,7 +148,7 @@ class Search:
             raise ValueError(f"AlphaVIL: tasks: {self.name!r}: dev: expected at least one batch, found none")
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy: what a stage that fails goes back to."""
+        """Return a copy: what a stage that fails goes back to."""
         optimizer = None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict())
         return {"alphas": self.alphas.detach().clone(), "absent": list(self.absent), "optimizer": optimizer}
 
@@ -177,7 +177,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode is trained as a whole; in one that is in training mode, what is frozen stays so."""
+    """Train a model in evaluation mode as a whole; in one that is in training mode, what is frozen stays so."""
     modes = {module: module.training for module in model.modules()}
     if not model.training:
         model.train()

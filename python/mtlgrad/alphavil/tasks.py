@@ -19,7 +19,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """A task of :class:`mtlgrad.AlphaVIL`.
 
     Args:
         train: batches, iterated anew in every round: a ``DataLoader``, a list.
@@ -45,13 +45,14 @@ class Task:
             object.__setattr__(self, "head", tuple(self.head))  # module.parameters() could be read once
 
     def head_parameters(self) -> list[Tensor]:
+        """Return the parameters of the head; none without one."""
         if self.head is None:
             return []
         return list(self.head.parameters() if isinstance(self.head, nn.Module) else self.head)
 
 
 def named(tasks: Mapping[str, Task] | Sequence[Task]) -> dict[str, Task]:
-    """The tasks by name, which is their number where they have none; all checked."""
+    """Return the tasks by name, which is their number where they have none; all checked."""
     if isinstance(tasks, Mapping):
         found = dict(tasks)
     elif isinstance(tasks, Sequence):
@@ -96,7 +97,7 @@ def _check_task(name: str, task: Task) -> None:
 
 
 def target_of(tasks: dict[str, Task], target: str | int) -> int:
-    """The target's number."""
+    """Return the target's number."""
     names = list(tasks)
     if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(names):
         number = target
@@ -122,7 +123,7 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 
 def _shuffles(batches: Iterable[Any]) -> bool:
-    """False of a DataLoader that is known to keep its order."""
+    """Return False of a DataLoader that is known to keep its order."""
     # One with a batch sampler has another sampler beside it, which nobody asks.
     batched = getattr(batches, "batch_sampler", None)
     return not isinstance(getattr(batches if batched is None else batched, "sampler", None), SequentialSampler)
@@ -162,7 +163,7 @@ def count_of(batches: Iterable[Any], subset: float | int) -> int | None:
 
 
 def sample(name: str, batches: Iterable[Any], subset: float | int) -> Iterator[Any]:
-    """A round's part of the batches.
+    """Yield a round's part of the batches.
 
     Of a sequence they are drawn without replacement, in random order, from torch's global generator; of anything else
     they are the first of a new pass, for which a shuffling loader is a random draw as well.

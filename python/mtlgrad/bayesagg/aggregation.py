@@ -77,8 +77,8 @@ def _wants_float64(trace: Tensor, summands: Tensor, prior: Posterior, m: Tensor)
 def batch_posterior(
     prior: Posterior, outputs: Outputs, index: int, name: str | None = None, with_prior: bool = True
 ) -> Posterior:
-    """The batch posterior as an object, in the prior's dtype, with its precision: for sampling, for structures without
-    the lemma, and for several ranks. Without the prior it is what a rank has to add to it."""
+    """Make the batch posterior as an object, in the prior's dtype, with its precision: for sampling, for structures
+    without the lemma, and for several ranks. Without the prior it is what a rank has to add to it."""
     # Deviations from the prior's mean lose fewer digits than those from the weights, but a Kronecker precision is not
     # the sum of the prior's and the batch's, so there the anchor counts (DESIGN 4.2: the weights).
     weight = outputs.weights[index].to(prior.anchor)
@@ -93,7 +93,7 @@ def batch_posterior(
 def condition(
     prior: Posterior, outputs: Outputs, index: int, name: str, rows: slice = ALL_ROWS
 ) -> Iterator[Conditioned]:
-    """The batch posterior, a few rows at a time; all rows in one piece where the likelihood couples them.
+    """Yield the batch posterior, a few rows at a time; all rows in one piece where the likelihood couples them.
 
     Args:
         prior: the full-data posterior, in the dtype of the moments.
@@ -112,7 +112,7 @@ def condition(
 
 
 def moments_of(posterior: Posterior, features: Tensor, like: Tensor) -> Iterator[Conditioned]:
-    """A batch posterior at some of the batch's examples; computed in its dtype, returned in that of ``like``."""
+    """Yield a batch posterior at some of the batch's examples; computed in its dtype, returned in that of ``like``."""
     for part in posterior.likelihood.at(features.to(posterior.anchor), posterior.mean, posterior.contrasts):
         yield Conditioned(*part).to(like)
 
@@ -324,7 +324,7 @@ class Batch(NamedTuple):
         return self.is_sampled(index) or not self.posteriors[index].uses_lemma(examples)
 
     def own_posterior(self, index: int, with_prior: bool = True) -> Posterior:
-        """A head's batch posterior of this process's examples, in float64 for exact moments."""
+        """Make a head's batch posterior of this process's examples, in float64 for exact moments."""
         prior = self.posteriors[index]
         if prior.exact is not None and not self.is_sampled(index):
             prior = prior.exact
@@ -332,7 +332,7 @@ class Batch(NamedTuple):
 
 
 def _parts(batch: Batch, index: int) -> Iterator[Part]:
-    """A head's tasks, some at a time, with the batch posterior as their moments need it."""
+    """Yield a head's tasks, some at a time, with the batch posterior as their moments need it."""
     shared, features = batch.global_batch, batch.features
     known = None if shared is None else shared.posteriors[index]
     if batch.is_sampled(index):

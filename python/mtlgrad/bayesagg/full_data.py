@@ -214,7 +214,7 @@ def full_data_posteriors(
 
 
 def _share_anchors(posteriors: Sequence[Posterior], there: Sequence[int], world: World) -> None:
-    """Sums in deviations from a point add up where that point is one: that of the first rank with examples."""
+    """Move all to the anchors of the first rank with examples: sums of deviations from one point add up."""
     classifiers = [p for p in posteriors if not p.likelihood.is_exact]
     if not classifiers:
         return

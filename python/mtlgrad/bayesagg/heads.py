@@ -84,29 +84,57 @@ class Head:
 
     @property
     def num_tasks(self) -> int:
+        """Return the number of tasks that the outputs are."""
         return self.outputs
 
     @property
     def signature(self) -> str:
-        """What a saved state must agree on."""
+        """Return what a saved state must agree on."""
         return f"{self.likelihood} {self.width} -> {self.outputs}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.width} -> {self.outputs}, gamma={self.gamma}, power={self.power.tolist()})"
 
     def weight(self, like: Tensor) -> Tensor:
-        """Return a copy [R, P] of the weights, bias (zero where there is none) last, in the dtype of ``like``."""
+        """Copy the layers' weights.
+
+        Args:
+            like: a tensor of the dtype and device.
+
+        Returns:
+            [R, P], bias (zero where there is none) last.
+        """
         return stacked_weights([self], like)
 
     def check(self, op: str, features: Tensor, targets: Tensor) -> Tensor:
-        """The targets, [B, O] or [B] for classes, or an error that names what is wrong."""
+        """Check a batch.
+
+        Args:
+            op: whose errors they are.
+            features: [B, D].
+            targets: [B, O] or [B].
+
+        Returns:
+            The targets, [B, O], or [B] for classes.
+
+        Raises:
+            RuntimeError: shapes, dtypes, devices.
+            ValueError: what is no tensor; on the CPU also values.
+        """
         check_same_device(op, "features", features=features, **{"the head's weight": self.layers[0].weight})
         weight_shape = (self.outputs, self.likelihood.width(self.width))
         return self.likelihood.check_targets(op, features, targets, weight_shape).detach()
 
     @torch.no_grad()
     def probe(self, op: str) -> None:
-        """Refuse layers whose forward is another than x W' + b: adapters, hooks, quantised weights."""
+        """Refuse layers whose forward is another than x W' + b: adapters, hooks, quantised weights.
+
+        Args:
+            op: whose errors they are.
+
+        Raises:
+            ValueError: there is such a layer.
+        """
         for layer in self.layers:
             plain = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
             if (plain and not layer._forward_hooks and not layer._forward_pre_hooks) or layer.weight.is_meta:
@@ -122,6 +150,14 @@ class Head:
                 )
 
     def predict(self, features: Tensor) -> Tensor:
+        """Compute the outputs.
+
+        Args:
+            features: [B, D].
+
+        Returns:
+            [B, O] or [B, C].
+        """
         layers = [
             (full(layer.weight).flatten(1), None if layer.bias is None else full(layer.bias)) for layer in self.layers
         ]
@@ -200,6 +236,9 @@ class Regression(Head):
             (DESIGN 4.2).
         bias: whether the posterior's weights have one, as a classifier's; None: if the layers have. False is the
             published model, for targets whose mean is zero.
+
+    Raises:
+        ValueError: layers that are not as :class:`Head` says, an option out of its range.
     """
 
     def __init__(
@@ -229,13 +268,27 @@ class Regression(Head):
 
 
 class Binary(Head):
-    """Binary cross entropy with logits, each output a task."""
+    """Binary cross entropy with logits, each output a task.
+
+    Args:
+        layers, gamma, power: as in :class:`Head`.
+
+    Raises:
+        ValueError: as :class:`Regression`; layers without a bias.
+    """
 
     likelihood = Bernoulli()
 
 
 class Multiclass(Head):
-    """Softmax cross entropy; all classes are one task."""
+    """Softmax cross entropy; all classes are one task.
+
+    Args:
+        layers, gamma, power: as in :class:`Head`.
+
+    Raises:
+        ValueError: as :class:`Binary`.
+    """
 
     likelihood = Categorical()
 

@@ -86,8 +86,8 @@ class BayesAgg(NotScripted, nn.Module):
     ``torch.compile`` traces through the layer and :meth:`total`, also with ``fullgraph=True``.
 
     Raises:
-        RuntimeError: shapes, dtypes, devices, at forward; ranks that differ. ValueError: options; on the CPU also
-            values.
+        RuntimeError: shapes, dtypes, devices, at forward; ranks that differ; a second backward through a call.
+        ValueError: options; on the CPU also values.
 
     Source: arXiv 2402.04005, algorithm 1.
     """
@@ -159,12 +159,13 @@ class BayesAgg(NotScripted, nn.Module):
         self._diagnosis: tuple[Tensor, Tensor] | None = None
 
     def extra_repr(self) -> str:
+        """Return what ``repr`` shows."""
         return f"heads={list(self.heads)}, moments={self.moments!r}, covariance={self.covariance!r}"
 
     # ---- forward and backward
 
     def forward(self, features: Tensor, targets: Sequence[Tensor | None] | None = None, count: bool = True) -> Tensor:
-        """Return the features themselves.
+        """Pass the features through, and have their gradient aggregated on its way back.
 
         Args:
             features: [B, D], the backbone's output; or [B, L, D] or [B, D, H, W], whose positions are the examples.
@@ -172,6 +173,14 @@ class BayesAgg(NotScripted, nn.Module):
                 dimensions of the features [B, L, O], [B, O, H, W] and [B, L], [B, H, W]. None for a head without any
                 label here. Not looked at, and may be left out, where the layer is plain identity.
             count: whether the batch enters the statistics. False for a second pass of the same examples.
+
+        Returns:
+            The features themselves.
+
+        Raises:
+            RuntimeError: shapes, dtypes, devices; a call within activation checkpointing, a CUDA graph or torch.func.
+            TypeError: the features are no tensor.
+            ValueError: the targets are not one a head; on the CPU also values.
         """
         check_tensor("BayesAgg", "features", features)
         if not (self.training and torch.is_grad_enabled() and features.requires_grad):
@@ -273,6 +282,14 @@ class BayesAgg(NotScripted, nn.Module):
             warnings.warn(message, stacklevel=3)
 
     def train(self, mode: bool = True) -> BayesAgg:
+        """Set the mode, as in torch.nn.Module; warn of a second evaluation without a posterior.
+
+        Args:
+            mode: True to train.
+
+        Returns:
+            The layer.
+        """
         if self.training and not mode and self._full_data[0].count and self._posteriors is None:
             self._evaluations += 1
             if self._evaluations == 2 and self.statistics != "moving":
@@ -284,7 +301,7 @@ class BayesAgg(NotScripted, nn.Module):
 
     @staticmethod
     def _check_place(features: Tensor) -> None:
-        """The batch would enter the statistics twice, or not at all."""
+        """Refuse places where the batch would enter the statistics twice, or not at all."""
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "BayesAgg: expected to be called outside of activation checkpointing, found the call repeated in a "
@@ -308,6 +325,15 @@ class BayesAgg(NotScripted, nn.Module):
 
         Not needed where the losses of the registered heads are all that arrives. Where more does, the scale is exact
         with it, and else taken from the gradient. Belongs to the last call of the layer.
+
+        Args:
+            losses: scalars, batch means.
+
+        Returns:
+            The sum, a scalar.
+
+        Raises:
+            ValueError: no losses, or such that are no scalar tensors.
         """
         if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
             raise ValueError(f"BayesAgg.total: losses: expected a sequence or a dict, found {type(losses).__name__}")
@@ -391,6 +417,10 @@ class BayesAgg(NotScripted, nn.Module):
 
         Call it once per epoch, after the last step; on all ranks, also on those that had no batch. With moving
         statistics it need not be called; where it is, it tells how many examples an epoch has.
+
+        Raises:
+            RuntimeError: no batch since the last call; ranks whose heads have other weights.
+            ValueError: a precision that no jitter factorises; a head's layer that is no longer x W' + b.
         """
         if self._unseen and not self._full_data[0].count and world_of(self._group).size == 1:
             calls = ", ".join(f"{count} {reason}" for reason, count in self._unseen.items())
@@ -424,13 +454,13 @@ class BayesAgg(NotScripted, nn.Module):
 
     @property
     def posteriors(self) -> list[Posterior] | None:
-        """The full-data posterior of every head, float64; None before the first :meth:`refresh`."""
+        """Return the full-data posterior of every head, float64; None before the first :meth:`refresh`."""
         return self._posteriors
 
     @property
     def noise(self) -> Tensor | None:
-        """[T] float64: the variance of each regression task's targets about its posterior mean, which its gradient is
-        divided by; NaN for the other tasks. None before the first :meth:`refresh`."""
+        """Return the variance of each regression task's targets about its posterior mean, which its gradient is divided
+        by, [T] float64; NaN for the other tasks. None before the first :meth:`refresh`."""
         if self._posteriors is None:
             return None
         parts = []
@@ -496,8 +526,19 @@ class BayesAgg(NotScripted, nn.Module):
 
     @torch.no_grad()
     def aggregate(self, features: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """The gradient that the layer would send back for a batch whose loss is not scaled, [B, D]. With several ranks
-        all must call it, each with its part of the batch."""
+        """Aggregate a batch's gradient, as the layer would for a loss that is not scaled. With several ranks all must
+        call it, each with its part of the batch.
+
+        Args:
+            features, targets: as of the layer.
+
+        Returns:
+            [B, D], B the examples (positions).
+
+        Raises:
+            RuntimeError: there is no full-data posterior; shapes, dtypes, devices.
+            ValueError: as the layer.
+        """
         if self._posteriors is None:
             raise RuntimeError("BayesAgg.aggregate: expected a full-data posterior, found none; call refresh() first")
         rows = features.detach()
@@ -512,21 +553,21 @@ class BayesAgg(NotScripted, nn.Module):
 
     @property
     def task_weights(self) -> Tensor | None:
-        """[T]: each task's share of the weights in the last aggregated batch, averaged over this rank's examples and
-        the dimensions; None before. Computed when it is read, at about the cost of two aggregations."""
+        """Return each task's share of the weights in the last aggregated batch, [T], averaged over this rank's
+        examples and the dimensions; None before. Computed when it is read, at about the cost of two aggregations."""
         return None if self._last is None else self._diagnose()[0]
 
     @property
     def loss_weights(self) -> Tensor | None:
-        """[T] float64: what each task's loss, as a mean over the batch, was multiplied by in the last aggregated batch,
-        read off the gradient that arrived; None before. Zero for a head whose gradient is not that of its loss."""
+        """Return what each task's loss, as a mean over the batch, was multiplied by in the last aggregated batch, [T]
+        float64, read off the gradient that arrived; None before. Zero for a head whose gradient is not its loss's."""
         return self._loss_weights
 
     @property
     def gradient_variance(self) -> Tensor | None:
-        """[T, D]: the variance of each task's gradient in the last aggregated batch, averaged over this rank's examples
-        that have its label (NaN where none has); None before. Of a regression task's gradient over its noise. Computed
-        with :attr:`task_weights`."""
+        """Return the variance of each task's gradient in the last aggregated batch, [T, D], averaged over this rank's
+        examples that have its label (NaN where none has); None before. Of a regression task's gradient over its noise.
+        Computed with :attr:`task_weights`."""
         return None if self._last is None else self._diagnose()[1]
 
     def _diagnose(self) -> tuple[Tensor, Tensor]:
@@ -537,8 +578,15 @@ class BayesAgg(NotScripted, nn.Module):
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> list[Tensor]:
-        """The heads' outputs, [B, O] or [B, C] each; regression by the full-data posterior's mean once there is one, as
-        published (no bias), else by the head."""
+        """Compute the heads' outputs; regression by the full-data posterior's mean once there is one, as published,
+        else by the head.
+
+        Args:
+            features: [B, D].
+
+        Returns:
+            For each head [B, O] or [B, C].
+        """
         outputs = []
         for i, head in enumerate(self.heads):
             if self._posteriors is not None and head.likelihood.is_exact:
@@ -550,10 +598,14 @@ class BayesAgg(NotScripted, nn.Module):
     # ---- state
 
     def get_extra_state(self) -> Tensor:
-        """Return posteriors, the epoch's statistics so far and the pass number as one tensor of bytes: a resumed run
-        repeats an uninterrupted one bit for bit. The statistics are those of this rank's examples: within an epoch
-        every rank needs its own state, after :meth:`refresh` they are the same, and any number of ranks may go on with
-        one. A layer that has seen nothing has no state, and one may be loaded from a checkpoint without it."""
+        """Save posteriors, the epoch's statistics so far and the pass number: a resumed run repeats an uninterrupted
+        one bit for bit. The statistics are those of this rank's examples: within an epoch every rank needs its own
+        state, after :meth:`refresh` they are the same, and any number of ranks may go on with one. A layer that has
+        seen nothing has no state, and one may be loaded from a checkpoint without it.
+
+        Returns:
+            uint8, on the CPU; empty where there is no state.
+        """
         if not self._has_state():
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         state = {
@@ -585,7 +637,7 @@ class BayesAgg(NotScripted, nn.Module):
             missing.remove(f"{prefix}_extra_state")
 
     def _signature(self) -> list[str]:
-        """What a saved state must agree on with the layer."""
+        """Say what a saved state must agree on with the layer."""
         return [
             *(head.signature for head in self.heads),
             f"covariance {self.covariance}",
@@ -593,6 +645,14 @@ class BayesAgg(NotScripted, nn.Module):
         ]
 
     def set_extra_state(self, saved: Tensor) -> None:
+        """Go on from a state, on the heads' device.
+
+        Args:
+            saved: by :meth:`get_extra_state`.
+
+        Raises:
+            ValueError: a state of other heads or options, or of another version of this package.
+        """
         if not saved.numel():
             return
         weight = self.heads[0].layers[0].weight
@@ -615,7 +675,7 @@ class BayesAgg(NotScripted, nn.Module):
             full_data.load_state(part)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's passes are its own."""
+        """Give a copy passes of its own."""
         super().__setstate__(state)
         self._latest = torch.zeros_like(self._latest)
         self._handle = known_as(self)
@@ -654,7 +714,7 @@ class Pass:
 
 
 def known_as(layer: BayesAgg) -> int:
-    """A number for the layer, which traced code has in its place."""
+    """Give the layer a number, which traced code has in its place."""
     handle = next(_handles)
     _LAYERS[handle] = layer
     return handle

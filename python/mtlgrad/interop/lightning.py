@@ -24,7 +24,7 @@ __all__ = ["MultiTaskMonitor"]
 
 
 class MultiTaskMonitor(Callback):
-    """Logs, every n-th step, the latest values of all the module's layers and the trainer's optimizers of this package.
+    """Log, every n-th step, the latest values of all the module's layers and the trainer's optimizers of this package.
 
     ====================  ========================================================================================
     :class:`.GramRule`    ``{name}/weight/{task}``: of :class:`.AlignedMTL`, :class:`.UPGrad` and all other rules
@@ -43,7 +43,7 @@ class MultiTaskMonitor(Callback):
 
     Raises:
         ValueError: ``every_n_steps`` below 1. When training starts: the trainer has no logger; there is nothing to log;
-        a layer or an optimizer has another number of tasks than ``task_names``.
+            a layer or an optimizer has another number of tasks than ``task_names``.
 
     All ranks compute the values, which may take collectives (:meth:`.BayesAgg.task_weights` takes about two
     aggregations); rank zero reads them from the device, in one piece, and logs them to every logger.
@@ -56,6 +56,14 @@ class MultiTaskMonitor(Callback):
         self.task_names = None if task_names is None else list(task_names)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there is something to log, and where.
+
+        Args:
+            trainer, pl_module: Lightning's.
+
+        Raises:
+            ValueError: as the class says.
+        """
         if not trainer.loggers:
             raise ValueError(
                 "MultiTaskMonitor: trainer: expected a logger, found none; leave logger=False out, or this callback"
@@ -75,6 +83,11 @@ class MultiTaskMonitor(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log, after every n-th step.
+
+        Args:
+            trainer, pl_module: Lightning's.
+        """
         # Lightning's own count, for the axis of self.log: global_step counts every optimizer of manual optimisation.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         accumulating = pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()

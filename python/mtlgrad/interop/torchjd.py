@@ -32,10 +32,16 @@ def _at_least_float32(weights: Tensor, like: Tensor) -> Tensor:
 class AlignedMTLWeighting(theirs.AlignedMTLWeighting):
     r"""The weights B p of Aligned-MTL from a Gramian, by :func:`mtlgrad.ops.align`, which has the equations.
 
-    For ``torchjd.autogram``, and inside :class:`AlignedMTL`, whose arguments and errors it has.
+    For ``torchjd.autogram``, and inside :class:`AlignedMTL`.
+
+    Args:
+        pref_vector, scale_mode, rtol: as in :class:`AlignedMTL`.
 
     Shapes: ``weighting(gramian)``, [m, m] of any floating dtype, gives [m], float64 for float64, else float32.
     Differentiable where no two eigenvalues are equal.
+
+    Raises:
+        ValueError: as :class:`AlignedMTL`.
 
     Source: Senushkin et al., CVPR 2023, arXiv 2305.19000, section 4, algorithm 1.
     """
@@ -45,6 +51,17 @@ class AlignedMTLWeighting(theirs.AlignedMTLWeighting):
         self.rtol = rtol
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
+        """Find the weights.
+
+        Args:
+            gramian: [m, m].
+
+        Returns:
+            [m], B p.
+
+        Raises:
+            ValueError: as the class says.
+        """
         if self.scale_mode not in get_args(Scale):
             raise ValueError(
                 f"AlignedMTL: Invalid scale_mode={self.scale_mode!r}. Expected one of {', '.join(get_args(Scale))}"
@@ -86,8 +103,10 @@ class AlignedMTL(theirs.AlignedMTL):
     Shapes: ``aggregator(matrix)``, [m, n] of any floating dtype, gives [n] of that dtype. Differentiable where no two
     singular values are equal.
 
-    Errors: ``ValueError`` for an unknown ``scale_mode`` (when called), a ``pref_vector`` that is no vector or has not m
-    entries. NaN or infinity in a gradient gives a gradient of NaN, where TorchJD fails in ``eigh``.
+    Raises:
+        ValueError: an unknown ``scale_mode`` (when called), a ``pref_vector`` that is no vector or has not m entries.
+
+    NaN or infinity in a gradient gives a gradient of NaN, where TorchJD fails in ``eigh``.
 
     Source: Senushkin et al., CVPR 2023, arXiv 2305.19000, section 4, algorithm 1.
     """
@@ -100,6 +119,17 @@ class AlignedMTL(theirs.AlignedMTL):
         self.weighting = _JacobianWeighting(self.gramian_weighting)
 
     def forward(self, matrix: Matrix, /) -> Tensor:
+        """Aggregate a Jacobian.
+
+        Args:
+            matrix: J, [m, n].
+
+        Returns:
+            [n].
+
+        Raises:
+            ValueError: as the class says.
+        """
         result = ops.combine(matrix, self.weighting(matrix))
         assert isinstance(result, Tensor)
         return result

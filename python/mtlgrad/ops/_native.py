@@ -58,10 +58,11 @@ def _device_problem() -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled in, and what this process can use.
+    """Tell what was compiled in, and what this process can use. Touches the CUDA driver (importing mtlgrad does not).
 
-    ``device`` names the CUDA device that can be used; where there is none it is None and ``device_problem`` says why.
-    Touches the CUDA driver (importing mtlgrad does not).
+    Returns:
+        version, torch, compiler, openmp, threads, cuda_compiled, cuda_archs, nvcc and cudart; ``device``, the name of
+        the CUDA device that can be used; where there is none it is None and ``device_problem`` says why.
     """
     problem = _device_problem()
     return {

@@ -26,6 +26,12 @@ def hide_from_dynamo(function: _Function) -> _Function:
     Kernels get pointers, of which Dynamo knows nothing: where it takes a function apart it lets go of tensors before
     the kernel has read or written them. As ``torch.compiler.disable``, without importing Dynamo (3 s). Goes under other
     decorators: their code is shared with functions of others.
+
+    Args:
+        function: marked in place.
+
+    Returns:
+        The same function.
     """
     frames = torch._C._dynamo.eval_frame
     skip = frames._FrameAction.SKIP
@@ -35,10 +41,15 @@ def hide_from_dynamo(function: _Function) -> _Function:
 
 
 def define_operator(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator that torch.compile does not look into, for the host and CUDA; return it.
+    """Define an operator that torch.compile does not look into, for the host and CUDA.
 
-    ``fake`` is the version without values that is traced. In ``kernel`` autocast is off: it would turn the GEMMs before
-    a kernel to half precision.
+    Args:
+        schema: as torch.library's.
+        kernel: runs with autocast off, which would turn the GEMMs before a kernel to half precision.
+        fake: the version without values that is traced.
+
+    Returns:
+        ``torch.ops.mtlgrad.<name>.default``.
     """
     name = schema.partition("(")[0]
 
@@ -91,7 +102,8 @@ class Operation:
     """An operation, from which the operators of torch, their traced versions and the derivative follow.
 
     Args:
-        schema: as torch.library's; a class of ``structs`` stands for its fields, ``Changed`` for what is written.
+        schema, structs: as torch.library's; a class of ``structs`` stands for its fields, ``Changed`` for what is
+            written.
         check: of all arguments; raises before anything is computed, in the real and in the traced version.
         kernel: ``kernel(kernels, *arguments, out)`` calls compiled code and writes to ``out``, a list of tensors, or
             returns NotImplemented for what that cannot take.
@@ -134,7 +146,7 @@ class Operation:
             self._operator_like = define_operator(like, self._run_like, self._fake_like)
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the schema returns; new tensors."""
+        """Return what the schema does; new tensors."""
         flat = self._flat(arguments)
         leaves = self._leaves(flat)
         if not self._differentiable:
@@ -154,6 +166,10 @@ class Operation:
         """Write to ``out``; not differentiable.
 
         Traced, by copies: of an operator that changes a view, inductor loses an offset that depends on a dynamic size.
+
+        Args:
+            out: tensors that ``check_out`` accepts.
+            arguments: as in a call.
         """
         flat = self._flat(arguments)
         leaves = self._leaves(flat)

@@ -134,11 +134,12 @@ class Step(NamedTuple):
 
     @property
     def tasks(self) -> int:
+        """Return T."""
         return len(self.settings.task_weights)
 
     @property
     def tensors(self) -> tuple[list[Tensor], ...]:
-        """All that is changed."""
+        """Return all that is changed."""
         return (self.parameters, *self.moments, self.steps, self.squares)
 
     def real(self) -> Step:
@@ -150,7 +151,7 @@ class Step(NamedTuple):
         return self._replace(parameters=as_real(self.parameters), jacobians=jacobians, moments=moments)
 
     def moment_dtypes(self) -> list[torch.dtype]:
-        """One a parameter: that of a second moment, which all of its moments have."""
+        """Return a dtype for each parameter: that of a second moment, which all of its moments have."""
         squares = self.moments.exp_avg_sqs if isinstance(self.moments, AdamMoments) else self.moments[0]
         return list(map(_DTYPE, squares[:: self.tasks]))
 
@@ -172,7 +173,17 @@ def adatask_adam(
     decoupled: bool = False,
     **shared: Any,
 ) -> None:
-    """Take a step of Adam (``decoupled``: AdamW; ``max_exp_avg_sqs``: amsgrad) with moments per task; see above.
+    """Take a step of Adam with moments per task.
+
+    Args:
+        parameters, jacobians, steps: as in :mod:`mtlgrad.ops.adatask`, which also has what else may be given by name.
+        exp_avgs, exp_avg_sqs: the moments, P sequences of T tensors each.
+        max_exp_avg_sqs: likewise, for amsgrad.
+        lr, betas, eps: as in torch.optim.Adam.
+        decoupled: AdamW's weight decay.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices and numbers of tensors that do not fit.
 
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.Adam (DESIGN 4.5).
     """
@@ -194,10 +205,18 @@ def adatask_rmsprop(
     momentum: float = 0.0,
     **shared: Any,
 ) -> None:
-    """Take a step of RMSProp with a second moment per task; see above for the arguments.
+    """Take a step of RMSProp with a second moment per task.
 
-    ``grad_avgs`` (``centered``) are per task, too. ``momentum_buffers`` are P tensors, typed like the moments: momentum
-    is linear in the updates, so one buffer holds the sum of all tasks'. AU then counts updates before the momentum.
+    Args:
+        parameters, jacobians, steps: as in :mod:`mtlgrad.ops.adatask`, which also has what else may be given by name.
+        square_avgs: the moments, P sequences of T tensors.
+        grad_avgs: likewise, for ``centered``.
+        momentum_buffers: P tensors, typed like the moments: momentum is linear in the updates, so one buffer holds the
+            sum of all tasks'. AU then counts updates before the momentum.
+        lr, alpha, eps, momentum: as in torch.optim.RMSprop.
+
+    Raises:
+        RuntimeError: as :func:`adatask_adam`; momentum without buffers.
 
     Source: arXiv 2211.15055, section 4, with the moments of torch.optim.RMSprop (DESIGN 4.5).
     """
@@ -217,7 +236,15 @@ def adatask_adagrad(
     eps: float = 1e-10,
     **shared: Any,
 ) -> None:
-    """Take a step of AdaGrad with a sum of squared gradients per task; see above for the arguments.
+    """Take a step of AdaGrad with a sum of squared gradients per task.
+
+    Args:
+        parameters, jacobians, steps: as in :mod:`mtlgrad.ops.adatask`, which also has what else may be given by name.
+        state_sums: the sums, P sequences of T tensors.
+        lr, lr_decay, eps: as in torch.optim.Adagrad.
+
+    Raises:
+        RuntimeError: as :func:`adatask_adam`.
 
     Source: arXiv 2211.15055, section 4, with the state of torch.optim.Adagrad (DESIGN 4.5).
     """
@@ -267,6 +294,19 @@ def step_settings(
     square_decay: float = 0.99,
     keys: Sequence[int] | None = None,
 ) -> StepSettings:
+    """Make the settings of a :class:`Step`.
+
+    Args:
+        op: the operation's name, for errors.
+        tasks: T.
+        lr, eps, weight_decay, maximize, task_weights, present, square_decay, keys: as of the operations.
+
+    Returns:
+        The settings; an ``lr`` on a device is not read.
+
+    Raises:
+        RuntimeError: another number of ``task_weights`` than tasks, or an ``lr`` of several elements.
+    """
     if task_weights is not None and len(task_weights) != tasks:
         refuse(f"{op}: task_weights: expected {tasks} numbers, one a task, found {len(task_weights)}")
     weights = [1.0] * tasks if task_weights is None else [float(w) for w in task_weights]
@@ -507,6 +547,9 @@ class TaskStep:
 
     What follows from them is looked at once, and again when one of them has died, is another, has moved, or lies
     otherwise. It keeps none of them alive, and uses no address that it has not read from its tensor in the same step.
+
+    Args:
+        operation: ``ADAM``, ``RMSPROP`` or ``ADAGRAD`` of :mod:`mtlgrad.ops.adatask`.
     """
 
     def __init__(self, operation: Operation):

@@ -59,6 +59,10 @@ def align(
         the host. If anything in ``gram`` is not finite, everything is NaN, and the rank -1. A task whose gradient is
         zero gets the weight zero; if all are, the weights are the preference. Not differentiable.
 
+    Raises:
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: an unknown ``scale``, or ``rtol`` out of [0, 1).
+
     With ``scale="min"`` the update jumps when the smallest eigenvalue crosses the tolerance (by up to 1 / sqrt(rtol)):
     watch the rank.
 
@@ -94,6 +98,9 @@ def merge(
     Returns:
         The gradient, shaped and typed like a row, and the alignment. Not differentiable.
 
+    Raises:
+        RuntimeError, ValueError: as :func:`gram` and :func:`align`.
+
     Source: arXiv 2305.19000, algorithm 1; DESIGN 4.4.
     """
     own, listed = Rows.of("merge", rows)
@@ -112,9 +119,13 @@ def merge(
 
 
 class TaskMerge:
-    """Merge T gradients of one tensor again and again, as :func:`merge`, into one result; ``preference`` is float64.
+    """Merge T gradients of one tensor again and again, as :func:`merge`.
 
     What follows from their shapes is looked at once, and again when they have others.
+
+    Args:
+        result: written in every call.
+        preference: p, [T] float64; None: ones.
     """
 
     def __init__(self, result: AlignResult, preference: Tensor | None):

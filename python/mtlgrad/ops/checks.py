@@ -26,7 +26,7 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
-    """``expected`` holds sizes, or names of sizes that may be anything."""
+    """Refuse another shape than ``expected``: sizes, or names of sizes that may be anything."""
     found = tensor.shape
     if len(found) != len(expected) or not all(isinstance(e, str) or e == f for e, f in zip(expected, found)):
         refuse(f"{op}: {name}: expected shape [{', '.join(map(str, expected))}], found {shape_of(tensor)}")

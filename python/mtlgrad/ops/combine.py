@@ -39,12 +39,16 @@ def gram(rows: AnyRows | Stacked, *, check_finite: bool = False) -> Tensor:
     """Return M_ij = <row i, row j>.
 
     Args:
-        rows: T rows of N elements in all.
+        rows: T rows: a tensor [T, ...], T tensors, T sequences of tensors, or :class:`Stacked`.
         check_finite: reads the diagonal on the host and raises ``ValueError`` with the task's number if its gradient
             has NaN or infinity, or is too small for float32 to hold its digits.
 
     Returns:
         [T, T] float64, symmetric. A row with NaN or infinity makes its row and column NaN or infinite.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: rows that do not fit together.
 
     Source: G'G of arXiv 2305.19000, section 3; differentiable (DESIGN 4.4).
     """
@@ -80,11 +84,14 @@ def dots(rows: AnyRows | Stacked, vector: Row) -> Tensor:
     """Return <row t, vector> for every task.
 
     Args:
-        rows: T rows.
+        rows: T rows, as in :func:`gram`.
         vector: shaped and typed like a row, or float32 where the rows are bfloat16: a tensor, or a sequence of tensors.
 
     Returns:
         [T] float64.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`gram`.
 
     Source: the derivative of :func:`combine` in its weights; DESIGN 4.5.
     """
@@ -129,7 +136,7 @@ def combine(rows: AnyRows | Stacked, weights: Tensor, out: Row | None = None) ->
     """Return sum_t weights_t row_t: one read of every row, one write.
 
     Args:
-        rows: T rows.
+        rows: T rows, as in :func:`gram`.
         weights: [T], any floating dtype, on the rows' device. A weight of zero does not hide NaN in its row.
         out: written in place if given: a tensor or tensors like a row, dense, each apart from the rows or exactly the
             tensor of one of them in its place. Not differentiable then.
@@ -137,6 +144,9 @@ def combine(rows: AnyRows | Stacked, weights: Tensor, out: Row | None = None) ->
     Returns:
         ``out``, or new tensors shaped and typed like a row (a list of tensors if rows are). Summed in float32 (float64
         for float64 rows) and rounded once.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`gram`.
 
     Source: G w of arXiv 2305.19000, section 3; DESIGN 4.4.
     """

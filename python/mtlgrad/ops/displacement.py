@@ -50,7 +50,9 @@ def displace(base: Row, rows: AnyRows | Stacked, weights: Tensor, out: Row | Non
     at a time: at most ``STAGED_BYTES`` (64 MiB), or the T rows of one parameter that has more. Such rows must not
     require a gradient, and have no second derivative.
 
-    Errors: ``ValueError`` for rows that do not fit together, ``RuntimeError`` for shapes, dtypes and devices.
+    Raises:
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: rows that do not fit together.
 
     Source: theta + sum_t alpha_t delta_t of arXiv 2405.07769; DESIGN 4.5.
     """

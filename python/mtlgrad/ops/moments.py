@@ -203,12 +203,19 @@ def _declare(
 
 
 def regression_moments(features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor) -> Moments:
-    """Return the moments of the gradient of (w.h - y)^2 for w ~ N(mean, covariance), in closed form, [B, O, D] each.
+    """Find the moments of the gradient of (w.h - y)^2 for w ~ N(mean, covariance), in closed form.
 
     Args:
         features, targets: [B, D] and [B, O], NaN where there is no label.
         mean: [O, D], or [O, P] of heads with a bias, last.
         covariance: [D, D], shared by the outputs, or [O, D, D]; or P for D likewise; symmetric.
+
+    Returns:
+        Mean and variance, [B, O, D] each, float32, or float64 where a tensor is; without a label 0 and infinity.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: on the CPU: values that are not finite, a covariance that is not positive semi-definite.
 
     Source: arXiv 2402.04005, section 4 (Isserlis' theorem); DESIGN 4.1.
     """
@@ -244,14 +251,21 @@ _regression = _declare(
 
 
 def binary_moments(features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor, *, nodes: int = 32) -> Moments:
-    """Return the moments of the gradient of binary cross entropy with logit w.h + b, (w, b) ~ N(mean, covariance),
-    [B, O, D] each. No weight is sampled: the logit's Gaussian is integrated by Gauss-Hermite quadrature.
+    """Find the moments of the gradient of binary cross entropy with logit w.h + b, (w, b) ~ N(mean, covariance).
+
+    No weight is sampled: the logit's Gaussian is integrated by Gauss-Hermite quadrature.
 
     Args:
         features, targets: [B, D] and [B, O] of 0, 1 or between, NaN where there is no label.
         mean: [O, P], bias last.
         covariance: [O, P, P], symmetric, or [O, P], the diagonals of diagonal matrices.
         nodes: of the quadrature, 3 to 512.
+
+    Returns:
+        Mean and variance, [B, O, D] each, as :func:`regression_moments`.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`regression_moments`; ``RuntimeError`` for ``nodes`` out of range.
 
     Source: arXiv 2402.04005, section 4; the conditional form is DESIGN 4.1.
     """
@@ -309,8 +323,9 @@ def multiclass_moments(
     num_points: int = NUM_POINTS,
     seed: int = 0,
 ) -> Moments:
-    """Return the moments of the gradient of softmax cross entropy for weights (W, b) jointly Gaussian over C classes,
-    [B, 1, D] each. The C logits are integrated over quasi-random points, not the C x P weights.
+    """Find the moments of the gradient of softmax cross entropy for weights (W, b) jointly Gaussian over C classes.
+
+    The C logits are integrated over quasi-random points, not the C x P weights.
 
     Args:
         features, targets: [B, D] and [B] int64, -100 where there is no label.
@@ -318,6 +333,13 @@ def multiclass_moments(
         covariance: [C*P, C*P], class-major, symmetric; or, for posteriors of less structure, [C, P, P] (one block per
             class), [C, P] (diagonal), or a pair ([C, C], [P, P]) (their Kronecker product).
         num_points, seed: scrambled Sobol points, and of the scrambling.
+
+    Returns:
+        Mean and variance, [B, 1, D] each, as :func:`regression_moments`.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices; ``num_points`` below 1.
+        ValueError: as :func:`regression_moments`; on the CPU: classes out of range.
 
     Source: arXiv 2402.04005, section 4; the conditional form is DESIGN 4.1.
     """
@@ -409,7 +431,7 @@ _multiclass = _declare(
 
 
 def sampled_moments(features: Tensor, targets: Tensor, samples: Tensor, *, kind: str) -> Moments:
-    """Return the moments over weight samples, the published estimator: [B, C, D] each (binary) or [B, 1, D] each.
+    """Find the moments over weight samples, the published estimator.
 
     One pass over the samples, both moments in registers, deviations from the first sample's gradient summed, so that
     tight posteriors do not cancel; the [S, B, D] tensor of gradients never exists. The variance is that of the S
@@ -420,6 +442,13 @@ def sampled_moments(features: Tensor, targets: Tensor, samples: Tensor, *, kind:
         targets: binary [B, C], 0, 1 or between, NaN where there is no label; multiclass [B] int64, -100 likewise.
         samples: [S, C, P], bias last.
         kind: "binary" (C tasks) or "multiclass" (one task).
+
+    Returns:
+        Mean and variance, [B, C, D] each (binary) or [B, 1, D] each, as :func:`regression_moments`.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: another ``kind``; on the CPU: values that are not finite, classes out of range.
 
     Source: arXiv 2402.04005, section 4 (Monte Carlo moments).
     """
@@ -477,13 +506,20 @@ def power_tensor(op: str, power: float | Sequence[float] | Tensor, tasks: int, d
 
 
 def precision_mean(means: Tensor, variances: Tensor, power: float | Sequence[float] | Tensor = 1.0) -> Tensor:
-    """Return the mean of the tasks' gradients by inverse variance, dimension by dimension, over the batch size, [B, D]:
+    """Average the tasks' gradients by inverse variance, dimension by dimension, over the batch size:
     sum_t lambda_t E_t / sum_t lambda_t / B with lambda_t = max(Var_t, 1e-8)^-power_t.
 
     Args:
-        means, variances: [B, T, D] each; variances infinite where there is no label. Where no task has one the result
-            is 0, and NaN where all weights leave the range of the dtype (in float32: a sum under 2^-100).
+        means, variances: [B, T, D] each; variances infinite where there is no label.
         power: one number or one per task, at least 0; 0 is the plain mean.
+
+    Returns:
+        [B, D]; 0 where no task has a label, and NaN where all weights leave the range of the dtype (in float32: a sum
+        under 2^-100).
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: a number or sequence ``power`` of another length, below 0 or not finite.
 
     Source: arXiv 2402.04005, equation 6 (power 1), and the published code (other powers); DESIGN 4.3.
     """

@@ -44,7 +44,17 @@ def upgrad(
     Optimization", arXiv 2406.16232). Without conflicts w is the preference.
 
     Args:
+        gram: M, [T, T], symmetric positive semi-definite (the upper triangle is read), any floating dtype.
         preference: p, [T]; 1/T each if not given.
+        check_finite: reads the matrix on the host: ``ValueError`` with the task's number if its norm is not finite.
+        out: [T] float64, written in place if given.
+
+    Returns:
+        w, [T] float64 on the Gram matrix's device: ``out``, or new. NaN if anything in ``gram`` is not finite.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: by ``check_finite``.
 
     Several weights for one update exist where gradients depend on one another: then, up to rounding, those that are
     smallest in units of the gradients' lengths, so that duplicates share, about equally. A zero
@@ -63,7 +73,14 @@ def dualproj(
     Source: arXiv 2406.16232, section 3; Lopez-Paz and Ranzato, NeurIPS 2017, equation 11.
 
     Args:
+        gram, check_finite, out: as in :func:`upgrad`.
         preference: p, [T]; 1/T each if not given.
+
+    Returns:
+        As :func:`upgrad`.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`upgrad`.
 
     Degenerate systems: as :func:`upgrad`.
     """
@@ -79,6 +96,15 @@ def mgda(gram: Tensor, *, check_finite: bool = False, out: Tensor | None = None)
 
     If gradients are zero these tasks share the weight, and the update is zero. Duplicates share theirs, about
     equally.
+
+    Args:
+        gram, check_finite, out: as in :func:`upgrad`.
+
+    Returns:
+        As :func:`upgrad`.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`upgrad`.
     """
     return _weights(_mgda, gram, (), check_finite, out)
 
@@ -93,7 +119,14 @@ def cagrad(gram: Tensor, c: float = 0.5, *, check_finite: bool = False, out: Ten
     2021, arXiv 2110.14048, algorithm 1). The weights are 1/T + k w / \|g_w\|.
 
     Args:
+        gram, check_finite, out: as in :func:`upgrad`.
         c: from 0 (the mean gradient); below 1 for convergence to a minimum of the mean loss.
+
+    Returns:
+        As :func:`upgrad`.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`upgrad`; ``ValueError`` for ``c`` below 0 or not finite.
 
     Where g_0 or g_w is zero (a Pareto-stationary point) the weights are 1/T.
     """
@@ -112,10 +145,17 @@ def fairgrad(
     Source: Ban and Ji, ICML 2024, arXiv 2402.15638, equation 4; Navon et al., ICML 2022, arXiv 2202.01017, equation 2.
 
     Args:
+        gram, check_finite, out: as in :func:`upgrad`.
         alpha: above 0; towards 0 the sum of the losses, towards infinity the gain of the task that gains least.
         normalize: divides M by its Frobenius norm first, as Nash-MTL's published code does: then the weights do not
             depend on the losses' common scale (a ``GradScaler``'s). Without, as FairGrad's published code:
             the weights are the same but for a factor.
+
+    Returns:
+        As :func:`upgrad`.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`upgrad`; ``ValueError`` for ``alpha`` not above 0 or not finite.
 
     A zero gradient has the weight 0 (all: 1). If a convex combination of the others is zero there is no solution
     (Pareto stationary): the weights are that combination's, by :func:`mgda`, and the update is zero.
@@ -135,6 +175,15 @@ def imtlg(gram: Tensor, *, check_finite: bool = False, out: Tensor | None = None
     The weights may be negative, and k, too: then the update turns against every task, as published. Gradients that
     depend on one another: the least-squares solution of least norm, of the unit gradients, so that duplicates share.
     Where its sum is zero, as for opposites, the weights are. A zero gradient has the weight 0 (all: 1/T).
+
+    Args:
+        gram, check_finite, out: as in :func:`upgrad`.
+
+    Returns:
+        As :func:`upgrad`.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`upgrad`.
     """
     return _weights(_imtlg, gram, (), check_finite, out)
 
@@ -147,8 +196,15 @@ def pcgrad(gram: Tensor, seed: int, step: Tensor, *, check_finite: bool = False,
     Learning", NeurIPS 2020, arXiv 2001.06782, algorithm 1).
 
     Args:
+        gram, check_finite, out: as in :func:`upgrad`.
         seed, step: the orders follow from these alone, on every device. ``step`` is int64, [], on the Gram matrix's
             device, so that a CUDA graph can count it on.
+
+    Returns:
+        As :func:`upgrad`.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`upgrad`.
 
     Without conflicts all weights are 1, a zero gradient's, too.
     """
@@ -174,8 +230,8 @@ def _weights(
 
 
 def _declare(schema: str, reference: Callable[..., Tensor], *, workspace: bool = False) -> Operation:
-    """The kernel of the same name takes the matrix, the options and the number of tasks, and writes the weights;
-    ``workspace``: to memory of the matrix's size, too.
+    """Declare a rule. The kernel of the same name takes the matrix, the options and the number of tasks, and writes
+    the weights; ``workspace``: to memory of the matrix's size, too.
     """
     op, _, listed = schema.partition("(")
     names = [text.split()[1] for text in listed.partition(")")[0].split(", ")[1:]]

@@ -34,6 +34,9 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
 
     State per parameter with ``.jac``: ``sum_0`` ... ``sum_{T-1}``, each like the parameter; ``step`` [T] and
     ``update_square`` [T]. Unlike torch.optim.Adagrad's it is made at a parameter's first step.
+
+    Raises:
+        ValueError: as :class:`mtlgrad.optim.AdaTaskAdam`.
     """
 
     ordinary = torch.optim.Adagrad
@@ -76,7 +79,11 @@ class AdaTaskAdagrad(TaskOptimizer, torch.optim.Adagrad):
         self.state.clear()
 
     def share_memory(self) -> None:
-        """Moves the state to shared memory, as in torch.optim; there is none before the first step."""
+        """Move the state to shared memory, as in torch.optim.
+
+        Raises:
+            RuntimeError: before the first step, when there is none.
+        """
         if not self.state:
             raise RuntimeError("AdaTaskAdagrad.share_memory: expected state, found none: it is made at the first step")
         for state in self.state.values():

@@ -119,7 +119,14 @@ class AdaTaskAdam(_Adam, torch.optim.Adam):
 class AdaTaskAdamW(_Adam, torch.optim.AdamW):
     """:class:`AdaTaskAdam` with decoupled weight decay: ``lr * weight_decay`` times a parameter is taken off it, once.
 
-    The ordinary rule is torch.optim.AdamW's; arguments and state are those of :class:`AdaTaskAdam`.
+    The ordinary rule is torch.optim.AdamW's; the state is that of :class:`AdaTaskAdam`.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, num_tasks, task_weights, missing, moments_dtype,
+            stochastic_rounding, dominance_decay, check_finite, max_norm, process_group: as in :class:`AdaTaskAdam`.
+
+    Raises:
+        ValueError: as :class:`AdaTaskAdam`.
     """
 
     ordinary = torch.optim.AdamW

@@ -81,7 +81,7 @@ class _StandIn(Tensor):
 
 
 def _with_jacobians(optimizer: TaskOptimizer) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """The parameters with ``.jac``, by what GradScaler unscales in one call."""
+    """Return the parameters with ``.jac``, by what GradScaler unscales in one call."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -91,7 +91,7 @@ def _with_jacobians(optimizer: TaskOptimizer) -> dict[tuple[torch.device, torch.
 
 
 def _hosts(optimizer: TaskOptimizer) -> list[Tensor]:
-    """A small parameter for each device and dtype of ``.jac`` that is still scaled, without ``.grad`` where it can."""
+    """Choose a small parameter for each device and dtype of ``.jac`` still scaled, without ``.grad`` where it can."""
     return [
         min(parameters, key=lambda p: (p.grad is not None, p.numel()))
         for parameters in _with_jacobians(optimizer).values()
@@ -100,8 +100,8 @@ def _hosts(optimizer: TaskOptimizer) -> list[Tensor]:
 
 
 def show(optimizer: TaskOptimizer) -> bool:
-    """Lays stand-ins for ``.jac`` that is still scaled. Returns False: the step itself unscales nothing, and is not to
-    be called if there are infinities.
+    """Lay stand-ins for ``.jac`` that is still scaled. Return False: the step itself unscales nothing, and is not to be
+    called if there are infinities.
 
     If it was not GradScaler who asked, one parameter of each device and dtype has ``.grad`` of zeros in the place of
     its own, until ``step`` or ``zero_grad``.
@@ -116,7 +116,7 @@ def show(optimizer: TaskOptimizer) -> bool:
 
 
 def put_back(optimizer: TaskOptimizer) -> bool:
-    """Takes stand-ins away; returns whether there were any, at which GradScaler has not looked."""
+    """Take stand-ins away; return whether there were any, at which GradScaler has not looked."""
     shown = optimizer.__dict__.pop("_shown", ())
     for p, stand_in in shown:
         if p.grad is stand_in:
@@ -156,7 +156,7 @@ def _is_unscaled(jacobian: Tensor) -> bool:
 
 @contextmanager
 def clipping(jacobians: Sequence[Tensor]) -> Iterator[None]:
-    """Marks what is clipped inside, as unscaled still, or as what must not be unscaled any more."""
+    """Mark what is clipped inside, as unscaled still, or as what must not be unscaled any more."""
     unscaled = [_is_unscaled(jacobian) for jacobian in jacobians]
     yield
     for jacobian, good in zip(jacobians, unscaled, strict=True):
@@ -180,7 +180,7 @@ class _Alone:
 
 
 def unscale_jac_(scaler: GradScaler | None, optimizer: Any) -> None:
-    """Divides ``.jac`` by the scale, in place, for what reads it before the step::
+    """Divide ``.jac`` by the scale, in place, for what reads it before the step::
 
         scaler.unscale_(optimizer)
         unscale_jac_(scaler, optimizer)
@@ -197,6 +197,7 @@ def unscale_jac_(scaler: GradScaler | None, optimizer: Any) -> None:
 
     Raises:
         RuntimeError: the order is another; or ``.jac`` is this rank's own, and not yet the mean.
+        TypeError: the optimizer is another.
         ValueError: no parameter has ``.jac``.
     """
     from .base import TaskOptimizer

@@ -69,11 +69,11 @@ class TaskOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _start(self, group: dict[str, Any]) -> float:
-        """What a moment begins with."""
+        """Return what a moment begins with."""
         return 0.0
 
     def _before_ordinary(self, group: dict[str, Any], p: Tensor) -> None:
-        """Leaves state as torch.optim expects to find it."""
+        """Leave state as torch.optim expects to find it."""
         state = self.state.get(p, {})
         for name in (*self._names(group), "momentum_buffer"):
             if isinstance(state.get(name), Tensor) and state[name].dtype != p.dtype:  # moments_dtype was changed
@@ -89,7 +89,15 @@ class TaskOptimizer(torch.optim.Optimizer):
     # ---- torch.optim's interface -------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; all settings but ``num_tasks`` may differ from group to group."""
+        """Add parameters, as in torch.optim; settings may differ from group to group, but for ``num_tasks`` and
+        ``max_norm``.
+
+        Args:
+            param_group: ``"params"``, and settings where they are not the optimizer's.
+
+        Raises:
+            ValueError: a setting out of its range.
+        """
         self.defaults.update(self.__dict__.pop("_task_options", {}))
         group = {**self.defaults, **param_group}
         check_group(type(self).__name__, group, self.param_groups)
@@ -100,7 +108,11 @@ class TaskOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears ``.grad`` and ``.jac``, which is then absent (with ``set_to_none=False``: zero)."""
+        """Clear ``.grad`` and ``.jac``.
+
+        Args:
+            set_to_none: ``.grad`` is None and ``.jac`` absent from then on; False: both are zero.
+        """
         amp.put_back(self)
         super().zero_grad(set_to_none)
         for group in self.param_groups:
@@ -115,13 +127,20 @@ class TaskOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; a parameter's ``.grad`` is not read if it has ``.jac``. All is checked before anything changes.
+        """Take a step; a parameter's ``.grad`` is not read if it has ``.jac``. All is checked before anything changes.
 
         Args:
-            closure: evaluates the model again and leaves ``.jac`` and ``.grad``; what it returns is returned.
+            closure: evaluates the model again and leaves ``.jac`` and ``.grad``.
 
-        Under data parallelism all ranks take the same step, and all must take it. ``RuntimeError`` if a ``.jac`` is
-        this rank's own, and not yet the mean. Of parameters that ``fully_shard`` shards every rank updates its shards.
+        Returns:
+            What ``closure`` returns; None without one.
+
+        Raises:
+            RuntimeError: a ``.jac`` is this rank's own, and not yet the mean; GradScaler steps, and ``.jac`` is scaled.
+            ValueError: a ``.jac`` or ``.grad`` that does not fit, as the class says; what ``check_finite`` finds.
+
+        Under data parallelism all ranks take the same step, and all must take it. Of parameters that ``fully_shard``
+        shards every rank updates its shards.
         """
         amp.check_unscaled(self)
         result = None
@@ -186,8 +205,8 @@ class TaskOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def init_state(self, shared: Iterable[Tensor]) -> None:
-        """Makes all state that first steps would make, and changes nothing else: training goes on from there as it
-        would have without.
+        """Make all state that first steps would make, and change nothing else: training goes on from there as it would
+        have without.
 
         For ``torch.distributed.checkpoint``, which loads into the state that an optimizer has. ``get_state_dict`` and
         its like make a new optimizer's by a step with zero ``.grad`` everywhere, and would give the shared parameters
@@ -198,7 +217,8 @@ class TaskOptimizer(torch.optim.Optimizer):
             shared: the parameters that are to have ``.jac``, e.g. ``backbone.parameters()``.
 
         Raises:
-            ValueError: one of them is not a parameter of this optimizer.
+            TypeError: one of them is no tensor.
+            ValueError: one of them is not a parameter of this optimizer, or none requires a gradient.
         """
         where = f"{type(self).__name__}.init_state"
         per_task = set(parameter_list(where, "shared", shared))
@@ -233,7 +253,14 @@ class TaskOptimizer(torch.optim.Optimizer):
         return [jacobian for jacobian in found if jacobian is not None]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, but that moments have the dtype of ``moments_dtype`` and not the parameter's."""
+        """Load a state, as in torch.optim, but give moments the dtype of ``moments_dtype``, not the parameter's.
+
+        Args:
+            state_dict: of such an optimizer for as many tasks; its tensors are copied.
+
+        Raises:
+            ValueError: a state of another one, or of other parameters.
+        """
         loaded: list[dict[str, Any]] = []
         self._kept.clear()
 
@@ -286,7 +313,7 @@ class TaskOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def dominance(self, layers: Layers | None = None) -> Tensor:
-        r"""Each task's share of what moved the parameters lately, per group or layer.
+        r"""Return each task's share of what moved the parameters lately, per group or layer.
 
         .. math:: AU_t \leftarrow \beta \, AU_t + (1 - \beta) \, \|u_t\|^2, \qquad
             \text{share}_t = \frac{AU_t}{\sum_s AU_s}
@@ -301,6 +328,9 @@ class TaskOptimizer(torch.optim.Optimizer):
         Returns:
             [layers, T] float64, rows summing to one, on the device of the parameters, unread by the host. NaN in rows
             without a parameter that was updated per task, as those of heads, or whose updates were all zero.
+
+        Raises:
+            RuntimeError: ``dominance_decay`` is None in a group.
         """
         tasks = int(self.param_groups[0]["num_tasks"])
         if any(group["dominance_decay"] is None for group in self.param_groups):
@@ -358,7 +388,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         return bool(group["num_tasks"] > 1 or group["task_weights"] not in (None, [1.0]))
 
     def _refuse_side(self, where: str, per_task: bool) -> None:
-        """A parameter cannot change sides: its moments would begin anew, unseen."""
+        """Refuse a parameter that changes sides: its moments would begin anew, unseen."""
         kept, found = (".grad", ".jac") if per_task else (".jac", ".grad without .jac")
         early = " (torch.distributed.checkpoint made them? then call init_state(shared) before it)" * per_task
         raise ValueError(
@@ -415,7 +445,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         present: Tensor | None,
         totals: Totals,
     ) -> None:
-        """`number`: of the group; without `tasks` parameters have one, and state as torch.optim's."""
+        """Update parameters of group `number`; without `tasks` these have one, and state as torch.optim's."""
         parameters, jacobians, keys = own
         place = number, parameters[0].device, tasks is None
         kept, moments_dtype = self._kept.get(place, (None, None))

@@ -27,7 +27,7 @@ def clip_task_grad_norm_(
     error_if_nonfinite: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Clips each task's gradient over all parameters together: ``.jac[t]`` is multiplied by
+    r"""Clip each task's gradient over all parameters together: ``.jac[t]`` is multiplied by
 
     .. math:: \min\bigl(1, \frac{\text{max\_norm}}{\|g_t\|_2 + 10^{-6}}\bigr)
 
@@ -37,12 +37,16 @@ def clip_task_grad_norm_(
     Args:
         parameters: those without ``.jac`` are left out.
         max_norm: the longest that a task's gradient may be; infinity to learn the norms alone.
-        error_if_nonfinite: ``RuntimeError`` that names the task if a norm is NaN or infinite; this reads from the
-            device.
-        process_group: the ranks that train together; all, if not given. ``RuntimeError`` if ``.jac`` is not their mean.
+        error_if_nonfinite: refuses NaN and infinity, which reads from the device.
+        process_group: the ranks that train together; all, if not given.
 
     Returns:
         [T] float64, the norms before clipping, on the device of the gradients; summed in float64.
+
+    Raises:
+        RuntimeError: ``.jac`` is not the mean over the ranks; with ``error_if_nonfinite`` a norm is NaN or infinite: it
+            names the task.
+        ValueError: ``max_norm`` below 0, or no parameter has ``.jac``.
     """
     if not max_norm >= 0.0:
         raise ValueError(f"clip_task_grad_norm_: max_norm: expected a number from 0, found {max_norm}")

@@ -45,7 +45,7 @@ _REFUSED = {
 
 
 def check_group(name: str, group: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
-    """Raises ``ValueError`` for a setting that is out of its range, or another number of tasks than before."""
+    """Raise ``ValueError`` for a setting that is out of its range, or another number of tasks than before."""
 
     def refuse(setting: str, expected: str) -> None:
         raise ValueError(f"{name}: {setting}: expected {expected}, found {group[setting]!r}")

@@ -36,7 +36,7 @@ class StepPlan(NamedTuple):
 
 
 def gradients_of(plans: Sequence[StepPlan]) -> Any:
-    """What torch.optim is to see as ``.grad``: that of its own parameters, and none of the others."""
+    """Show torch.optim as ``.grad`` that of its own parameters, and none of the others."""
     wanted: dict[Tensor, Tensor | None] = {}
     for plan in plans:
         wanted |= {p: None for p in (*plan.tasks.parameters, *plan.single.parameters) if p.grad is not None}
@@ -46,7 +46,7 @@ def gradients_of(plans: Sequence[StepPlan]) -> Any:
 
 @contextmanager
 def standing_still(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Settings with which a step of torch.optim on zero gradients changes no parameter, and leaves moments as new."""
+    """Choose settings with which a step of torch.optim on zero gradients moves no parameter and leaves moments new."""
     # maximize: a gradient of -0.0 would change the sign of a parameter that is zero.
     still = {"weight_decay": 0.0, "eps": 1.0, "maximize": False}
     kept = [{name: group[name] for name in ("lr", *still)} for group in groups]

@@ -34,6 +34,9 @@ class AdaTaskRMSprop(TaskOptimizer, torch.optim.RMSprop):
 
     State per parameter with ``.jac``: ``square_avg_0`` ... ``square_avg_{T-1}`` (centered: ``grad_avg_0`` ...) and
     ``momentum_buffer``, each like the parameter; ``step`` [T] and ``update_square`` [T].
+
+    Raises:
+        ValueError: as :class:`mtlgrad.optim.AdaTaskAdam`.
     """
 
     ordinary = torch.optim.RMSprop

@@ -69,7 +69,7 @@ class Terms(NamedTuple):
         return found if self.residual is None else found - self.residual
 
     def diagonal(self, hidden: Tensor) -> Tensor:
-        """The diagonal of sum_b J_b' Q_b J_b, [R, W]; classification only."""
+        """Return the diagonal of sum_b J_b' Q_b J_b, [R, W]; classification only."""
         assert self.curvature is not None
         return self.curvature.T @ hidden**2
 

@@ -38,12 +38,20 @@ DEFAULT_GAMMA = 0.005  # prior variance, the published experiments' value
 class Posterior(ABC):
     """N(mean, precision^-1) over [R, W] weights: R outputs or classes, W = D (regression) or P.
 
+    Args:
+        likelihood: :class:`mtlgrad.posterior.likelihoods.Likelihood`, with its ``name``.
+        anchor: [R, W], a point near the mean; gives dtype and device.
+        prior: of the same class and shape; None: N(0, gamma I).
+        gamma: prior variance, where ``prior`` is None.
+
     Attributes:
         mean: [R, W].
         precision: regression [D, D], or [O, D, D] once labels were missing for some outputs only; binary [O, P, P];
             multiclass full [C*P, C*P] (class-major), block [C, P, P], kron the pair ([C, C], [P, P]); diag [R, W].
-        likelihood: :class:`mtlgrad.posterior.likelihoods.Likelihood`, with its ``name``.
         structure: "full", "block", "kron" or "diag".
+
+    Raises:
+        ValueError: a precision that no jitter factorises, once mean, covariance or samples are asked for.
     """
 
     structure: str
@@ -64,19 +72,33 @@ class Posterior(ABC):
 
     @abstractmethod
     def _start(self, prior: Posterior | None) -> None:
-        """Sets the precision to the prior's, or to that of N(0, gamma I)."""
+        """Set the precision to the prior's, or to that of N(0, gamma I)."""
 
     @abstractmethod
     def _add(self, hidden: Tensor, terms: Terms, curvature: Tensor | None) -> None:
-        """Adds sum_b J_b' Q_b J_b; ``curvature``: that sum, where it is known."""
+        """Add sum_b J_b' Q_b J_b; ``curvature``: that sum, where it is known."""
 
     @abstractmethod
     def times_precision(self, direction: Tensor) -> Tensor:
-        """precision direction, [R, W]."""
+        """Multiply by the precision.
+
+        Args:
+            direction: [R, W].
+
+        Returns:
+            [R, W].
+        """
 
     @abstractmethod
     def solve(self, direction: Tensor) -> Tensor:
-        """precision^-1 direction, [R, W]."""
+        """Multiply by the inverse of the precision.
+
+        Args:
+            direction: [R, W].
+
+        Returns:
+            [R, W].
+        """
 
     @property
     @abstractmethod
@@ -93,11 +115,26 @@ class Posterior(ABC):
 
     @staticmethod
     def sum_curvature(hidden: Tensor, terms: Terms) -> Tensor | None:
-        """Return what a batch adds to the precision, where that is worth keeping; [1 or R, W, W] or [R*W, R*W]."""
+        """Sum what a batch adds to the precision.
+
+        Args:
+            hidden: [B, W].
+            terms: of the batch.
+
+        Returns:
+            [1 or R, W, W] or [R*W, R*W]; None where it is not worth keeping.
+        """
         return None
 
     def uses_lemma(self, batch: int) -> bool:
-        """Whether so many examples are few enough to be conditioned on without summing a precision."""
+        """Tell whether so many examples are few enough to be conditioned on without summing a precision.
+
+        Args:
+            batch: the number of examples.
+
+        Returns:
+            Whether they are.
+        """
         return False
 
     @cached_property
@@ -109,7 +146,7 @@ class Posterior(ABC):
         return self._covariance()
 
     def covariance(self) -> Any:
-        """The inverse of ``precision``, of the same shape; computed once."""
+        """Return the inverse of ``precision``, of the same shape; computed once."""
         return self._cached_covariance
 
     @cached_property
@@ -121,7 +158,18 @@ class Posterior(ABC):
         return self.covariance()
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` weights from the posterior, [n, R, W]."""
+        """Draw weights from the posterior.
+
+        Args:
+            n: how many.
+            generator: torch's own if not given.
+
+        Returns:
+            [n, R, W].
+
+        Raises:
+            ValueError: ``n`` is no integer from 1.
+        """
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"sample: n: expected an integer of at least 1, found {n!r}")
         shape = (n, *self.anchor.shape)
@@ -130,7 +178,7 @@ class Posterior(ABC):
 
     @torch.no_grad()
     def update(self, features: Tensor, targets: Tensor, weight: Tensor | None = None) -> Posterior:
-        """Takes in another batch, in place; the result is that of all batches at once.
+        """Take in another batch, in place; the result is that of all batches at once.
 
         Args:
             features: [B, D], computed in the posterior's dtype.
@@ -138,8 +186,11 @@ class Posterior(ABC):
             weight: where to expand, classification only; None: where the first batch was. Batches may be expanded at
                 different weights (they are while a network trains): each contributes its own quadratic.
 
+        Returns:
+            The same posterior.
+
         Raises:
-            As the function that made this posterior.
+            RuntimeError, ValueError: as the function that made it; ``ValueError`` for a ``weight`` of a regression.
         """
         if weight is not None and self.likelihood.is_exact:
             raise ValueError("update: weight: expected none, a regression posterior is exact wherever expanded")
@@ -148,22 +199,38 @@ class Posterior(ABC):
         return self.add(features, targets, weight)
 
     def add(self, features: Tensor, targets: Tensor, weight: Tensor | None = None) -> Posterior:
-        """:meth:`update` for a batch that was checked."""
+        """Take in a batch that was checked.
+
+        Args:
+            features, targets, weight: as in :meth:`update`.
+
+        Returns:
+            The same posterior.
+        """
         with torch.autocast(features.device.type, enabled=False):
             hidden = self.likelihood.augment(features.to(self.anchor))
             at = self.anchor if weight is None else weight.detach().to(self.anchor)
             return self.add_terms(hidden, self.likelihood.terms(hidden @ at.T, targets), at)
 
     def add_terms(self, hidden: Tensor, terms: Terms, at: Tensor, curvature: Tensor | None = None) -> Posterior:
-        """:meth:`add` where a batch's terms at weights ``at`` [R, W] are known, and perhaps its :meth:`sum_curvature`.
-        ``hidden`` is [B, W]."""
+        """Take in a batch whose terms are known.
+
+        Args:
+            hidden: [B, W].
+            terms: at the weights ``at``.
+            at: [R, W].
+            curvature: the batch's :meth:`sum_curvature`, if that is known, too.
+
+        Returns:
+            The same posterior.
+        """
         self._add(hidden, terms, curvature)
         self._add_gradient(hidden, terms, at)
         self._forget()
         return self
 
     def _add_gradient(self, hidden: Tensor, terms: Terms, at: Tensor) -> None:
-        """Adds the gradient at the anchor of the batch's quadratic, which was expanded at ``at``."""
+        """Add the gradient at the anchor of the batch's quadratic, which was expanded at ``at``."""
         innovation = terms.innovation(hidden @ self.anchor.T, self.couples_classes)
         self.residual = torch.addmm(self.residual, innovation.T, hidden, alpha=-1.0)
 
@@ -174,7 +241,11 @@ class Posterior(ABC):
     # ---- of the data alone: what each rank, or each batch, has of them is a sum, and sums add up
 
     def scale(self, factor: float) -> None:
-        """Count what was added so far so many times; 0 of an empty posterior leaves no prior either."""
+        """Count what was added so far so many times.
+
+        Args:
+            factor: how many; 0 of an empty posterior leaves no prior either.
+        """
         self.residual = self.residual * factor
         for value in self._sums().values():
             value.mul_(factor)
@@ -189,7 +260,11 @@ class Posterior(ABC):
         self._forget()
 
     def move(self, anchor: Tensor) -> None:
-        """Count deviations of data alone from another point. Of a Kronecker posterior the mean changes a little."""
+        """Count deviations of data alone from another point. Of a Kronecker posterior the mean changes a little.
+
+        Args:
+            anchor: that point, [R, W].
+        """
         self.residual = self.residual + self._data_times(anchor - self.anchor)
         self.anchor = anchor
 
@@ -199,8 +274,15 @@ class Posterior(ABC):
     # ---- copies
 
     def to(self, like: Tensor) -> Posterior:
-        """A copy in the dtype and on the device of a tensor, whose mean and covariance were computed before the cast:
-        a covariance made in float64 is worth keeping in float32, a float32 Cholesky of it would not be as good."""
+        """Copy to another dtype or device, with mean and covariance computed before the cast: a covariance made in
+        float64 is worth keeping in float32, a float32 Cholesky of it would not be as good.
+
+        Args:
+            like: a tensor of that dtype and device.
+
+        Returns:
+            The copy.
+        """
         copy = posterior_from_state(self.state(), like)
         covariance, contrasts = (
             tuple(factor.to(like) for factor in matrix) if isinstance(matrix, tuple) else matrix.to(like)
@@ -212,8 +294,7 @@ class Posterior(ABC):
         return copy
 
     def state(self) -> dict[str, Any]:
-        """Tensors and numbers from which :func:`posterior_from_state` makes an equal posterior; later batches change
-        the sums in place, but not those handed out here."""
+        """Return what :func:`posterior_from_state` makes an equal posterior of; later batches do not change it."""
         return {
             "likelihood": self.likelihood.name,
             "bias": self.likelihood.bias,
@@ -538,7 +619,7 @@ def sum_over_ranks(posteriors: Sequence[Posterior], world: World) -> None:
 
 
 def _part_alike(posteriors: Sequence[Posterior], world: World) -> None:
-    """Outputs whose labels are missing for some only have precisions of their own; so they must on all ranks."""
+    """Give outputs precisions of their own where labels are missing for some only, on any rank."""
     several = [p for p in posteriors if p.likelihood.is_exact and isinstance(p, BlockPosterior) and len(p.anchor) > 1]
     if not several:
         return
@@ -568,7 +649,7 @@ def check_gamma(gamma: float) -> None:
 def empty_posterior(
     likelihood: Likelihood, anchor: Tensor, prior: Posterior | None, gamma: float, structure: str
 ) -> Posterior:
-    """The prior as a posterior of no data, to be updated."""
+    """Make the posterior of no data, the prior, to be updated."""
     check_gamma(gamma)
     kind = _class_for(likelihood, structure)
     if prior is not None:
@@ -584,7 +665,7 @@ def empty_posterior(
 
 
 def posterior_from_state(state: dict[str, Any], like: Tensor | None = None) -> Posterior:
-    """The inverse of :meth:`Posterior.state`, in the dtype and on the device of ``like`` where it is given."""
+    """Make a posterior from :meth:`Posterior.state`, in the dtype and on the device of ``like`` where it is given."""
     likelihood = LIKELIHOODS[state["likelihood"]](state["bias"])
     kind = _class_for(likelihood, state["structure"])
     anchor = state["anchor"] if like is None else state["anchor"].to(like)
@@ -602,7 +683,7 @@ def regression_posterior(
     prior: Posterior | None = None,
     gamma: float = DEFAULT_GAMMA,
 ) -> Posterior:
-    """Posterior over [O, D] weights without bias, for targets with unit noise: precision = prior precision + H'H.
+    """Make the posterior over [O, D] weights, no bias, for targets of unit noise: precision = prior precision + H'H.
 
     Args:
         features: [B, D].
@@ -610,8 +691,12 @@ def regression_posterior(
         prior: another regression posterior; None: N(0, gamma I).
         gamma: prior variance, where ``prior`` is None.
 
+    Returns:
+        The posterior, in float64 where a tensor is, else in float32.
+
     Raises:
-        RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: options, values (CPU), a precision that no jitter factorises.
     """
     likelihood = Gaussian()
     targets = likelihood.check("regression_posterior", features, targets)
@@ -648,7 +733,7 @@ def binary_posterior(
     gamma: float = DEFAULT_GAMMA,
     structure: str = "full",
 ) -> Posterior:
-    """Laplace posterior over [O, P] weights of O binary tasks, expanded at ``weight``.
+    """Make the Laplace posterior over [O, P] weights of O binary tasks, expanded at ``weight``.
 
     Args:
         features: [B, D].
@@ -658,8 +743,12 @@ def binary_posterior(
         gamma: prior variance, where ``prior`` is None.
         structure: "full", one P x P block per output ("block" and "kron" are the same here), or "diag".
 
+    Returns:
+        The posterior, in float64 where a tensor is, else in float32.
+
     Raises:
-        RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: options, values (CPU), a precision that no jitter factorises.
     """
     return _classification_posterior(Bernoulli(), features, targets, weight, prior, gamma, structure)
 
@@ -674,7 +763,7 @@ def multiclass_posterior(
     gamma: float = DEFAULT_GAMMA,
     structure: str = "full",
 ) -> Posterior:
-    """Laplace posterior over [C, P] weights of one softmax task, expanded at ``weight``.
+    """Make the Laplace posterior over [C, P] weights of one softmax task, expanded at ``weight``.
 
     Args:
         features: [B, D].
@@ -684,7 +773,11 @@ def multiclass_posterior(
         gamma: prior variance, where ``prior`` is None.
         structure: "full" [C*P, C*P], "block" [C, P, P], "kron" ([C, C], [P, P]) or "diag" [C, P].
 
+    Returns:
+        The posterior, in float64 where a tensor is, else in float32.
+
     Raises:
-        RuntimeError: shapes, dtypes, devices. ValueError: options, values (CPU), a precision that no jitter factorises.
+        RuntimeError: shapes, dtypes, devices.
+        ValueError: options, values (CPU), a precision that no jitter factorises.
     """
     return _classification_posterior(Categorical(), features, targets, weight, prior, gamma, structure)

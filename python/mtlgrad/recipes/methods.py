@@ -64,10 +64,10 @@ class Method(nn.Module):
         return torch.optim.Adam(parameters, lr=lr, fused=True)
 
     def start_epoch(self, epoch: int) -> None:
-        """Called before the first step of epoch 0, 1, ..."""
+        """Prepare for epoch 0, 1, ...: called before its first step."""
 
     def end_epoch(self) -> None:
-        """Called after the last step of an epoch."""
+        """Close an epoch: called after its last step."""
 
     def _tell(self, weights: Tensor | None) -> None:
         if weights is not None:

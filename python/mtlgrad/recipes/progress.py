@@ -114,13 +114,13 @@ class Watchers:
 
 
 def console_for_output() -> Console:
-    """A terminal, or a file, which has no edge at which to break lines."""
+    """Return a terminal, or a file, which has no edge at which to break lines."""
     console = Console()
     return console if console.is_terminal else Console(width=1000)
 
 
 def say(console: Console, text: str) -> None:
-    """A line as it is: no markup, no colours for numbers, and no line break in a path."""
+    """Print a line as it is: no markup, no colours for numbers, and no line break in a path."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -20,10 +20,13 @@ class TrainError(Exception):
 
 
 class Recipe:
-    """Derive from it, and set in ``__init__(seed)`` what stands below without a value.
+    """The base of every recipe: derive from it, and set in ``__init__(seed)`` what stands below without a value.
 
     A data set's item is ``(inputs, targets)``: inputs are what the backbone takes (a tensor; a tuple or a dict, given
     to it as its arguments), targets a dict from the tasks' names to a tensor or a number.
+
+    Args:
+        seed: may draw the split. All methods of a seed get one recipe.
     """
 
     name: ClassVar[str] = ""
@@ -38,14 +41,23 @@ class Recipe:
     test: Dataset[Any]
 
     def __init__(self, seed: int):
-        """Read the data; ``seed`` may draw the split. All methods of a seed get one recipe."""
+        """Read the data."""
 
     def model(self) -> nn.Module:
-        """Make a fresh model that has ``backbone`` and ``heads``, as :class:`MultiTaskNet` has."""
+        """Return a fresh model that has ``backbone`` and ``heads``, as :class:`MultiTaskNet` has."""
         raise NotImplementedError
 
     def loader(self, data: Dataset[Any], sampler: Sampler[int], batch_size: int) -> DataLoader[Any]:
-        """Make the loader of a split; override it for another ``collate_fn``."""
+        """Make the loader of a split; override it for another ``collate_fn``.
+
+        Args:
+            data: the split.
+            sampler: of its rows.
+            batch_size: the most that a batch has.
+
+        Returns:
+            The loader, of ``(inputs, targets)``.
+        """
         if getattr(data, "takes_lists", False):
             return DataLoader(data, sampler=BatchSampler(sampler, batch_size, drop_last=False), batch_size=None)
         return DataLoader(
@@ -59,7 +71,12 @@ class Recipe:
 
 
 class MultiTaskNet(nn.Module):
-    """A backbone to features, and a head a task, by the tasks' names."""
+    """A backbone to features, and a head a task.
+
+    Args:
+        backbone: from inputs to features.
+        heads: by the tasks' names.
+    """
 
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]):
         super().__init__()
@@ -68,12 +85,28 @@ class MultiTaskNet(nn.Module):
 
 
 def linear_heads(width: int, outputs: Mapping[str, int]) -> dict[str, nn.Module]:
-    """Make a linear layer a task: its name -> outputs."""
+    """Make a linear layer a task.
+
+    Args:
+        width: of the features.
+        outputs: task -> number of outputs.
+
+    Returns:
+        Task -> layer.
+    """
     return {name: nn.Linear(width, count) for name, count in outputs.items()}
 
 
 class Tensors(Dataset[Any]):
-    """Rows of tensors in memory: inputs [N, ...] and, a task, targets [N, ...]. A batch is one indexing."""
+    """Rows of tensors in memory, of which a batch is one indexing.
+
+    Args:
+        inputs: [N, ...].
+        targets: task -> [N, ...].
+
+    Raises:
+        TrainError: what is no tensor, or has not N rows.
+    """
 
     takes_lists = True
 
@@ -92,12 +125,28 @@ class Tensors(Dataset[Any]):
         return self.inputs[rows], {name: values[rows] for name, values in self.targets.items()}
 
     def only(self, rows: Tensor) -> Tensors:
-        """Return these rows, as a split."""
+        """Choose rows, as a split.
+
+        Args:
+            rows: their numbers.
+
+        Returns:
+            A copy of them.
+        """
         return Tensors(self.inputs[rows], {name: values[rows] for name, values in self.targets.items()})
 
 
 def random_split(count: int, train: float, validation: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the rows for training and validation, parts of one; the others are for the test."""
+    """Draw the rows for training, validation and test.
+
+    Args:
+        count: of all rows.
+        train, validation: their parts of one; the others are for the test.
+        seed: of the draw.
+
+    Returns:
+        The rows of each, int64.
+    """
     # Another stream than those of the training rows' order.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(2_000_000_000 + seed))
     first = int(count * train + 1e-6)
@@ -105,9 +154,16 @@ def random_split(count: int, train: float, validation: float, seed: int) -> tupl
 
 
 def standardised(values: Tensor, train: Tensor) -> Tensor:
-    """Scale inputs [N, F] to mean 0 and deviation 1 over the training rows; NaN becomes 0, the mean there.
+    """Scale inputs to mean 0 and deviation 1 over the training rows; NaN becomes 0, the mean there.
 
     A column that is constant in the training rows is only shifted.
+
+    Args:
+        values: [N, F].
+        train: the training rows.
+
+    Returns:
+        [N, F] float32.
     """
     mean = values[train].nanmean(0).nan_to_num()
     filled = torch.where(values.isnan(), mean, values)
@@ -116,7 +172,18 @@ def standardised(values: Tensor, train: Tensor) -> Tensor:
 
 
 def standardised_labels(values: Tensor, train: Tensor) -> tuple[Tensor, float]:
-    """Scale a regression's labels [N] likewise: return them and their deviation. NaN, no label, stays NaN."""
+    """Scale a regression's labels to mean 0 and deviation 1 over the training rows; NaN, no label, stays NaN.
+
+    Args:
+        values: [N].
+        train: the training rows.
+
+    Returns:
+        [N] float32, and the deviation that there was.
+
+    Raises:
+        TrainError: the training rows' labels are all the same, or fewer than two.
+    """
     known = values[train][~values[train].isnan()].double()
     if len(known) < 2 or not float(known.std()):
         raise TrainError(f"expected labels that differ in the training rows, found {len(known)} labels, all the same")

@@ -23,7 +23,12 @@ class Metric(ABC):
 
     @abstractmethod
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Take in a batch: what the head gives, and the labels."""
+        """Take in a batch.
+
+        Args:
+            output: what the head gives.
+            target: the labels.
+        """
 
     @abstractmethod
     def value(self) -> float:
@@ -38,7 +43,14 @@ class Mean(Metric):
 
     @abstractmethod
     def of(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return a number for each label."""
+        """Compute a number for each label.
+
+        Args:
+            output, target: as in :meth:`update`.
+
+        Returns:
+            Any shape; NaN where a label is missing.
+        """
 
     def update(self, output: Tensor, target: Tensor) -> None:
         values = self.of(output, target).double()
@@ -127,7 +139,11 @@ class MeanIoU(Metric):
 
 @dataclass(frozen=True)
 class Task:
-    """One head's task. Its loss gets a head's output and the labels of a batch, those that are missing, too."""
+    """One head's task. Its loss gets a head's output and the labels of a batch, those that are missing, too.
+
+    Raises:
+        ValueError: a ``scale`` that is not above 0, or not finite.
+    """
 
     name: str
     loss: Callable[[Tensor, Tensor], Tensor]  #: output, target -> a scalar: the mean over what is labelled
@@ -145,26 +161,76 @@ class Task:
 def regression(name: str, metric: type[Metric] = MAE, *, scale: float = 1.0, unit: str = "", digits: int = 4) -> Task:
     """Make a task of squared errors; outputs of the targets' number of elements, NaN is no label.
 
-    ``scale``: the deviation that the labels were divided by, so that errors are told in their own unit.
+    Args:
+        name: of the task.
+        metric: a class.
+        scale: the deviation that the labels were divided by, so that errors are told in their own unit.
+        unit: that unit.
+        digits: of the metric, behind the point.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: as :class:`Task`.
     """
     return Task(name, squared_error, metric, "regression", scale, unit, digits)
 
 
 def binary(name: str, metric: type[Metric] = AUC) -> Task:
-    """Make a task of labels 0 and 1, float; outputs are logits, NaN is no label."""
+    """Make a task of labels 0 and 1, float; outputs are logits, NaN is no label.
+
+    Args:
+        name: of the task.
+        metric: a class.
+
+    Returns:
+        The task.
+    """
     return Task(name, binary_cross_entropy, metric, "binary")
 
 
 def multiclass(name: str, metric: type[Metric] = Accuracy) -> Task:
-    """Make a task of classes, int64; outputs [B, C, ...] are logits, -100 is no label."""
+    """Make a task of classes, int64; outputs [B, C, ...] are logits, -100 is no label.
+
+    Args:
+        name: of the task.
+        metric: a class.
+
+    Returns:
+        The task.
+    """
     return Task(name, cross_entropy, metric, "multiclass")
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Average the squared errors over what is labelled.
+
+    Args:
+        output: of as many elements as ``target``.
+        target: NaN is no label.
+
+    Returns:
+        A scalar; zero without a label.
+
+    Raises:
+        ValueError: another number of elements.
+    """
     return _labelled_mean((_like(output, target) - target.nan_to_num()).square(), target.isnan())
 
 
 def absolute_error(output: Tensor, target: Tensor) -> Tensor:
+    """Average the absolute errors over what is labelled.
+
+    Args:
+        output, target: as in :func:`squared_error`.
+
+    Returns:
+        A scalar; zero without a label.
+
+    Raises:
+        ValueError: as :func:`squared_error`.
+    """
     return _labelled_mean((_like(output, target) - target.nan_to_num()).abs(), target.isnan())
 
 

@@ -55,7 +55,7 @@ def optimum(preference: Sequence[float]) -> Tensor:
 
 @functools.cache
 def pareto_front(points: int = 41) -> Tensor:
-    """The optima of all preferences, [points, 2] parameters, float64; the front is convex, so these are all of it."""
+    """Return all preferences' optima, [points, 2] parameters, float64; the front is convex: these are all of it."""
     return torch.stack([optimum((p, 1.0 - p)) for p in torch.linspace(0, 1, points, dtype=torch.float64).tolist()])
 
 
@@ -173,7 +173,7 @@ class Outcome:
 
 
 def outcomes(chosen: Sequence[Method], ends: Tensor, starts: Sequence[tuple[float, float]] = STARTS) -> list[Outcome]:
-    """Method by method, start by start; ends is [methods, starts, 2]."""
+    """Return outcomes method by method, start by start; ends is [methods, starts, 2]."""
     found = []
     for method, points in zip(chosen, ends.double(), strict=True):
         # Of the front the line through its points, which is not 0.01 from it.

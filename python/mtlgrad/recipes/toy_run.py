@@ -32,7 +32,7 @@ def run(
     name: str | None,
     stop: Callable[[], bool],
 ) -> Path:
-    """Returns the folder, with toy.png and results.csv. Raises Interrupted on the way when asked to stop."""
+    """Return the folder, with toy.png and results.csv. Raise Interrupted on the way when asked to stop."""
     torch.set_num_threads(1)
     console = console_for_output()
     chosen = toy.methods(preference, methods)

@@ -44,7 +44,12 @@ def adatask_adam(
     square_decay: float = 0.99,
     keys: Sequence[int] | None = None,
 ) -> None:
-    """See :func:`mtlgrad.ops.adatask_adam`."""
+    """Take a step, as :func:`mtlgrad.ops.adatask_adam`.
+
+    Args:
+        parameters, jacobians, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs, lr, betas, eps, weight_decay, decoupled,
+            maximize, task_weights, present, squares, square_decay, keys: as there.
+    """
     for p, parameter in enumerate(parameters):
         step = _Step(parameter, jacobians[p], steps[p], present, task_weights, None if keys is None else keys[p])
         theta = step.wide(parameter)
@@ -88,7 +93,12 @@ def adatask_rmsprop(
     square_decay: float = 0.99,
     keys: Sequence[int] | None = None,
 ) -> None:
-    """See :func:`mtlgrad.ops.adatask_rmsprop`."""
+    """Take a step, as :func:`mtlgrad.ops.adatask_rmsprop`.
+
+    Args:
+        parameters, jacobians, square_avgs, steps, grad_avgs, momentum_buffers, lr, alpha, eps, weight_decay, momentum,
+            maximize, task_weights, present, squares, square_decay, keys: as there.
+    """
     for p, parameter in enumerate(parameters):
         step = _Step(parameter, jacobians[p], steps[p], present, task_weights, None if keys is None else keys[p])
         theta = step.wide(parameter)
@@ -128,7 +138,12 @@ def adatask_adagrad(
     square_decay: float = 0.99,
     keys: Sequence[int] | None = None,
 ) -> None:
-    """See :func:`mtlgrad.ops.adatask_adagrad`."""
+    """Take a step, as :func:`mtlgrad.ops.adatask_adagrad`.
+
+    Args:
+        parameters, jacobians, state_sums, steps, lr, lr_decay, eps, weight_decay, maximize, task_weights, present,
+            squares, square_decay, keys: as there.
+    """
     for p, parameter in enumerate(parameters):
         step = _Step(parameter, jacobians[p], steps[p], present, task_weights, None if keys is None else keys[p])
         theta = step.wide(parameter)

@@ -25,7 +25,7 @@ class AlignResult(NamedTuple):
 def align(
     gram: Tensor, preference: Tensor | None = None, scale: Scale = "min", rtol: float | None = None
 ) -> AlignResult:
-    r"""Makes the condition number of the gradients' system one; see :func:`mtlgrad.ops.align`.
+    r"""Make the condition number of the gradients' system one, as :func:`mtlgrad.ops.align`.
 
     The gradients are the columns of G = U S V' (their Gram matrix is G'G = V S^2 V'). The orthogonal system nearest to
     it is U V' (Procrustes), so that G becomes s U V' = G B with
@@ -34,6 +34,12 @@ def align(
 
     over the R eigenvalues above rtol times the largest; s is the square root of the smallest of them (``"min"``), of
     their median (the lower one) or of their mean (``"rmse"``). With R = 0 there is nothing to align, and B = I.
+
+    Args:
+        gram, preference, scale, rtol: as there.
+
+    Returns:
+        As there; differentiable where no two eigenvalues are equal.
     """
     tasks = gram.shape[0]
     gram = torch.triu(gram.double()) + torch.triu(gram.double(), 1).mT

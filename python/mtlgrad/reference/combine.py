@@ -31,7 +31,14 @@ def _blocks(parameters: list[list[Tensor]]) -> Iterator[Tensor]:
 
 
 def gram(rows: Rows) -> Tensor:
-    """M_ij = <row i, row j>, [T, T] float64. See :func:`mtlgrad.ops.gram`."""
+    """Compute M_ij = <row i, row j>, as :func:`mtlgrad.ops.gram`.
+
+    Args:
+        rows: T rows, none of them ``Stacked``.
+
+    Returns:
+        [T, T] float64.
+    """
     first = rows[0] if isinstance(rows[0], Tensor) else rows[0][0]
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=first.device)
     for block in _blocks(_parameters(rows)):
@@ -40,7 +47,15 @@ def gram(rows: Rows) -> Tensor:
 
 
 def dots(rows: Rows, vector: Row) -> Tensor:
-    """<row t, vector>, [T] float64. See :func:`mtlgrad.ops.dots`."""
+    """Compute <row t, vector>, as :func:`mtlgrad.ops.dots`.
+
+    Args:
+        rows: T rows.
+        vector: shaped like a row.
+
+    Returns:
+        [T] float64.
+    """
     parts = [vector] if isinstance(vector, Tensor) else list(vector)
     parameters = _parameters(rows)
     total = torch.zeros(len(rows), dtype=torch.float64, device=parts[0].device)
@@ -50,7 +65,15 @@ def dots(rows: Rows, vector: Row) -> Tensor:
 
 
 def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
-    """sum_t weights_t row_t, shaped and typed like a row. See :func:`mtlgrad.ops.combine`."""
+    """Compute sum_t weights_t row_t, as :func:`mtlgrad.ops.combine`.
+
+    Args:
+        rows: T rows.
+        weights: [T].
+
+    Returns:
+        The sum, shaped and typed like a row.
+    """
 
     def weighted(parts: Sequence[Tensor]) -> Tensor:
         dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
@@ -63,7 +86,16 @@ def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
 
 
 def displace(base: Row, rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
-    """base + sum_t weights_t row_t, shaped and typed like base. See :func:`mtlgrad.ops.displace`."""
+    """Compute base + sum_t weights_t row_t, as :func:`mtlgrad.ops.displace`.
+
+    Args:
+        base: shaped like a row.
+        rows: T rows.
+        weights: [T].
+
+    Returns:
+        The sum, shaped and typed like base.
+    """
 
     def displaced(part: Tensor, terms: Sequence[Tensor]) -> Tensor:
         total = part.double()

@@ -42,7 +42,14 @@ def _cross(features: Tensor, covariance: Tensor) -> Tensor:
 
 
 def regression_moments(features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`regression_at`."""
+    """Find the moments by the equations of :func:`regression_at`.
+
+    Args:
+        features, targets, mean, covariance: as in :func:`mtlgrad.ops.regression_moments`.
+
+    Returns:
+        Mean and variance, [B, O, D] each.
+    """
     hidden = features if mean.shape[1] == features.shape[1] else _augment(features)
     variances = covariance.diagonal(dim1=-2, dim2=-1)
     return regression_at(features, targets, mean, _cross(hidden, covariance), variances)
@@ -74,7 +81,14 @@ def regression_at(
 def binary_moments(
     features: Tensor, targets: Tensor, mean: Tensor, covariance: Tensor, *, nodes: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`binary_at`."""
+    """Find the moments by the equations of :func:`binary_at`.
+
+    Args:
+        features, targets, mean, covariance, nodes: as in :func:`mtlgrad.ops.binary_moments`.
+
+    Returns:
+        Mean and variance, [B, O, D] each.
+    """
     covariance = _dense(covariance)
     variances = covariance.diagonal(dim1=-2, dim2=-1)
     return binary_at(features, targets, mean, _cross(_augment(features), covariance), variances, nodes)
@@ -156,7 +170,14 @@ def multiclass_moments(
     num_points: int = NUM_POINTS,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`multiclass_at`."""
+    """Find the moments by the equations of :func:`multiclass_at`.
+
+    Args:
+        features, targets, mean, covariance, num_points, seed: as in :func:`mtlgrad.ops.multiclass_moments`.
+
+    Returns:
+        Mean and variance, [B, 1, D] each.
+    """
     classes, augmented = mean.shape
     s = dense_multiclass_covariance(covariance, classes).reshape(classes, augmented, classes, augmented)
     cross = torch.einsum("cdke,be->kbcd", s, _augment(features))
@@ -213,8 +234,15 @@ def multiclass_at(
 
 
 def sampled_moments(features: Tensor, targets: Tensor, samples: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
-    """The published estimator: mean and variance over S weight samples of the gradient sum_c r_c w_cd (multiclass), or
-    of r_c w_cd for every output (binary). Forms the [S, B, C, D] tensor that the kernels never hold."""
+    """Find the moments over S weight samples, the published estimator, of the gradient sum_c r_c w_cd (multiclass), or
+    of r_c w_cd for every output (binary). Forms the [S, B, C, D] tensor that the kernels never hold.
+
+    Args:
+        features, targets, samples, kind: as in :func:`mtlgrad.ops.sampled_moments`.
+
+    Returns:
+        Mean and variance, [B, C, D] each (binary) or [B, 1, D] each.
+    """
     h = _augment(features)
     z = torch.einsum("bp,scp->sbc", h, samples)
     if kind == "binary":
@@ -234,7 +262,14 @@ def _labels(targets: Tensor, like: Tensor, classes: int) -> Tensor:
 
 
 def precision_mean(means: Tensor, variances: Tensor, power: float | Sequence[float] | Tensor = 1.0) -> Tensor:
-    """Section 4.3: sum_t lambda_t E_t / sum_t lambda_t / B with lambda_t = max(Var_t, 1e-8)^-power_t."""
+    """Compute sum_t lambda_t E_t / sum_t lambda_t / B with lambda_t = max(Var_t, 1e-8)^-power_t (DESIGN 4.3).
+
+    Args:
+        means, variances, power: as in :func:`mtlgrad.ops.precision_mean`.
+
+    Returns:
+        [B, D]; 0 where no task has a label.
+    """
     exponent = torch.as_tensor(power, dtype=means.dtype, device=means.device).expand(means.shape[1])
     missing = variances == torch.inf
     weight = variances.masked_fill(missing, 1.0).clamp(min=SMALLEST_VARIANCE) ** -exponent[:, None]

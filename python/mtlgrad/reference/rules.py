@@ -37,14 +37,28 @@ def _symmetric(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @_symmetric
 def upgrad(gram: Tensor, preference: Tensor | None = None) -> Tensor:
-    r"""Return :math:`\sum_i p_i \arg\min \{v^T M v : v \ge e_i\}` (Quinton and Rey, arXiv 2406.16232)."""
+    r"""Return :math:`\sum_i p_i \arg\min \{v^T M v : v \ge e_i\}` (Quinton and Rey, arXiv 2406.16232).
+
+    Args:
+        gram, preference: as in :func:`mtlgrad.ops.upgrad`.
+
+    Returns:
+        The weights, [T] float64.
+    """
     each = torch.stack([_projected(gram, unit) for unit in torch.eye(len(gram)).to(gram)])
     return _preference(gram, preference) @ each
 
 
 @_symmetric
 def dualproj(gram: Tensor, preference: Tensor | None = None) -> Tensor:
-    r"""Return :math:`\arg\min \{v^T M v : v \ge p\}` (arXiv 2406.16232; Lopez-Paz and Ranzato, NeurIPS 2017)."""
+    r"""Return :math:`\arg\min \{v^T M v : v \ge p\}` (arXiv 2406.16232; Lopez-Paz and Ranzato, NeurIPS 2017).
+
+    Args:
+        gram, preference: as in :func:`mtlgrad.ops.dualproj`.
+
+    Returns:
+        The weights, [T] float64.
+    """
     return _projected(gram, _preference(gram, preference))
 
 
@@ -123,7 +137,14 @@ def non_negative(matrix: Tensor, linear: Tensor) -> Tensor:
 
 @_symmetric
 def mgda(gram: Tensor) -> Tensor:
-    r"""Return :math:`\arg\min \{w^T M w : w \ge 0, 1^T w = 1\}` (Sener and Koltun, NeurIPS 2018, arXiv 1810.04650)."""
+    r"""Return :math:`\arg\min \{w^T M w : w \ge 0, 1^T w = 1\}` (Sener and Koltun, NeurIPS 2018, arXiv 1810.04650).
+
+    Args:
+        gram: as in :func:`mtlgrad.ops.mgda`.
+
+    Returns:
+        The weights, [T] float64.
+    """
     largest = gram.diagonal().max()
     if not largest > 0:
         return torch.full_like(gram[0], 1.0 / len(gram))
@@ -145,10 +166,15 @@ def _least_norm(gram: Tensor, rounding: Tensor | None = None) -> Tensor:
 @_symmetric
 def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
     r"""Return :math:`u + k w / \sqrt{w^T M w}` with :math:`u = 1/T`, :math:`k = c \sqrt{u^T M u}`, and w on the simplex
-
     minimising :math:`w^T M u + k \sqrt{w^T M w}` (Liu et al., NeurIPS 2021, arXiv 2110.14048). With g_0 the mean
     gradient, w is also the point of least norm in the convex hull of the g_i + t g_0, for the t at which its
     :math:`\sqrt{w^T M w} = k t`: found by bisection, since :math:`\sqrt{w^T M w} / t` decreases in t.
+
+    Args:
+        gram, c: as in :func:`mtlgrad.ops.cagrad`.
+
+    Returns:
+        The weights, [T] float64.
     """
     mean = torch.full_like(gram[0], 1.0 / len(gram))
     largest = gram.diagonal().max()
@@ -187,11 +213,16 @@ def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
 @_symmetric
 def fairgrad(gram: Tensor, alpha: float = 1.0, normalize: bool = True) -> Tensor:
     r"""Return a > 0 with :math:`M a = a^{-1/\alpha}` (Ban and Ji, ICML 2024, arXiv 2402.15638; Nash-MTL, Navon et al.,
-
     ICML 2022, arXiv 2202.01017, for :math:`\alpha = 1`), M divided by its Frobenius norm first with ``normalize``.
 
     With p = 1 / alpha and d the gradients' lengths, x = d a minimises x'Cx / 2 - sum_i k_i x_i^(1-p) / (1-p), where C
     are the cosines and k = d^(p-1): by Newton's method, each step halved until it gains enough.
+
+    Args:
+        gram, alpha, normalize: as in :func:`mtlgrad.ops.fairgrad`.
+
+    Returns:
+        The weights, [T] float64.
     """
     if not gram.diagonal().max() > 0:
         return torch.ones_like(gram[0])
@@ -245,6 +276,12 @@ def imtlg(gram: Tensor) -> Tensor:
     r"""Return a with :math:`M a = k \sqrt{\mathrm{diag} M}` and :math:`1^T a = 1` (Liu et al., ICLR 2021, section 3.1)
 
     With C the cosines and d the lengths, a is C^+ 1 / d over its sum.
+
+    Args:
+        gram: as in :func:`mtlgrad.ops.imtlg`.
+
+    Returns:
+        The weights, [T] float64.
     """
     cosines, lengths = _cosines(gram)
     if not lengths.max() > 0:
@@ -264,6 +301,12 @@ def pcgrad(gram: Tensor, seed: int, step: Tensor) -> Tensor:
     r"""Return the sum over i of g_i without its conflicts: for each j, in a random order, where
     :math:`\langle v, g_j \rangle < 0`, v loses :math:`\langle v, g_j \rangle / |g_j|^2` times g_j (Yu et al., NeurIPS
     2020, arXiv 2001.06782, algorithm 1). The orders are drawn from seed, step and i alone.
+
+    Args:
+        gram, seed, step: as in :func:`mtlgrad.ops.pcgrad`.
+
+    Returns:
+        The weights, [T] float64.
     """
     n, m = len(gram), gram.tolist()
     weights = [0.0] * n

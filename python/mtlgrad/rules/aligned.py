@@ -54,6 +54,9 @@ class AlignedMTL(GramRule):
         rank: []; below T where gradients are dependent or a task is absent. With ``scale="min"`` the update jumps when
             it changes.
         condition_number: [], the largest singular value over the smallest.
+
+    Raises:
+        ValueError: ``num_tasks`` below 1; an unknown ``scale``; a ``preference`` that is not as above, or all zero.
     """
 
     def __init__(

@@ -31,6 +31,9 @@ class CAGrad(GramRule):
         num_tasks: T.
         c: from 0 (the mean gradient); below 1 for convergence to a minimum of the mean loss. The paper's 0.2 to 0.5.
         check_finite, process_group: as in :class:`GramRule`.
+
+    Raises:
+        ValueError: ``num_tasks`` below 1; ``c`` below 0 or not finite.
     """
 
     def __init__(

@@ -29,6 +29,9 @@ class DualProj(GramRule):
         num_tasks: T.
         preference: p, [T], finite and not negative; 1/T each if not given.
         check_finite, process_group: as in :class:`GramRule`.
+
+    Raises:
+        ValueError: ``num_tasks`` below 1; a ``preference`` that is not as above, or all zero.
     """
 
     def __init__(

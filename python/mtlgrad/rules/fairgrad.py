@@ -34,6 +34,9 @@ class FairGrad(GramRule):
             the same but for a factor: the update's length does not follow the gradients', and a loss scale must be
             taken off before.
         check_finite, process_group: as in :class:`GramRule`.
+
+    Raises:
+        ValueError: ``num_tasks`` below 1; ``alpha`` not above 0 or not finite.
     """
 
     def __init__(

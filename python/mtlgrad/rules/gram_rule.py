@@ -52,6 +52,10 @@ class GramRule(NotScripted, nn.Module):
     Attributes:
         weights: [T] float64, of the latest use, on the gradients' device, unread by the host: None before the first,
             NaN between the layer's first forward and its backward. (A forward without gradients is no use.)
+
+    Raises:
+        TypeError: ``weighting`` is no function of the Gram matrix, or ``process_group`` no process group.
+        ValueError: ``num_tasks`` below 1; in use, ``weighting`` returns no tensor [T].
     """
 
     preference: tuple[float, ...] | None = None
@@ -90,6 +94,7 @@ class GramRule(NotScripted, nn.Module):
         self._prepare(torch.get_default_device())
 
     def extra_repr(self) -> str:
+        """Return what ``repr`` shows."""
         return f"num_tasks={self.num_tasks}"
 
     @property
@@ -126,7 +131,7 @@ class GramRule(NotScripted, nn.Module):
         return weights.detach().to(gram)
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        """T views of the features, one per head: view t goes to head t, and to nothing else.
+        """Make T views of the features, one per head: view t goes to head t, and to nothing else.
 
         In the backward the T gradients that arrive meet here, and their weighed sum goes on into the backbone. A view
         that no loss uses has a zero gradient. All losses must come back in one backward: add them up. In evaluation
@@ -136,6 +141,13 @@ class GramRule(NotScripted, nn.Module):
 
         Args:
             features: [B, ...], any floating or complex dtype; of several ranks each its own part of the batch.
+
+        Returns:
+            T tensors like the features.
+
+        Raises:
+            RuntimeError: ``scale_heads=True``; within torch.func; in the backward, a second one through a call.
+            TypeError: the features are no tensor, or of integers.
         """
         if self.scale_heads:
             raise RuntimeError(
@@ -259,7 +271,7 @@ class GramRule(NotScripted, nn.Module):
         *,
         heads: Sequence[Iterable[Tensor]] | None = None,
     ) -> None:
-        """``.jac`` to ``.grad``: the weighed sum is added to what ``.grad`` holds, and ``.jac`` is deleted.
+        """Merge ``.jac`` to ``.grad``: the weighed sum is added to what ``.grad`` holds, and ``.jac`` is deleted.
 
         All the parameters count as one system. Those without ``.jac`` are left alone.
 
@@ -269,6 +281,11 @@ class GramRule(NotScripted, nn.Module):
                 shards every rank merges its own shards, with one all-reduce of T x T numbers.
             retain_jac: keeps ``.jac``.
             heads: for each task its head's parameters, if their ``.grad`` is to be multiplied by its weight, too.
+
+        Raises:
+            RuntimeError: ``.jac`` is not the mean over the ranks.
+            ValueError: no ``.jac``, one of another shape or other tasks; heads that overlap, are not T, or are not
+                given exactly if ``scale_heads`` says so.
         """
         if self.scale_heads not in (None, heads is not None):
             raise ValueError(
@@ -331,7 +348,7 @@ class GramRule(NotScripted, nn.Module):
         return listed
 
     def weigh(self, losses: Losses, shared: Tensor | Iterable[Tensor]) -> Tensor:
-        """Weights for one ordinary backward of ``(weights * torch.stack(losses)).sum()``.
+        """Find the weights for one ordinary backward of ``(weights * torch.stack(losses)).sum()``.
 
         That backward gives the shared parameters the merged gradient; heads get theirs times the task's weight.
 
@@ -344,6 +361,11 @@ class GramRule(NotScripted, nn.Module):
         Returns:
             [T], in the losses' dtype and order, without gradient. The graph is kept; ``.grad`` and ``.jac`` are not
             touched. T copies of the gradient at ``shared`` are held on the way.
+
+        Raises:
+            RuntimeError: within torch.func.
+            TypeError: a loss is no tensor.
+            ValueError: not T scalar losses, or of other tasks than before; no loss reaches ``shared``; shards (FSDP2).
         """
         check_ordinary_autograd(f"{self._op}.weigh")
         _, values = named_losses(f"{self._op}.weigh", losses)

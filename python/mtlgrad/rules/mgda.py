@@ -29,6 +29,9 @@ class MGDA(GramRule):
     Args:
         num_tasks: T.
         check_finite, process_group: as in :class:`GramRule`.
+
+    Raises:
+        ValueError: ``num_tasks`` below 1.
     """
 
     def __init__(

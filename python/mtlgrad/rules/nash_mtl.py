@@ -33,6 +33,9 @@ class NashMTL(GramRule):
             those of equation 2, the same but for a factor: the update's length does not follow the gradients', and a
             loss scale must be taken off before.
         check_finite, process_group: as in :class:`GramRule`.
+
+    Raises:
+        ValueError: ``num_tasks`` below 1.
     """
 
     def __init__(

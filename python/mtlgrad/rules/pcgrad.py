@@ -31,6 +31,9 @@ class PCGrad(GramRule):
         num_tasks: T.
         seed: of the orders.
         check_finite, process_group: as in :class:`GramRule`.
+
+    Raises:
+        ValueError: ``num_tasks`` below 1.
     """
 
     _draws = True
