@@ -5,10 +5,12 @@ import math
 import statistics
 
 import pytest
+import torch
 
-from bench import accuracy
+from bench import accuracy, defaults
 from mtlgrad.data.yeast import Yeast
 from mtlgrad.metrics import delta_m
+from mtlgrad.recipes.training import Job
 
 
 class Few(Yeast):
@@ -84,6 +86,24 @@ def test_a_study_that_was_stopped_is_not_reported_before_its_baselines_are_there
     part.rows = [row for row in study.rows if row["method"] != "aligned-ub" or row["seed"] != "2"]
     assert part.has_baselines()
     assert "aligned-ub" not in [column.method for column in accuracy.Found(part).columns]
+
+
+def test_the_variants_of_bayesagg(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(defaults, "FOLDER", tmp_path / "bayesagg")
+    monkeypatch.setattr(defaults, "DATASETS", ("yeast",))
+    names = ("regression: unit noise", "classification: gamma 1", "moving, half-life 20")
+    monkeypatch.setattr(defaults, "VARIANTS", {name: defaults.VARIANTS[name] for name in names})
+    study.train_rates("bayesagg")
+    variants = defaults.Variants("yeast")
+    variants.run()
+    assert {row["method"] for row in variants.rows} == set(names[1:])  # yeast has no regression
+    made = defaults.Variant(Few(0), Job(names[1], 0, 1e-3), 2, 32, torch.device("cpu"))
+    assert {head.gamma for head in made.method.bayes.heads} == {1.0}
+    found = {line.split(" | ")[0].strip("| "): line for line in defaults.table().splitlines()}
+    assert found["regression: unit noise"].endswith("|  |")
+    lr = variants.best_rate(names[1])
+    delta = [accuracy.Found(study).delta(variants.find(names[1], lr, seed)) for seed in range(3)]
+    assert f"{statistics.mean(delta):+.1f} ± {statistics.stdev(delta):.1f}" in found[names[1]]
 
 
 def test_the_page_is_what_the_csvs_say(tmp_path):
