@@ -9,7 +9,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 EDITABLE := $(INSTALL) --no-build-isolation --config-settings=build-dir=$(VENV)/build --editable
 C_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -33,6 +33,12 @@ format: $(VENV)/installed-dev  ## Apply the style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
+docs: $(VENV)/installed-docs  ## Build the site in build/site, its tutorials run anew, one thread
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/installed-dev  ## Make a wheel in dist/, check it under torch 2.13 and the newest (WHEEL_ARGS="--torch torch==2.11.0")
+	$(BIN)/python tools/wheel.py $(WHEEL_ARGS)
+
 clean:  ## Remove everything that make made, the environment too
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -54,4 +60,9 @@ $(VENV)/installed: $(shell find csrc -type f) CMakeLists.txt pyproject.toml cons
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed
 	@echo "installing what tests and linters need"
 	@$(EDITABLE) '.[test,dev]'
+	@touch $@
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/installed
+	@echo "installing what the site needs"
+	@$(EDITABLE) '.[docs]'
 	@touch $@
