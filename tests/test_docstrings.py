@@ -13,6 +13,9 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
+
+import mtlgrad
 
 MODULES = [
     *("mtlgrad", "mtlgrad.alphavil", "mtlgrad.distributed", "mtlgrad.metrics", "mtlgrad.ops", "mtlgrad.optim"),
@@ -77,3 +80,15 @@ def test_docstring_tells_arguments_and_results(name: str, value: Any) -> None:
     found = [f"{name}: {fault}" for fault in faults(value.__doc__, value)]
     found += [f"{name}.{member}: {fault}" for member, inner, doc in members for fault in faults(doc, inner)]
     assert not found, "\n".join(found)
+
+
+def test_examples_run() -> None:
+    names: dict[str, Any] = {"torch": torch, "nn": torch.nn, **vars(torch.nn.functional), **vars(mtlgrad)}
+    examples = [
+        block
+        for _, value in public_names()
+        for block in re.findall(r"^Example::\n\n((?:    .*\n|\n)+)", inspect.getdoc(value) or "", re.MULTILINE)
+    ]
+    assert examples
+    for code in examples:
+        exec(compile(inspect.cleandoc(code), "a docstring", "exec"), dict(names))

@@ -49,11 +49,13 @@ class BayesAgg(NotScripted, nn.Module):
 
     Example::
 
-        bayes = BayesAgg([Regression(age_head), Multiclass(race_head)])
-        for features, targets in ...:
-            features = bayes(backbone(inputs), targets)
-            (mse(age_head(features), age) + cross_entropy(race_head(features), race)).backward()
-        bayes.refresh()  # once per epoch
+        backbone, age, kind = nn.Linear(8, 64), nn.Linear(64, 1), nn.Linear(64, 5)
+        bayes = BayesAgg([Regression(age), Multiclass(kind)])
+        for _ in range(2):
+            for x, y, c in [(torch.randn(32, 8), torch.randn(32, 1), torch.randint(0, 5, (32,)))]:
+                z = bayes(backbone(x), [y, c])
+                (mse_loss(age(z), y) + cross_entropy(kind(z), c)).backward()
+            bayes.refresh()  # once an epoch
 
     Args:
         heads: :class:`Regression`, :class:`Binary`, :class:`Multiclass`, in the order of the targets. Every output of a
