@@ -157,20 +157,17 @@ class Study:
 
         return min(self.finalists(method, task), key=mean)
 
+    def is_done(self, method: str, task: str | None = None) -> bool:
+        """Return whether a contender has every training that is compared."""
+        return all(self.find(method, lr, 0, task=task) for lr in RATES) and all(
+            self.find(method, lr, seed, task=task) for lr in self.finalists(method, task) for seed in range(self.seeds)
+        )
+
     def has_baselines(self) -> bool:
         """Return whether there is enough to report: single-task nets, the sum and that of logarithms on all seeds."""
         tasks = dict.fromkeys(row["task"] for row in self.rows)
         needed = [*((SINGLE, task) for task in tasks), ("sum", None), ("logsum", None)]
-        return (
-            bool(tasks)
-            and all(self.find(method, lr, 0, task=task) for method, task in needed for lr in RATES)
-            and all(
-                self.find(method, lr, seed, task=task)
-                for method, task in needed
-                for lr in self.finalists(method, task)
-                for seed in range(SEEDS)
-            )
-        )
+        return bool(tasks) and all(self.is_done(method, task) for method, task in needed)
 
     def best_weights(self) -> str:
         lr = self.best_rate("sum")
@@ -323,10 +320,7 @@ class Found:
     def runs(self, method: str) -> list[list[Row]]:
         """Return the rows of each seed at the best rate; none where the study is not done."""
         rate_of = "sum" if method == FIXED else method
-        if not all(self.study.find(rate_of, lr, 0) for lr in RATES):
-            return []
-        finalists = self.study.finalists(rate_of)
-        if not all(self.study.find(rate_of, lr, seed) for lr in finalists for seed in range(SEEDS)):
+        if not self.study.is_done(rate_of):
             return []
         lr, weights = self.study.best_rate(rate_of), self._weights(method)
         found = [self.study.find(method, lr, seed, weights) for seed in range(SEEDS)]

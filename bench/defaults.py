@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from bench.accuracy import RESULTS, Found, Study, markdown, name_of
-from mtlgrad.recipes.comparison import RATES
 from mtlgrad.recipes.methods import BayesAggregation, Method, Weights
 from mtlgrad.recipes.recipe import Recipe
 from mtlgrad.recipes.training import Job, Training
@@ -72,7 +71,7 @@ def table() -> str:
         cells = []
         for dataset in DATASETS:
             study = Variants(dataset) if name in VARIANTS else Study(dataset)
-            if not all(study.find(name, lr, 0) for lr in RATES):
+            if not study.is_done(name):
                 cells.append("")
                 continue
             runs = [study.find(name, study.best_rate(name), seed) for seed in range(SEEDS)]
