@@ -9,7 +9,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 EDITABLE := $(INSTALL) --no-build-isolation --config-settings=build-dir=$(VENV)/build --editable
 C_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format docs wheel clean
+.PHONY: help demo test lint format docs site wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -33,7 +33,11 @@ format: $(VENV)/installed-dev  ## Apply the style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-docs: $(VENV)/installed-docs  ## Build the site in build/site, its tutorials run anew, one thread
+# In an environment of its own, with the CPU kernels alone: nvcc would take minutes, and the tutorials need none of it.
+docs:  ## Build the site in build/site, its tutorials run anew, one thread
+	CMAKE_ARGS=-DMTLGRAD_CUDA=OFF $(MAKE) --no-print-directory VENV=build/docs site
+
+site: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict
 
 wheel: $(VENV)/installed-dev  ## Make a wheel in dist/, check it under torch 2.13 and the newest (WHEEL_ARGS="--torch torch==2.11.0")
