@@ -177,9 +177,7 @@ def on_a_rank(kind: type[Model], sharded: bool) -> tuple[dict[str, Tensor], int,
 def test_two_ranks_equal_one_process(kind: type[Model], sharded: bool, two_ranks: Pool) -> None:
     shown = Shown(values)
     expected = weights(fit(kind(), whole(), shown, max_epochs=2))
-    largest = max(
-        value.abs().max() for value in expected.values()
-    )  # biases begin at zero: rounding is not by their size
+    largest = max(value.abs().max() for value in expected.values())  # a bias begins at zero: no scale of rounding
     for rank, (found, buckets, logged, told) in enumerate(two_ranks(on_a_rank, kind, sharded)):
         for name, value in expected.items():
             assert (found[name] - value).abs().max() <= 1e-6 * largest, name
