@@ -67,7 +67,7 @@ class Aligned(Model):
 class Bayes(Model):
     def __init__(self) -> None:
         super().__init__()
-        self.bayes = mtlgrad.BayesAgg([mtlgrad.Regression(self.age), mtlgrad.Multiclass(self.kind)])
+        self.bayes = mtlgrad.BayesAgg([mtlgrad.Regression(self.age, gamma=0.1), mtlgrad.Multiclass(self.kind)])
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         features = self.bayes(self.backbone(batch[0]), batch[1:])

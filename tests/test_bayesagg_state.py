@@ -501,11 +501,11 @@ def test_a_posterior_that_cannot_be_had_is_named_at_refresh() -> None:
 @pytest.mark.parametrize("batch", [3, 20])
 def test_moments_out_of_range_name_the_batch(batch: int) -> None:
     data = make("regression", 20, WIDTH)
-    layer = published_layer([published_regression(linear(data).float())])
+    layer = published_layer([published_regression(linear(data).float(), gamma=0.1)])
     features = data.features.float().requires_grad_()
     layer(features, [data.targets])
     layer.refresh()
-    with pytest.raises(ValueError, match=r"BayesAgg: batch 1.*: expected (a )?finite (moments|precision).*, found NaN"):
+    with pytest.raises(ValueError, match=r"BayesAgg: batch 1: expected finite moments of the gradients, found NaN at"):
         layer.aggregate(features.detach()[:batch] * 1e37, [data.targets[:batch]])
 
 
