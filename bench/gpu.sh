@@ -77,9 +77,9 @@ part info 30 280 20 "$python" -c 'import mtlgrad; [print(*item) for item in mtlg
 # Tests that put their tensors on the GPU say so in their names; the emulator has nothing to say here. Other files of tests
 # need packages that a lent machine does not have.
 part parity 100 250 4 "$python" -m pytest -q -p no:cacheprovider -k "cuda and not emulated" \
-  tests/test_{adatask,align,alphavil,bayesagg,combine,conditioning,displace,jacobian,metrics,moments,optim,posterior,rules}*.py
-part graphs 45 230 4 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_graphs.py tests/test_aligned_uses.py -k "graph"
-part streams 30 215 4 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_streams.py
+  tests/ops tests/methods
+part graphs 45 230 4 "$python" -m pytest -q -p no:cacheprovider tests/contracts/test_cuda_graphs.py tests/contracts/test_aligned_uses.py -k "graph"
+part streams 30 215 4 "$python" -m pytest -q -p no:cacheprovider tests/contracts/test_cuda_streams.py
 if [[ $capability =~ ^(80|90)$ ]]; then
   part resources 60 240 2 "$python" -m bench.resources --arch "sm_$capability" --results "$out/kernels"
 else

@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from ranks import Pool
-from simt.build import build
 
 from mtlgrad.ops import _native
+from tests.simt.build import build
+from tests.support.ranks import Pool
 
 HAS_GPU = torch.cuda.is_available() and _native.KERNELS["cuda"] is not None
 

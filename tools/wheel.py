@@ -49,7 +49,7 @@ def check(wheel: Path, torch: str) -> None:
         pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
         run(*pip, wheel, torch, "pytest", "hypothesis")
         run(python, "-I", "-W", "error", ROOT / "tools" / "wheel_probe.py", cwd=folder)
-        tests = [ROOT / "tests" / f"test_{name}.py" for name in TESTS]
+        tests = [ROOT / "tests" / "ops" / f"test_{name}.py" for name in TESTS]
         pytest = (python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-k", "not emulated")
         run(*pytest, *tests, cwd=folder)
 

@@ -8,10 +8,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from adatask_cases import KINDS, RULES, begin, call, gradients, weights_of
-from gradient_cases import near, normal
-from moments_cases import binary, multiclass, regression
-from optim_cases import fill, make, several, state_tensors
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -35,6 +31,10 @@ from mtlgrad import (
 )
 from mtlgrad.ops.align import empty_result
 from mtlgrad.traced import copies
+from tests.support.adatask_cases import KINDS, RULES, begin, call, gradients, weights_of
+from tests.support.gradient_cases import near, normal
+from tests.support.moments_cases import binary, multiclass, regression
+from tests.support.optim_cases import fill, make, several, state_tensors
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "nothing_compiled_before"),

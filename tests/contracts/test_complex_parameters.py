@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Pool
 from torch import Tensor, nn
 
 from mtlgrad import AlignedMTL, AlphaVIL, ops, task_backward
 from mtlgrad.alphavil import Task
 from mtlgrad.metrics import Dominance, gradient_statistics
 from mtlgrad.optim import AdaTaskAdagrad, AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop, clip_task_grad_norm_
+from tests.support.ranks import Pool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from ranks import environment, free_port
-from test_comparison import rows_of
 
 from mtlgrad.cli import main
 from mtlgrad.recipes.methods import METHODS
+from tests.recipes.test_comparison import rows_of
+from tests.support.ranks import environment, free_port
 
 TEXT = """
 import time
-from small_recipe import Small
+from pathlib import Path
+from tests.recipes.small_recipe import Small
 
 class Slow(Small):
     batch_size = 8
@@ -30,7 +32,7 @@ class Slow(Small):
 def folder(tmp_path, monkeypatch):
     """A working directory with two recipes in it."""
     monkeypatch.chdir(tmp_path)
-    here = os.path.dirname(__file__)
+    here = str(Path(__file__).parents[2])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "mine.py").write_text(TEXT.format(pause=0))

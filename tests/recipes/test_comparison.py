@@ -10,7 +10,6 @@ import struct
 import pytest
 import torch
 from rich.console import Console
-from small_recipe import Small
 from torch import nn
 
 from mtlgrad import plots
@@ -21,6 +20,7 @@ from mtlgrad.recipes.folder import RunFolder
 from mtlgrad.recipes.progress import Board, Watchers, show_table
 from mtlgrad.recipes.recipe import TrainError
 from mtlgrad.recipes.training import SINGLE, Job, Result, Training
+from tests.recipes.small_recipe import Small
 
 DEFAULT = {
     "recipe": "small", "methods": ("sum", "aligned-ub"), "seeds": 2, "epochs": 2, "batch_size": 8, "rates": (1e-2,),
@@ -388,7 +388,10 @@ def test_a_recipe_that_lacks_something_is_refused_in_one_line(tmp_path, text, wo
         ),
         ("nowhere.py", r"expected a file, found none at nowhere.py; `mtlgrad recipe > my_recipe.py` makes one"),
         ("no.such:Class", "argument --recipe: no.such:Class: No module named 'no'"),
-        ("small_recipe:Other", "expected one class derived .* in small_recipe, found Small, Listed"),
+        (
+            "tests.recipes.small_recipe:Other",
+            "expected one class derived .* in tests.recipes.small_recipe, found Small, Listed",
+        ),
     ],
 )
 def test_a_recipe_that_is_not_there(name, words):
@@ -503,4 +506,4 @@ def test_a_recipe_that_was_changed_is_not_resumed(run, tmp_path):
 def test_recipes_of_a_file_and_of_a_module(tmp_path):
     (tmp_path / "mine.py").write_text(GOOD + FULL + "self.train = self.validation = self.test = d")
     assert recipe_class(str(tmp_path / "mine.py")).__name__ == "R"
-    assert recipe_class("small_recipe:Small") is Small
+    assert recipe_class("tests.recipes.small_recipe:Small") is Small

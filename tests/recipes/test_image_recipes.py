@@ -7,15 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from image_files import FOLDERS, SIZE, WRITE, Evil, array, cifar, cut, emptied, gone, pickled, text
 from PIL import Image
-from small_recipe import CPU, quiet
 from torch import nn
 
 from mtlgrad.data.nyuv2 import Angle, one_minus_cosine
 from mtlgrad.recipes.comparison import checked, packaged, recipe_class
 from mtlgrad.recipes.recipe import TrainError
 from mtlgrad.recipes.training import Job, Training
+from tests.recipes.image_files import FOLDERS, SIZE, WRITE, Evil, array, cifar, cut, emptied, gone, pickled, text
+from tests.recipes.small_recipe import CPU, quiet
 
 DENSE = ("nyuv2", "cityscapes")
 

@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small_recipe import begun, quiet
 
 from mtlgrad.data import clothing, multimnist, qm9, river, yeast
 from mtlgrad.recipes import Tensors, random_split, standardised
 from mtlgrad.recipes.comparison import checked, packaged, recipe_class
 from mtlgrad.recipes.recipe import TrainError
+from tests.recipes.small_recipe import begun, quiet
 
 VENDORED = ("clothing", "river", "yeast")
 

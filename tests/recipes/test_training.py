@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from small_recipe import CPU, Listed, Small, begun, quiet, trained
 from torch.utils.data import DataLoader
 
 from mtlgrad import reference
@@ -15,6 +14,7 @@ from mtlgrad.recipes import RMSE, MultiTaskNet, Recipe, Tensors, linear_heads, r
 from mtlgrad.recipes.methods import METHODS, WITH_PREFERENCE, make
 from mtlgrad.recipes.recipe import TrainError
 from mtlgrad.recipes.training import features_of
+from tests.recipes.small_recipe import CPU, Listed, Small, begun, quiet, trained
 
 SOME = ("sum", "logsum", "uncertainty", "bayesagg", "bayesagg-published", "aligned", "aligned-ub-log", "pcgrad",
         "pcgrad-ub", "adatask", "adatask-mean", "adatask-rmsprop-log", "adatask-adagrad", "alphavil")  # fmt: skip
