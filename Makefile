@@ -6,21 +6,30 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Build tools live in the environment too: with them pip needs no isolated build, and recompiles only what changed.
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
-EDITABLE := $(INSTALL) --no-build-isolation --config-settings=build-dir=$(VENV)/build --editable
+# CUDA kernels where a GPU can run them: nvcc takes minutes. `bench/resources.py` compiles them in any case.
+CUDA = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo ON || echo OFF)
+EDITABLE = $(INSTALL) --no-build-isolation --config-settings=build-dir=$(VENV)/build \
+  --config-settings=cmake.define.MTLGRAD_CUDA=$(CUDA) --editable
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 C_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format docs site wheel clean
+.PHONY: help demo test test-all lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*##/make \1:/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*##/make \1:/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed  ## Compare four methods on eight river flows (DEMO_ARGS="--epochs 2 ...")
 	$(BIN)/mtlgrad train --recipe river --methods sum logsum bayesagg aligned-ub --lr 8e-3 --epochs 25 $(DEMO_ARGS)
 
-test: $(VENV)/installed-dev  ## Run all tests, JOBS=2 at a time, CUDA kernels in the host emulator (TEST_ARGS="-k moments ...")
-	$(BIN)/python tests/simt/build.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(TEST_ARGS)
+test: $(VENV)/installed-dev  ## Run all tests but the slow ones, JOBS=2 at a time, CUDA kernels in the host emulator (TEST_ARGS="-k moments ...")
+	$(BIN)/python tests/simt/build.py _C
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
+
+test-all: $(VENV)/installed-dev  ## Run the slow ones, too: sanitizers, what nvcc makes of the CUDA kernels, the sdist
+	$(BIN)/python tests/simt/build.py all
+	! command -v nvcc >/dev/null || $(BIN)/python -m bench.resources >/dev/null
+	$(PYTEST) $(TEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## Check style and types
 	$(BIN)/ruff check .
@@ -33,11 +42,7 @@ format: $(VENV)/installed-dev  ## Apply the style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# In an environment of its own, with the CPU kernels alone: nvcc would take minutes, and the tutorials need none of it.
-docs:  ## Build the site in build/site, its tutorials run anew, one thread
-	CMAKE_ARGS=-DMTLGRAD_CUDA=OFF $(MAKE) --no-print-directory VENV=build/docs site
-
-site: $(VENV)/installed-docs
+docs: $(VENV)/installed-docs  ## Build the site in build/site, its tutorials run anew, one thread
 	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict
 
 wheel: $(VENV)/installed-dev  ## Make a wheel in dist/, check it under torch 2.13 and the newest (WHEEL_ARGS="--torch torch==2.11.0")

@@ -80,9 +80,9 @@ class Study:
 
     def find(self, method: str, lr: float, seed: int, weights: str = "", task: str | None = None) -> list[Row]:
         """Return a training's rows, one a task; none if it has not run."""
-        key = {"method": method, "lr": f"{lr:g}", "seed": str(seed), "weights": weights}
-        key |= {} if task is None else {"task": task}
-        return [row for row in self.rows if all(row[name] == value for name, value in key.items())]
+        key = (method, f"{lr:g}", str(seed), weights)
+        found = [row for row in self.rows if (row["method"], row["lr"], row["seed"], row["weights"]) == key]
+        return found if task is None else [row for row in found if row["task"] == task]
 
     def train(self, method: str, lr: float, seed: int, weights: str = "", task: str | None = None) -> None:
         """Train, unless that is done, and write a row a task."""

@@ -1,7 +1,8 @@
 """Registers, spills, stack and shared memory of every CUDA kernel, from the compiler's own report. Needs nvcc, no GPU.
 
-``python -m bench.resources`` compiles csrc/cuda for every architecture that the package is built for and prints a line
-a kernel; ``--write`` keeps them in bench/results/kernels/. Exit code 1 where a kernel spills or has a stack.
+``python -m bench.resources`` builds the package's extension with csrc/cuda for every architecture, in build/cuda, and
+prints a line a kernel; ``--write`` keeps them in bench/results/kernels/. Exit code 1 where a kernel spills or has a
+stack.
 """
 
 from __future__ import annotations
@@ -10,26 +11,20 @@ import argparse
 import csv
 import ctypes
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
-CACHE = ROOT / "build" / "resources"
+BUILD = ROOT / "build" / "cuda"
 RESULT = ROOT / "bench" / "results" / "kernels" / "resources_cuda.csv"
-# As CMakeLists.txt has them; what of these changes a kernel.
-OPTIONS = ("--std=c++17", "-lineinfo", f"-I{ROOT / 'csrc'}")
 
 
 @dataclass(frozen=True)
@@ -82,16 +77,16 @@ class Kernel:
         return blocks * each * 32
 
 
-def parse(report: str, source: str, arch: str, threads: dict[str, int] | None = None) -> list[Kernel]:
+def parse(report: str, source: str, threads: dict[str, int] | None = None) -> list[Kernel]:
     """The kernels of one ``-Xptxas=-v`` report, names still mangled; device functions' own lines are left out."""
     kernels = []
     for entry in re.split(r"(?=ptxas info\s*: Compiling entry function)", report)[1:]:
         head = re.match(r"ptxas info\s*: Compiling entry function '([^']+)' for '([^']+)'", entry)
-        if not head or head[2] != arch:
+        if not head:
             raise ResourceError(
-                f"{source}: expected a report for {arch}, found {entry.splitlines()[0]!r}; mend parse()"
+                f"{source}: expected a kernel and its architecture, found {entry.splitlines()[0]!r}; mend parse()"
             )
-        name = head[1]
+        name, arch = head.groups()
         own = rf"Function properties for {re.escape(name)}\s+"
         frame = re.search(own + r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         used = re.search(r"Used (\d+) registers(.*)", entry)
@@ -169,48 +164,49 @@ def compiler_version(nvcc: str) -> str:
     return match[1] if match else "unknown"
 
 
-def compile_one(nvcc: str, source: Path, arch: str, options: Sequence[str] = OPTIONS) -> list[Kernel]:
-    """The kernels of one source, names still mangled; leaves nothing behind."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, f"-arch={arch}", "-cubin", "-Xptxas=-v", *options, "--keep", f"--keep-dir={folder}"]
-        command += ["-o", f"{folder}/out.cubin", str(source)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ResourceError(f"resources: expected {source.name} to compile, found: {done.stderr.strip()[:2000]}")
-        threads = launch_bounds("\n".join(path.read_text() for path in Path(folder).glob("*.ptx")))
-    return parse(done.stderr, source.name, arch, threads)
-
-
-def collect(
-    sources: Sequence[Path] = SOURCES, archs: Sequence[str] = tuple(ARCHITECTURES), jobs: int = 0
-) -> list[Kernel]:
-    """All kernels, sorted. What was compiled before is read from build/resources, as long as no source has changed: a
-    minute and a half on two cores else."""
+def build(archs: Sequence[str]) -> str:
+    """What the compiler reports while the extension is built in BUILD, its PTX and all; kept until a source changes."""
     nvcc = compiler()
-    hashed = hashlib.sha256(repr((compiler_version(nvcc), OPTIONS)).encode())
-    for path in [*sorted((ROOT / "csrc").rglob("*.*")), Path(__file__)]:
-        hashed.update(path.read_bytes())
-    mark = hashed.hexdigest()[:16]
+    mark = hashlib.sha256(repr((compiler_version(nvcc), *archs)).encode())
+    for path in [*sorted((ROOT / "csrc").rglob("*.*")), ROOT / "CMakeLists.txt", Path(__file__)]:
+        mark.update(path.read_bytes())
+    log = BUILD / f"{mark.hexdigest()[:16]}.log"
+    if not log.exists():
+        import pybind11
 
-    def one(work: tuple[Path, str]) -> list[Kernel]:
-        source, arch = work
-        kept = CACHE / f"{source.stem}_{arch}_{mark}.json"
-        if kept.exists():
-            return [Kernel(**fields) for fields in json.loads(kept.read_text())]
-        kernels = compile_one(nvcc, source, arch)
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob(f"{source.stem}_{arch}_*"):
-            old.unlink(missing_ok=True)
-        draft = kept.with_suffix(f".{os.getpid()}.part")
-        draft.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
-        draft.replace(kept)
-        return kernels
+        shutil.rmtree(BUILD, ignore_errors=True)
+        (BUILD / "ptx").mkdir(parents=True)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        configure = [
+            *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=None"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(arch.replace('sm_', '') + '-real' for arch in archs)}",
+            f"-DCMAKE_CUDA_FLAGS=-Xptxas=-v --keep --keep-dir={BUILD / 'ptx'}",
+        ]
+        for command in (configure, ["cmake", "--build", str(BUILD)]):
+            done = subprocess.run(
+                [shutil.which("cmake", path=path) or "cmake", *command[1:]],
+                env={**os.environ, "PATH": path, "NVCC_APPEND_FLAGS": "--threads=1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            if done.returncode:
+                raise ResourceError(f"resources: expected the kernels to compile, found: {done.stdout.strip()[-2000:]}")
+        log.write_text(done.stdout)
+    return log.read_text()
 
-    largest_first = sorted(sources, key=lambda path: -sum(map(path.stem.startswith, ("combine", "adatask"))))
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        found = [kernel for part in pool.map(one, [(s, a) for s in largest_first for a in archs]) for kernel in part]
+
+def collect(archs: Sequence[str] = tuple(ARCHITECTURES)) -> list[Kernel]:
+    """All kernels, sorted: after a change of a source some minutes on two cores."""
+    report = build(archs)
+    threads = launch_bounds("\n".join(path.read_text() for path in (BUILD / "ptx").glob("*.ptx")))
+    sources = re.split(r"Building CUDA object \S+/(\w+\.cu)\.o", report)[1:]
+    found = [kernel for name, text in zip(sources[::2], sources[1::2]) for kernel in parse(text, name, threads)]
     names = demangled(dict.fromkeys(kernel.kernel for kernel in found))
-    renamed = [Kernel(**(asdict(kernel) | {"kernel": names[kernel.kernel]})) for kernel in found]
+    renamed = [replace(kernel, kernel=names[kernel.kernel]) for kernel in found]
     return sorted(renamed, key=lambda kernel: (kernel.source, kernel.kernel, kernel.arch))
 
 

@@ -248,6 +248,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
   m.attr("openmp") = 0;
 #endif
+#ifndef MTLGRAD_EMULATE  // where the CUDA kernels are alone
   bind(m, "multiclass_workspace", multiclass_workspace);
   bind(m, "condition_on_batch", cpu::condition_on_batch);
   bind(m, "condition_by_precision", cpu::condition_by_precision);
@@ -259,6 +260,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #define MTLGRAD_BIND(name) bind(on_cpu, #name, cpu::name);
   MTLGRAD_KERNELS(MTLGRAD_BIND)
 #undef MTLGRAD_BIND
+#endif
 
 #ifdef MTLGRAD_WITH_CUDA
   m.attr("cuda_compiled") = true;

@@ -68,6 +68,7 @@ def contenders(rows: list[dict[str, str]], operation: str) -> set[str]:
     return {row["contender"] for row in rows if row["operation"] == operation}
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_moments_benchmark(tmp_path: Path) -> None:
     start = time.monotonic()
     rows = quick_rows("moments", tmp_path)
@@ -77,6 +78,7 @@ def test_quick_run_of_the_moments_benchmark(tmp_path: Path) -> None:
     assert {"mtlgrad", "reference", "published"} <= contenders(rows, "aggregate")
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_combine_benchmark(tmp_path: Path) -> None:
     rows = quick_rows("combine", tmp_path)
     assert contenders(rows, "aligned matrix") == {"mtlgrad", "mtlgrad out=", "reference", "torchjd"}
@@ -92,6 +94,7 @@ def test_quick_run_of_the_combine_benchmark(tmp_path: Path) -> None:
         assert {"mtlgrad", "reference", "torchjd"} >= contenders(rows, rule) >= {"mtlgrad", "reference"}
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_adatask_benchmark(tmp_path: Path) -> None:
     rows = quick_rows("adatask", tmp_path)
     ours, peers = {"mtlgrad", "mtlgrad op"}, {"published", "torch foreach", "reference"}
@@ -278,6 +281,7 @@ print(memory.measure(Case("o", "s", lambda small: work), "x"))
     assert 39 < float(done.stdout) < 46  # 40 MB and a little
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_alphavil_benchmark(tmp_path: Path) -> None:
     rows = quick_rows("alphavil", tmp_path)
     expected = {"forward, backward", "mtlgrad alpha step", "torch alpha step"}

@@ -31,6 +31,7 @@ THREE = {
 SLOW = {"published bayesagg"}  # but for one case
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_step_benchmark(tmp_path: Path) -> None:
     # One thread: two that wait for each other on a busy machine take ten times as long.
     options = ["--quick", "--device", "cpu", "--threads", "1", "--results", str(tmp_path)]
@@ -73,7 +74,7 @@ def checked(contender: Contender) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # TorchJD's vmap of an attention
-@pytest.mark.parametrize("tasks", [3, 20])
+@pytest.mark.parametrize("tasks", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_every_call_makes_the_same_step(tasks: int) -> None:
     problem = problem_of(tasks, "transformer")
     contenders = bench_step.contenders(problem)

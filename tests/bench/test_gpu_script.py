@@ -115,6 +115,7 @@ def test_what_hangs_is_stopped_and_costs_the_others_nothing(tmp_path: Path) -> N
     assert done.seconds < 26
 
 
+@pytest.mark.slow
 def test_ends_in_time_whatever_hangs(tmp_path: Path) -> None:
     """Every command of Python's hangs but the first."""
     done = run(tmp_path, seconds=20, HANG="-m ")

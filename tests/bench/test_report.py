@@ -4,15 +4,56 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import report, table
-from bench.measured import ReportError, faster, read_results
+from bench import figures, report, table
+from bench.measured import ReportError, Results, faster, read_results
 from bench.readme_tables import BLOCKS, digits, milliseconds, percent, power, spoken, times
-from tests.bench.report_cases import measured, readme, row, write
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+WHERE = {
+    "date": "2026-01-02T03:04Z",
+    "machine": "Linux x86_64, 2 cores, 8 GiB",
+    "cpu": "Abacus 9000",
+    "threads": "2",
+    "device": "cpu",
+    "python": "3.11.7",
+    "torch": "2.13.0",
+    "numpy": "2.0.0",
+    "torchjd": "0.18.0",
+    "mtlgrad": "0.1.0",
+    "compiler": "g++ 12.2.0",
+    "commit": "abc1234",
+}
+# 10 GB/s and 100 GFLOP/s: the floor of these is 1 ms of copying, or 0.2 of arithmetic.
+WORK = {"bytes": 10_000_000, "flops": 20_000_000, "copy_gb_per_s": "10.00", "gemm_gflop_per_s": "100.00"}
+TIMED = WORK | {"checked_error": "1.2e-07", "allowed_error": "1.0e-05", "runs": 20, "dtype": "float32"}
+
+
+def row(operation: str, shape: str, contender: str, ms: float | None, ratio: float | None = 1.0, **more: Any) -> dict:
+    times_of = {} if ms is None else {"median_ms": f"{ms:.4f}", "times_first": f"{ratio:.4f}"}
+    return WHERE | TIMED | times_of | {"operation": operation, "shape": shape, "contender": contender} | more
+
+
+def write(folder: Path, name: str, rows: list[dict]) -> Path:
+    table.write_rows(folder / name, rows, keep=False)
+    return folder / name
+
+
+def measured(folder: Path, *rows: dict, name: str = "combine_cpu.csv") -> Results:
+    write(folder, name, list(rows))
+    return read_results(folder)
+
+
+def readme(folder: Path, *names: str) -> Path:
+    path = folder / "README.md"
+    parts = [f"<!-- bench: {name} -->\nold\n<!-- /bench -->\n" for name in names]
+    path.write_text("# A title\n\n" + "\nbetween\n\n".join(parts) + "\nafter\n")
+    return path
 
 
 def cells(block: str, first: str) -> list[str]:
@@ -330,3 +371,74 @@ def test_this_repository_pages_are_what_the_csvs_say(page: Path) -> None:
     _, stale = report.filled(text, read_results(ROOT / "bench" / "results"))
     assert stale == []
     assert report.unmeasured(text) == []
+
+
+# Figures: they show the CSVs' rows, and the same rows give the same files ---------------------------------------------
+
+
+def swept() -> list[dict]:
+    rows = []
+    for shape, scale in (
+        *((f"T={t} N=1e+07", t) for t in (2, 3, 8, 20)),
+        *((f"T=3 N={n:.0e}", n / 1e7) for n in (1e4, 1e5, 1e6)),
+        ("T=8 N=1e+07 bfloat16", 1),
+        ("T=3 N=1e+07 in 10 tensors", 1),
+    ):
+        rows.append(row("gram", shape, "mtlgrad", 2.0 * scale, 1.0))
+        rows.append(row("gram", shape, "mtlgrad out=", 1.0 * scale, 0.5))
+        rows.append(row("gram", shape, "reference", 7.0 * scale, 3.5))
+        rows.append(row("gram", shape, "torchjd", 4.0 * scale, 2.0, checked_error="1.0e-03"))
+    return rows
+
+
+def test_sweeps_are_found(tmp_path: Path) -> None:
+    found = figures.sweeps(measured(tmp_path, *swept()).cases)
+    assert [(sweep.key, sweep.rest, [value for value, _ in sweep.cases]) for sweep in found] == [
+        ("T", "N=1e+07", [2, 3, 8, 20]),
+        ("N", "T=3", [1e4, 1e5, 1e6, 1e7]),
+    ]
+    assert [case.shape for _, case in found[1].cases][-1] == "T=3 N=1e+07"
+    assert figures.sweeps(measured(tmp_path, *swept()[4:16]).cases) == []  # three values are no sweep
+
+
+def test_figures_are_written_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path, "combine_cpu.csv", swept())
+    steps = [
+        row("step net", "B=8", name, 9.0) for name in ("plain", "mtlgrad adatask", "published adatask", "published")
+    ]
+    write(tmp_path, "step_cpu.csv", steps)
+    arguments = ["--results", str(tmp_path), "--page", str(readme(tmp_path, "machine"))]
+    assert report.main(arguments) == 0
+    first = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    assert sorted(first) == ["roofline_cpu.svg", "scaling_cpu.svg", "speedup_cpu.svg"]
+    for path in tmp_path.glob("*.svg"):
+        path.unlink()
+    assert report.main(arguments) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")} == first
+    for name, drawn in first.items():
+        assert b"dc:date" not in drawn, name
+        assert len(drawn) < 500_000
+        assert b"TorchJD" in drawn
+    assert b"step net  B 8: adatask" in first["speedup_cpu.svg"]
+    write(tmp_path, "combine_cpu.csv", [r | {"median_ms": "55.0"} if "reference" in r.values() else r for r in swept()])
+    report.main(arguments)
+    assert (tmp_path / "roofline_cpu.svg").read_bytes() != first["roofline_cpu.svg"]
+
+
+def test_points_of_the_figures_are_rows(tmp_path: Path) -> None:
+    results = measured(tmp_path, *swept())
+
+    def points(figure: Any, title: str) -> set[tuple[float, float]]:
+        axes = next(a for a in figure.axes if a.get_title() == title)
+        lines = [line for line in axes.lines if line.get_linestyle() == "None"]
+        return {(round(x, 6), round(y, 6)) for line in lines for x, y in zip(line.get_xdata(), line.get_ydata())}
+
+    floors = [line for line in figures.scaling(results, "cpu").axes[0].lines if line.get_linestyle() == "--"]
+    assert [list(line.get_ydata()) for line in floors] == [[1.0] * 4]
+    expected = {(float(t), rate * t) for t in (2, 3, 8, 20) for rate in (2.0, 7.0, 4.0)}
+    assert points(figures.scaling(results, "cpu"), "gram\nN 1e7") == expected
+    every = {float(r["median_ms"]) for r in swept()}
+    assert points(figures.roofline(results, "cpu"), "gram") == {(2.0, round(20.0 / ms, 6)) for ms in every}
+    drawn = points(figures.speedup(results, "cpu"), "")
+    assert {x for x, _ in drawn} == {3.5, 2.0}
+    assert len(drawn) == 2 * 9

@@ -63,19 +63,22 @@ def complaints(kernels: Sequence[Kernel]) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def everything() -> list[Kernel]:
-    return resources.collect()
-
-
 @needs_nvcc
-def test_no_kernel_spills(everything: list[Kernel]) -> None:
+@pytest.mark.slow
+def test_extension(tmp_path: Path) -> None:
+    """One test, since all it asks is of one build: no kernel spills, none is left out, and what they are linked into can be
+    imported."""
+    command = [sys.executable, "-m", "bench.resources", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=resources.ROOT, capture_output=True, text=True)
+    everything = resources.collect()
     assert not complaints(everything)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "resources_cuda.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(everything)
+    assert all(row[name] for row in rows for name in ("date", "machine", "nvcc", "commit", "kernel", "source", "arch"))
 
-
-@needs_nvcc
-def test_nothing_is_left_out(everything: list[Kernel]) -> None:
-    """Every source with a kernel, for every architecture, each with its name and its block's size."""
+    # every source with a kernel, for every architecture, each with its name and its block's size
     with_kernels = {
         path.stem for path in (resources.ROOT / "csrc" / "cuda").glob("*.cuh") if "__global__" in path.read_text()
     }
@@ -88,43 +91,41 @@ def test_nothing_is_left_out(everything: list[Kernel]) -> None:
     assert all(0 < k.threads <= 1024 and k.registers > 0 for k in everything)
     assert all(k.resident_threads >= k.threads for k in everything), "a block does not fit a multiprocessor"
 
+    code = "import torch, _C; print(_C.cuda_compiled, _C.cuda_archs, _C.cuda_device_count() >= 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=resources.BUILD, capture_output=True, text=True)
+    assert done.stdout == "True 80-real 90-real True\n", done.stderr
+
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", list(resources.ARCHITECTURES))
 def test_sees_real_spills(arch: str, tmp_path: Path) -> None:
     source = tmp_path / "spills.cu"
     source.write_text(SPILLS)
-    found = {k.kernel: k for k in resources.compile_one(NVCC, source, arch)}
+    command = [NVCC, f"-arch={arch}", "-cubin", "-Xptxas=-v", "--keep", f"--keep-dir={tmp_path}", str(source)]
+    report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    [ptx] = tmp_path.glob("*.ptx")
+    found = {k.kernel: k for k in parse(report, source.name, launch_bounds(ptx.read_text()))}
     assert found["spiller"].spill_stores > 0
     assert found["spiller"].spill_loads > 0
     assert found["spiller"].registers <= 64
     assert found["indexed"].stack >= 256
     assert found["plain"].clean
+    assert {k.arch for k in found.values()} == {arch}
     assert {name: k.threads for name, k in found.items()} == {"spiller": 1024, "indexed": 64, "plain": 32}
     assert len(complaints(list(found.values()))) == 2
 
 
 @needs_nvcc
-def test_source_that_does_not_compile(tmp_path: Path) -> None:
-    source = tmp_path / "wrong.cu"
-    source.write_text("__global__ void k() { nothing }")
-    with pytest.raises(ResourceError, match=r"expected wrong.cu to compile, found: [\s\S]*nothing"):
-        resources.compile_one(NVCC, source, "sm_90")
-
-
-@needs_nvcc
-def test_command(everything: list[Kernel], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.resources", "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=resources.ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == (1 if complaints(everything) else 0), done.stderr
-    with (tmp_path / "resources_cuda.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(everything)
-    assert all(row[name] for row in rows for name in ("date", "machine", "nvcc", "commit", "kernel", "source", "arch"))
+def test_build_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "CMakeLists.txt").write_text('message(FATAL_ERROR "planted")')
+    monkeypatch.setattr(resources, "ROOT", tmp_path)
+    monkeypatch.setattr(resources, "BUILD", tmp_path / "build")
+    with pytest.raises(ResourceError, match=r"expected the kernels to compile, found: [\s\S]*planted"):
+        resources.collect()
 
 
 def test_parse() -> None:
-    plain, spill = parse(REPORT, "x.cu", "sm_90", {"_Z5plainPf": 256})
+    plain, spill = parse(REPORT, "x.cu", {"_Z5plainPf": 256})
     assert plain == Kernel("_Z5plainPf", "x.cu", "sm_90", 256, 24, 0, 0, 0, 4096)
     assert spill == Kernel("_Z5spillPf", "x.cu", "sm_90", 0, 255, 404, 1512, 424, 0)
     assert complaints([plain, spill]) == ["_Z5spillPf (x.cu, sm_90): 404 bytes spilled, 1512 read back, stack 424"]
@@ -132,7 +133,7 @@ def test_parse() -> None:
 
 @pytest.mark.parametrize("planted", ["8 bytes stack frame, 0", "0 bytes stack frame, 4"])
 def test_parse_sees_what_is_planted(planted: str) -> None:
-    kernels = parse(REPORT.replace("0 bytes stack frame, 0", planted, 1), "x.cu", "sm_90")
+    kernels = parse(REPORT.replace("0 bytes stack frame, 0", planted, 1), "x.cu")
     assert [k.clean for k in kernels] == [False, False]
 
 
@@ -140,7 +141,7 @@ def test_parse_sees_what_is_planted(planted: str) -> None:
 def test_a_report_of_another_form_is_an_error(lost: str) -> None:
     """A compiler that says it in other words must not pass for one that has nothing to say."""
     with pytest.raises(ResourceError, match=r"x\.cu: expected .*; mend parse\(\)"):
-        parse(REPORT.replace(lost, "something else"), "x.cu", "sm_90")
+        parse(REPORT.replace(lost, "something else"), "x.cu")
 
 
 def test_launch_bounds() -> None:

@@ -11,8 +11,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mtlgrad
-from tests.support.distributed_cases import RULES, WIDTH, Batch, Net, assert_near, batches, cut, losses, shown, whole
-from tests.support.ranks import Pool, counted
+from tests.support.bounds import assert_near
+from tests.support.ranks import (
+    RULES,
+    WIDTH,
+    Labelled,
+    Pool,
+    counted,
+    cut_batch,
+    joined_batch,
+    labelled_batches,
+    labelled_losses,
+    labelled_net,
+    shown,
+)
 
 FORMS = ["layer", "merge", "merge features", "weigh", "weigh features"]
 CUTS = {
@@ -21,11 +33,11 @@ CUTS = {
 }
 
 
-def gradients(form: str, parts: list[Batch], rule: str) -> dict[str, Tensor]:
+def gradients(form: str, parts: list[Labelled], rule: str) -> dict[str, Tensor]:
     """What a step leaves; of one process if torch.distributed was not initialised."""
     alone = not dist.is_initialized()
-    batch = whole(parts) if alone else parts[dist.get_rank()]
-    net = Net()
+    batch = joined_batch(parts) if alone else parts[dist.get_rank()]
+    net = labelled_net()
     aligned = RULES[rule]()
     model = net if alone else DistributedDataParallel(net)
     shared = list(net.backbone.parameters())
@@ -33,16 +45,16 @@ def gradients(form: str, parts: list[Batch], rule: str) -> dict[str, Tensor]:
         with torch.enable_grad() if alone else model.no_sync():
             z = model(batch.x)
             given = z if "features" in form else None
-            mtlgrad.task_backward(losses(net, [z, z, z], batch), shared, features=given)
+            mtlgrad.task_backward(labelled_losses(net, [z, z, z], batch), shared, features=given)
         aligned.merge(shared)
     elif form.startswith("weigh"):
         z = model(batch.x)
-        values = losses(net, [z, z, z], batch)
+        values = labelled_losses(net, [z, z, z], batch)
         weights = aligned.weigh(values, z if "features" in form else shared)
         (weights * torch.stack(values)).sum().backward()
     else:
         z = model(batch.x)
-        torch.stack(losses(net, list(aligned(z)), batch)).sum().backward()
+        torch.stack(labelled_losses(net, list(aligned(z)), batch)).sum().backward()
     # One vector each: an entry's error is measured by the largest of all, also in a bias whose gradient nearly cancels.
     parts_of = {"backbone": net.backbone, "heads": net.heads}
     found = {name: torch.cat([p.grad.flatten() for p in m.parameters()]) for name, m in parts_of.items()}  # type: ignore[union-attr]
@@ -54,7 +66,7 @@ def gradients(form: str, parts: list[Batch], rule: str) -> dict[str, Tensor]:
 def test_equal_to_one_process(form: str, size: int, two_ranks: Pool, four_ranks: Pool) -> None:
     pool = two_ranks if size == 2 else four_ranks
     for counts, absent in CUTS[size]:
-        parts = cut(batches(1, 11, seed=len(absent))[0], counts, absent)
+        parts = cut_batch(labelled_batches(1, 11, seed=len(absent))[0], counts, absent)
         for rule in RULES:
             expected = gradients(form, parts, rule)
             for found in pool(gradients, form, parts, rule):
@@ -65,14 +77,14 @@ def test_equal_to_one_process(form: str, size: int, two_ranks: Pool, four_ranks:
 def accumulated() -> list[Tensor]:
     """Two micro-batches on a net that another method's gradients are left in; then as one process would have it."""
     rank = dist.get_rank() if dist.is_initialized() else None
-    net = Net()
+    net = labelled_net()
     for p in net.parameters():
         p.grad = torch.full_like(p, 0.5)
-    for batch in batches(2, 8):
-        parts = cut(batch, [2, len(batch.x) - 2])
-        part = whole(parts) if rank is None else parts[rank]
+    for batch in labelled_batches(2, 8):
+        parts = cut_batch(batch, [2, len(batch.x) - 2])
+        part = joined_batch(parts) if rank is None else parts[rank]
         z = net(part.x)
-        mtlgrad.task_backward(losses(net, [z, z, z], part), net.backbone.parameters())
+        mtlgrad.task_backward(labelled_losses(net, [z, z, z], part), net.backbone.parameters())
     return [*(p.jac for p in net.backbone.parameters()), *(p.grad for p in net.parameters())]  # type: ignore[misc]
 
 
@@ -84,7 +96,7 @@ def test_micro_batches_accumulate(two_ranks: Pool) -> None:
 
 
 def unequal(kind: str) -> None:
-    net = Net()
+    net = labelled_net()
     z = net(torch.randn(4, 6))
     values: list[Tensor | None] = [net.heads[t](z).mean() for t in range(3)]
     if dist.get_rank() == 1:
@@ -107,7 +119,7 @@ def test_ranks_agree_on_absent_tasks(two_ranks: Pool) -> None:
 
 def everywhere_absent() -> list[Tensor]:
     torch.manual_seed(3)
-    net, aligned = Net(), mtlgrad.AlignedMTL(3)
+    net, aligned = labelled_net(), mtlgrad.AlignedMTL(3)
     z = net(torch.randn(4, 6))
     mtlgrad.task_backward([net.heads[0](z).mean(), None, net.heads[2](z).mean()], net.backbone.parameters())
     aligned.merge(net.backbone.parameters())
@@ -176,12 +188,12 @@ def test_not_finite_on_one_rank_is_an_error_on_all(two_ranks: Pool) -> None:
 
 
 def communication(form: str) -> dict[str, int]:
-    net, aligned = Net(), mtlgrad.AlignedMTL(3)
+    net, aligned = labelled_net(), mtlgrad.AlignedMTL(3)
     mtlgrad.world.ranks.world_of(None)  # what makes the group is not a step's communication
-    batch = batches(1, 11)[0]
+    batch = labelled_batches(1, 11)[0]
     shared = list(net.backbone.parameters())
     z = net(batch.x)
-    values = losses(net, [z, z, z], batch)
+    values = labelled_losses(net, [z, z, z], batch)
     views = aligned(z)
     with counted() as found:
         if form == "merge":
@@ -196,7 +208,7 @@ def communication(form: str) -> dict[str, int]:
 
 def test_communication(two_ranks: Pool) -> None:
     """docs/guide/ddp.md: the bytes that a rank gives to each collective."""
-    net, tasks = Net(), 3
+    net, tasks = labelled_net(), 3
     backbone = list(net.backbone.parameters())
     shared = sum(p.numel() for p in backbone)
     heads = list(net.heads.parameters())

@@ -14,11 +14,24 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtlgrad
-from tests.support.distributed_cases import RULES, WIDTH, Batch, Net, assert_near, batches, cut, losses, shown, whole
-from tests.support.ranks import Pool, counted
+from tests.support.bounds import assert_near
+from tests.support.nets import Model
+from tests.support.ranks import (
+    RULES,
+    WIDTH,
+    Labelled,
+    Pool,
+    counted,
+    cut_batch,
+    joined_batch,
+    labelled_batches,
+    labelled_losses,
+    labelled_net,
+    shown,
+)
 
 
-def sharded(net: Net, *, heads: bool = True, replicas: int = 1) -> Net:
+def sharded(net: Model, *, heads: bool = True, replicas: int = 1) -> Model:
     size = dist.get_world_size()
     if replicas > 1:
         mesh = init_device_mesh("cpu", (replicas, size // replicas), mesh_dim_names=("replica", "shard"))
@@ -37,22 +50,22 @@ def full(tensor: Tensor | None) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def gradients(form: str, parts: list[Batch], heads: bool, replicas: int, rule: str = "min") -> dict[str, Tensor]:
+def gradients(form: str, parts: list[Labelled], heads: bool, replicas: int, rule: str = "min") -> dict[str, Tensor]:
     alone = not dist.is_initialized()
-    batch = whole(parts) if alone else parts[dist.get_rank()]
-    net = Net() if alone else sharded(Net(), heads=heads, replicas=replicas)
+    batch = joined_batch(parts) if alone else parts[dist.get_rank()]
+    net = labelled_net() if alone else sharded(labelled_net(), heads=heads, replicas=replicas)
     shared = list(net.backbone.parameters())  # before the model is called, which swaps them for a while
     aligned = RULES[rule]()
     if form == "scaled":
         aligned.scale_heads = True
     z = net.backbone(batch.x)
     if form == "layer":
-        torch.stack(losses(net, list(aligned(z)), batch)).sum().backward()
+        torch.stack(labelled_losses(net, list(aligned(z)), batch)).sum().backward()
     else:
         for _ in range(2 if form == "twice" else 1):
             if form == "twice":
                 z = net.backbone(batch.x)
-            mtlgrad.task_backward(losses(net, [z, z, z], batch), shared)
+            mtlgrad.task_backward(labelled_losses(net, [z, z, z], batch), shared)
         for p in shared:
             assert p.jac.shape == (3, *p.shape)  # type: ignore[attr-defined]
         listed = [head.parameters() for head in net.heads] if form == "scaled" else None
@@ -77,7 +90,7 @@ def test_equal_to_one_process(
     form: str, size: int, heads: bool, replicas: int, two_ranks: Pool, four_ranks: Pool
 ) -> None:
     counts = [7, 4] if size == 2 else [1, 4, 4, 2]
-    parts = cut(batches(1, 14, seed=3)[0], counts, {1: 2})
+    parts = cut_batch(labelled_batches(1, 14, seed=3)[0], counts, {1: 2})
     expected = gradients(form, parts, heads, replicas)
     for found in (two_ranks if size == 2 else four_ranks)(gradients, form, parts, heads, replicas):
         for name, value in expected.items():
@@ -87,7 +100,7 @@ def test_equal_to_one_process(
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("min", "rmse")])
 def test_every_rule(rule: str, two_ranks: Pool, four_ranks: Pool) -> None:
     for pool, counts, replicas in ((two_ranks, [7, 4], 1), (four_ranks, [1, 4, 4, 2], 2)):
-        parts = cut(batches(1, 14, seed=3)[0], counts, {1: 2})
+        parts = cut_batch(labelled_batches(1, 14, seed=3)[0], counts, {1: 2})
         for form in ("layer", "merge", "scaled"):
             expected = gradients(form, parts, True, replicas, rule)
             for found in pool(gradients, form, parts, True, replicas, rule):
@@ -97,7 +110,7 @@ def test_every_rule(rule: str, two_ranks: Pool, four_ranks: Pool) -> None:
 
 def shards() -> list[int]:
     """`.jac` lies where the parameter does; a head of one row leaves a rank without any."""
-    net = sharded(Net())
+    net = sharded(labelled_net())
     everything = list(net.parameters())
     z = net.backbone(torch.randn(3, 6))
     values = [head(z).mean() for head in net.heads]
@@ -121,7 +134,7 @@ def test_shards(two_ranks: Pool) -> None:
 
 
 def refused() -> None:
-    net = sharded(Net())
+    net = sharded(labelled_net())
     shared = list(net.backbone.parameters())
     z = net.backbone(torch.randn(3, 6))
     values = [head(z).mean() for head in net.heads]
@@ -133,13 +146,13 @@ def refused() -> None:
     z = plain(torch.randn(3, 6))
     with pytest.raises(ValueError, match=r"features: expected none, since a head is sharded"):
         mtlgrad.task_backward([head(z).mean() for head in net.heads], plain.parameters(), features=z)
-    net = sharded(Net())
+    net = sharded(labelled_net())
     z = net.backbone(torch.randn(3, 6))
     with pytest.raises(
         ValueError, match=r"shared: expected parameters that keep their gradients, found \d+ that fully"
     ):
         mtlgrad.task_backward([head(z).mean() for head in net.heads], net.backbone.parameters())
-    net = sharded(Net())
+    net = sharded(labelled_net())
     z = net.backbone(torch.randn(3, 6))
     values = [head(z).mean() for head in net.heads]
     # the features themselves are no shards
@@ -185,7 +198,7 @@ def test_mixed_placements(two_ranks: Pool) -> None:
 
 
 def without_sync(kind: str) -> None:
-    net = sharded(Net())
+    net = sharded(labelled_net())
     shared = list(net.backbone.parameters())
     for module in {"all": [net.backbone, *net.heads], "part": [net.backbone[0]], "kept": [net.backbone]}[kind]:
         module.set_requires_gradient_sync(False)
@@ -202,24 +215,24 @@ def test_gradient_sync_switched_off_is_refused(two_ranks: Pool, kind: str) -> No
     two_ranks(without_sync, kind)
 
 
-def ignored(parts: list[Batch]) -> tuple[Tensor, Tensor]:
+def ignored(parts: list[Labelled]) -> tuple[Tensor, Tensor]:
     """Of a backbone that is sharded in part, what is not is averaged here."""
     alone = not dist.is_initialized()
-    batch = whole(parts) if alone else parts[dist.get_rank()]
-    net = Net()
+    batch = joined_batch(parts) if alone else parts[dist.get_rank()]
+    net = labelled_net()
     if not alone:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         fully_shard(net.backbone, mesh=mesh, ignored_params={net.backbone[3].weight, net.backbone[1].bias})
     shared = list(net.backbone.parameters())
     z = net.backbone(batch.x)
-    mtlgrad.task_backward(losses(net, [z, z, z], batch), shared)
+    mtlgrad.task_backward(labelled_losses(net, [z, z, z], batch), shared)
     jacobian = torch.cat([full(p.jac).flatten(1) for p in shared], 1)  # type: ignore[attr-defined]
     mtlgrad.AlignedMTL(3).merge(shared)
     return jacobian, torch.cat([full(p.grad).flatten() for p in shared])
 
 
 def test_parameters_that_are_not_sharded(two_ranks: Pool) -> None:
-    parts = cut(batches(1, 14, seed=3)[0], [7, 4])
+    parts = cut_batch(labelled_batches(1, 14, seed=3)[0], [7, 4])
     for found in two_ranks(ignored, parts):
         for value, expected in zip(found, ignored(parts), strict=True):
             assert_near(value, expected)
@@ -240,15 +253,13 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Even(nn.Module):
+class Even(Model):
     """Every parameter has rows for both ranks: nothing is padded."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-        self.heads = nn.ModuleList([nn.Linear(4, 2) for _ in range(3)])
+        super().__init__(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), heads=(2, 2, 2), width=4)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
         z = self.backbone(x)
         return [head(z).mean() for head in self.heads]
 

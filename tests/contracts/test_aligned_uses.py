@@ -14,20 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mtlgrad import AlignedMTL
 from tests.conftest import HAS_GPU
-from tests.support.gradient_cases import (
-    Net,
-    at_features,
-    close,
-    flat,
-    gradients,
-    inputs,
-    jacobian,
-    near,
-    normal,
-    procrustes,
-    pushed,
-    step,
-)
+from tests.support.bounds import all_near, flat, gradients, near, normal
+from tests.support.nets import Net, inputs, step
+from tests.support.oracles import at_features, jacobian, procrustes, pushed
 
 
 def test_views_are_the_features() -> None:
@@ -74,14 +63,14 @@ def test_two_layers_and_one_layer_twice() -> None:
     other.zero_grad()
     total = sum(net.losses(aligned(net.backbone(x)))) + sum(other.losses(second(other.backbone(x))))
     total.backward()  # type: ignore[union-attr]
-    close(gradients(net.shared), want[0][0], 1e-6)
-    close(gradients(other.shared), want[1][0], 1e-6)
+    all_near(gradients(net.shared), want[0][0], 1e-6)
+    all_near(gradients(other.shared), want[1][0], 1e-6)
     assert near(aligned.weights, want[0][1], 1e-9)  # type: ignore[arg-type]
     assert near(second.weights, want[1][1], 1e-9)  # type: ignore[arg-type]
     net.zero_grad()
     first, again = (net.losses(aligned(net.backbone(data))) for data in (x, y))
     (sum(first) + sum(again)).backward()  # type: ignore[union-attr]
-    close(gradients(net.shared), [a + b for a, b in zip(want[0][0], want[2][0])])  # type: ignore[operator]
+    all_near(gradients(net.shared), [a + b for a, b in zip(want[0][0], want[2][0])])  # type: ignore[operator]
 
 
 def test_what_it_shows_is_not_overwritten_later() -> None:
@@ -96,22 +85,22 @@ def test_what_it_shows_is_not_overwritten_later() -> None:
     assert not torch.equal(aligned.weights, before[0])  # type: ignore[arg-type]
 
 
-class Whole(nn.Module):
-    """Backbone, layer, heads in one module, as users write it."""
+class Whole(Net):
+    """With the layer, and the sum of losses, as users write it."""
 
-    def __init__(self, net: Net, **options: Any):
-        super().__init__()
-        self.net, self.aligned = net, AlignedMTL(3, **options)
+    def __init__(self, seed: int = 0, **options: Any):
+        super().__init__(seed=seed)
+        self.aligned = AlignedMTL(3, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        total: Any = sum(self.net.losses(self.aligned(self.net.backbone(x))))
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        total: Any = sum(self.losses(self.aligned(self.backbone(x))))
         return total  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("used", [False, True])
 def test_copies_and_files(used: bool) -> None:
-    model, x = Whole(Net(), preference=torch.tensor([1.0, 2.0, 3.0]), scale="rmse"), inputs()
-    assert [n for n, _ in model.named_parameters()] == [f"net.{n}" for n, _ in model.net.named_parameters()]
+    model, x = Whole(preference=torch.tensor([1.0, 2.0, 3.0]), scale="rmse"), inputs()
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in Net().named_parameters()]
     assert not list(model.aligned.buffers())
     if used:
         model(x).backward()
@@ -123,7 +112,7 @@ def test_copies_and_files(used: bool) -> None:
         copy.deepcopy(model),
         pickle.loads(pickle.dumps(model)),
         torch.load(file, weights_only=False),
-        Whole(Net(seed=8), preference=[1.0, 2.0, 3.0], scale="rmse"),
+        Whole(seed=8, preference=[1.0, 2.0, 3.0], scale="rmse"),
     ]
     assert others[-1].load_state_dict(model.state_dict()) == torch.nn.modules.module._IncompatibleKeys([], [])
     before = model.aligned.weights
@@ -132,7 +121,7 @@ def test_copies_and_files(used: bool) -> None:
         if used and other is not others[-1]:
             assert torch.equal(other.aligned.weights, before)
         other(x).backward()
-        close(gradients(other.parameters()), gradients(model.parameters()), 1e-6)
+        all_near(gradients(other.parameters()), gradients(model.parameters()), 1e-6)
         assert torch.equal(other.aligned.weights, model.aligned.weights)
     assert "preference=(1.0, 2.0, 3.0), scale='rmse'" in repr(model)
 
@@ -141,19 +130,19 @@ def test_copies_and_files(used: bool) -> None:
 def test_moved_to_another_type(dtype: torch.dtype) -> None:
     """The module converted after its first use: results stay float64, gradients are in the features' type."""
     preference = torch.tensor([1.0, 0.5, 3.0])
-    model, x = Whole(Net(), preference=preference), inputs()
+    model, x = Whole(preference=preference), inputs()
     model(x).backward()
     model.zero_grad()
     before = model.aligned.weights
     model, x = model.to(dtype), x.to(dtype)
     assert torch.equal(model.aligned.weights, before)  # type: ignore[arg-type]
-    features, rows = at_features(model.net, x)
+    features, rows = at_features(model, x)
     want = procrustes(rows, preference)
     model(x).backward()
     assert near(model.aligned.weights, want.weights, 1e-9)  # type: ignore[arg-type]  # of the same rounded gradients
     assert model.aligned.weights.dtype == torch.float64  # type: ignore[union-attr]
     tolerance = {torch.float64: 1e-10, torch.bfloat16: 0.05, torch.float16: 5e-3}[dtype]
-    close(gradients(model.net.shared), pushed(model.net, features, want.update), tolerance)
+    all_near(gradients(model.shared), pushed(model, features, want.update), tolerance)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
@@ -172,7 +161,7 @@ def test_autocast(norm: type[nn.Module]) -> None:
             loss = sum(net.losses(aligned(net.backbone(x))))
         loss.backward()  # type: ignore[union-attr]
         assert near(aligned.weights, want.weights, 1e-9)  # type: ignore[arg-type]
-        close(gradients(net.shared), backward, 0.02)
+        all_near(gradients(net.shared), backward, 0.02)
         assert all(p.grad.dtype == torch.float32 for p in net.shared)  # type: ignore[union-attr]
 
 
@@ -187,7 +176,7 @@ def test_checkpointed_backbone() -> None:
         else:
             views = aligned(checkpoint(net.backbone, x, use_reentrant=False))
         sum(net.losses(views)).backward()  # type: ignore[attr-defined]
-        close(gradients(net.parameters()), want, 1e-6)
+        all_near(gradients(net.parameters()), want, 1e-6)
 
 
 def test_images_in_channels_last() -> None:
@@ -201,7 +190,7 @@ def test_images_in_channels_last() -> None:
     expected = torch.autograd.grad(features, list(conv.parameters()), want.update.view_as(features).float())
     aligned = AlignedMTL(3)
     sum(head(z).square().mean() for head, z in zip(heads, aligned(conv(x)))).backward()  # type: ignore[union-attr]
-    close(gradients(conv.parameters()), list(expected))
+    all_near(gradients(conv.parameters()), list(expected))
     assert near(aligned.weights, want.weights, 1e-5)  # type: ignore[arg-type]
 
 
@@ -211,7 +200,7 @@ def test_images_in_channels_last() -> None:
 @pytest.mark.parametrize("used", [False, True], ids=["first use compiled", "used before"])
 def test_compiles_without_graph_breaks(backend: str, used: bool) -> None:
     torch.compiler.reset()
-    model, x, y = Whole(Net()), inputs(), inputs(seed=2)
+    model, x, y = Whole(), inputs(), inputs(seed=2)
     eager = copy.deepcopy(model)
     if used:
         model(y).backward()
@@ -222,7 +211,7 @@ def test_compiles_without_graph_breaks(backend: str, used: bool) -> None:
         model.zero_grad()
         eager(data).backward()
         compiled(data).backward()
-        close(gradients(model.parameters()), gradients(eager.parameters()), 1e-4)
+        all_near(gradients(model.parameters()), gradients(eager.parameters()), 1e-4)
         assert near(model.aligned.weights, eager.aligned.weights, 1e-4)  # type: ignore[arg-type]
         assert int(model.aligned.rank) == 3  # type: ignore[arg-type]
 

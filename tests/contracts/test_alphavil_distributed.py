@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Task
-from tests.support.alphavil_cases import ALPHA, INNER, Case, hushed, recorder, same, seed_everything, values
-from tests.support.alphavil_parts import TASKS, part, parted, place, two_rounds
-from tests.support.ranks import Pool
+from tests.support.bounds import contents, hushed, same_values, seed_everything
+from tests.support.nets import ALPHA, INNER, Case
+from tests.support.oracles import recorder
+from tests.support.ranks import Pool, batches_of_rank, parted_case, place, two_rounds
+
+TASKS = ("size", "kind", "marks")
 
 
 def trained(inner: str, alpha: str, heads: Any, disagree: bool) -> dict[str, Any]:
-    case = parted(*place(), disagree=disagree)
+    case = parted_case(*place(), disagree=disagree)
     return two_rounds(case, make_optimizer=INNER[inner], alpha_optimizer=ALPHA[alpha], include_heads=heads)
 
 
@@ -58,7 +61,7 @@ def closures() -> list[Tensor]:
     """What an optimizer for alpha is told at several places: [calls, 1 + T]."""
     make, seen = recorder([torch.tensor([0.5, 1.5, 2.0]), torch.tensor([1.0, -1.0, 0.0])], lr=0.3)
     with hushed():
-        parted(*place()).vil(alpha_optimizer=make).epoch()
+        parted_case(*place()).vil(alpha_optimizer=make).epoch()
     return [torch.cat([torch.tensor([loss], dtype=torch.float64), gradient]) for _, loss, gradient in seen]
 
 
@@ -73,7 +76,7 @@ def test_closures_give_the_mean_loss_and_gradient(two_ranks: Pool, one_thread: N
 def pairs() -> list[dict[str, Any]]:
     pair, _ = dist.new_subgroups(group_size=2)
     number = dist.get_rank() // 2
-    case = parted(dist.get_rank() % 2, 2, seed=number, process_group=pair)
+    case = parted_case(dist.get_rank() % 2, 2, seed=number, process_group=pair)
     return [two_rounds(case, process_group=pair, alpha_epochs=1 + number)]
 
 
@@ -81,7 +84,7 @@ def test_process_groups(four_ranks: Pool, one_thread: None) -> None:
     """Two pairs, each with a model and a number of stages of its own."""
     found = [one for (one,) in four_ranks(pairs)]
     for number in range(2):
-        check_equal(found[2 * number : 2 * number + 2], two_rounds(parted(0, 1, number), alpha_epochs=1 + number))
+        check_equal(found[2 * number : 2 * number + 2], two_rounds(parted_case(0, 1, number), alpha_epochs=1 + number))
 
 
 # ---- buffers ---------------------------------------------------------------------------------------------------------
@@ -134,7 +137,7 @@ def buffers(
         next(stages), next(stages)
         merged = vil.state_dict()["buffers"]["merged"]
         last = vil.epoch()
-    return merged, last.sat_out, values(model)
+    return merged, last.sat_out, contents(model)
 
 
 def test_buffers_are_the_mean_or_the_largest(two_ranks: Pool) -> None:
@@ -149,7 +152,7 @@ def test_buffers_are_the_mean_or_the_largest(two_ranks: Pool) -> None:
         assert merged["count"].tolist() == 9
         assert merged["flag"].tolist() == [True, False]
         assert all(torch.equal(after[name], value) for name, value in merged.items())
-    assert same(found[0][2], found[1][2])
+    assert same_values(found[0][2], found[1][2])
 
 
 def test_what_is_not_averaged_is_the_first_ranks(two_ranks: Pool) -> None:
@@ -162,13 +165,13 @@ def test_what_is_not_averaged_is_the_first_ranks(two_ranks: Pool) -> None:
         assert merged["wave"].tolist() == [0j, 0j]
         assert merged["count"].tolist() == 4
         assert merged["flag"].tolist() == [False, False]
-    assert same(found[0][2], found[1][2])
+    assert same_values(found[0][2], found[1][2])
 
 
 def batch_norm() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A training at a learning rate of zero: what its buffers become, and what this rank's would be alone."""
     case = Case(tasks=["size"], norm=True, count=3)
-    train: Any = part(case.tasks["size"].train, [(8, 8), (9, 7), (10, 6)], place()[0])
+    train: Any = batches_of_rank(case.tasks["size"].train, [(8, 8), (9, 7), (10, 6)], place()[0])
     case.change("size", train=train)
     alone = Case(norm=True).model.train()
     seed_everything(place()[0])
@@ -182,7 +185,7 @@ def batch_norm() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def test_batch_norm(two_ranks: Pool) -> None:
     (first, own), (second, others) = two_ranks(batch_norm)
-    assert same(first, second)
+    assert same_values(first, second)
     for name in ("norm.running_mean", "norm.running_var"):
         assert not torch.equal(own[name], others[name])
         torch.testing.assert_close(first[name], (own[name] + others[name]) / 2, rtol=1e-6, atol=1e-7)
@@ -193,7 +196,7 @@ def test_batch_norm(two_ranks: Pool) -> None:
 
 
 def nan_in_data(task: str, rank: int) -> dict[str, Any]:
-    case = parted(*place())
+    case = parted_case(*place())
     if dist.get_rank() == rank:
         case.tasks[task].train[1].x[0, 0] = math.nan  # type: ignore[index]
     return two_rounds(case)
@@ -219,16 +222,16 @@ def test_nan_in_one_ranks_buffer(two_ranks: Pool, name: str) -> None:
 
 def development_loss(dev: list[float]) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
     model, vil = noted([{}, {}], dev)
-    before = values(model)
+    before = contents(model)
     with pytest.raises(ValueError, match="dev: expected a finite loss") as error:
         vil.epoch()
-    return str(error.value), before, values(model)
+    return str(error.value), before, contents(model)
 
 
 def test_nan_in_one_ranks_development_loss(two_ranks: Pool) -> None:
     for text, before, after in two_ranks(development_loss, [1.0, math.nan]):
         assert "found nan" in text
-        assert same(before, after)
+        assert same_values(before, after)
 
 
 class Wild(torch.optim.SGD):
@@ -246,7 +249,7 @@ class Wild(torch.optim.SGD):
 
 
 def wild(what: str) -> list[Any]:
-    case = parted(*place())
+    case = parted_case(*place())
     with hushed():
         last = case.vil(**{what: partial(Wild, lr=0.1)}).epoch()
     moved = float(case.model.first.bias.detach().sum())

@@ -14,23 +14,11 @@ from torch import Tensor, nn
 
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Task
-from tests.support.alphavil_cases import (
-    ALPHA,
-    INNER,
-    Batch,
-    Case,
-    Unsized,
-    epoch,
-    hushed,
-    same,
-    same_random_state,
-    seed_everything,
-    values,
-)
-from tests.support.alphavil_cases import random_state as random_state_now
-from tests.support.alphavil_parts import parted, place, two_rounds
-from tests.support.alphavil_runs import Run
-from tests.support.ranks import Pool
+from tests.contracts.test_alphavil_state import Run
+from tests.support.bounds import contents, hushed, same_random_state, same_values, seed_everything
+from tests.support.bounds import random_state as random_state_now
+from tests.support.nets import ALPHA, INNER, Case, NamedBatch, Unsized, epoch
+from tests.support.ranks import Pool, parted_case, place, two_rounds
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
@@ -40,7 +28,7 @@ def refused_models() -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    case = parted(*place())
+    case = parted_case(*place())
     plain = case.model
     for wrap in (DistributedDataParallel, lambda model: nn.Sequential(DistributedDataParallel(model))):
         case.model = wrap(plain)
@@ -92,14 +80,14 @@ def message(attempt: Callable[[], Any], kind: type[Exception] = ValueError) -> s
 
 def counts(what: str) -> list[str]:
     """Rank 1 has a batch less; for "streams", a task's on one rank has no length."""
-    case, rank = parted(*place()), dist.get_rank()
+    case, rank = parted_case(*place()), dist.get_rank()
     own = case.tasks["kind" if what == "train" else "size"]
     if rank == 1:
         case.change("kind" if what == "train" else "size", **{what: list(getattr(own, what))[:-1]})
-    vil, before, numbers = case.vil(), values(case.model), random_state_now()
+    vil, before, numbers = case.vil(), contents(case.model), random_state_now()
     texts = [message(vil.epoch), message(vil.epoch)]
     # The stage that failed is as if it had not been, and what is left can be made good.
-    assert same(values(case.model), before)
+    assert same_values(contents(case.model), before)
     if what == "dev":
         return texts
     assert vil.state_dict()["stage"] == 1
@@ -124,7 +112,7 @@ def test_numbers_of_batches_must_be_equal(two_ranks: Pool, what: str, task: str,
 
 
 def out_of_step() -> list[str]:
-    case, rank = parted(*place()), dist.get_rank()
+    case, rank = parted_case(*place()), dist.get_rank()
     found = []
     head = case.model.heads["kind"]
     with torch.no_grad():
@@ -210,7 +198,7 @@ def test_resumed_equals_uninterrupted(two_ranks: Pool) -> None:
     for part in ((0, 7), (7, 14)):
         (stages, expected), (_, other) = two_ranks(resumed, *part)
         assert stages == 14
-        assert same(expected["values"], other["values"])
+        assert same_values(expected["values"], other["values"])
         assert expected["losses"] == other["losses"]
         assert not same_random_state(expected["random"], other["random"])
 
@@ -249,7 +237,7 @@ def communicated(alpha: str, norm: bool) -> list[tuple[list[tuple[str, int]], li
     looks = 0
     loss = case.tasks["size"].loss
 
-    def looked(model: Any, batch: Batch) -> Tensor:
+    def looked(model: Any, batch: NamedBatch) -> Tensor:
         nonlocal looks
         looks += torch.is_grad_enabled() and not model.training
         return loss(model, batch)
@@ -297,14 +285,14 @@ def test_bytes(two_ranks: Pool, alpha: str, norm: bool) -> None:
 def group_of_one() -> tuple[list[tuple[str, int]], dict[str, Any]]:
     alone, _ = dist.new_subgroups(group_size=1)
     with counted() as sent:
-        found = two_rounds(parted(0, 1, process_group=alone), process_group=alone)
+        found = two_rounds(parted_case(0, 1, process_group=alone), process_group=alone)
     return sent, found
 
 
 def test_a_group_of_one_is_one_process(two_ranks: Pool, one_thread: None) -> None:
-    expected = two_rounds(parted(0, 1))
+    expected = two_rounds(parted_case(0, 1))
     said = expected.pop("said")
     for sent, found in two_ranks(group_of_one):
         assert sent == []
         assert found.pop("said") == said
-        assert same(found, expected)
+        assert same_values(found, expected)

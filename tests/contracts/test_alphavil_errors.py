@@ -12,20 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mtlgrad import AlphaVIL
-from tests.support.alphavil_cases import (
-    SGD,
-    Batch,
-    Case,
-    Unsized,
-    batches,
-    epoch,
-    hushed,
-    random_state,
-    same,
-    same_random_state,
-    values,
-)
-from tests.support.optim_cases import one_line
+from tests.support.bounds import contents, hushed, one_line, random_state, same_random_state, same_values
+from tests.support.nets import SGD, Case, NamedBatch, Unsized, epoch, named_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,11 +56,11 @@ WRONG: list[tuple[str, Any, list[str]]] = [
 @pytest.mark.parametrize(("name", "value", "parts"), WRONG, ids=lambda v: None if isinstance(v, list) else str(v)[:20])
 def test_arguments(name: str, value: Any, parts: list[str]) -> None:
     case = Case()
-    before, numbers = values(case.model), random_state()
+    before, numbers = contents(case.model), random_state()
     with pytest.raises((ValueError, TypeError)) as error:
         make(case, **{name: value})
     refused(error, *parts)
-    assert same(values(case.model), before)
+    assert same_values(contents(case.model), before)
     assert same_random_state(random_state(), numbers)
 
 
@@ -186,12 +174,12 @@ def test_bfloat16_for_other_types(storage: str, dtype: torch.dtype) -> None:
 
 def stays(case: Case, vil: AlphaVIL, error: type[BaseException] | tuple[type[BaseException], ...], *parts: str) -> None:
     """The message, twice, and nothing has changed."""
-    before, weights = values(case.model), vil.task_weights.clone()
+    before, weights = contents(case.model), vil.task_weights.clone()
     for _ in range(2):
         with pytest.raises(error, match="AlphaVIL: ") as raised, hushed():
             vil.epoch()
         refused(raised, *parts)
-        assert same(values(case.model), before)
+        assert same_values(contents(case.model), before)
         assert torch.equal(vil.task_weights, weights)
         assert all(p.grad is None for p in case.model.parameters())
         assert all(module.training for module in case.model.modules())
@@ -269,7 +257,7 @@ def test_data_that_ends_after_one_round() -> None:
     """An iterable whose second pass has nothing, as files that were read: in words, and only the round is lost."""
 
     class Once:
-        def __init__(self, of: list[Batch]):
+        def __init__(self, of: list[NamedBatch]):
             self.of = of
 
         def __iter__(self) -> Any:
@@ -277,14 +265,14 @@ def test_data_that_ends_after_one_round() -> None:
             return iter(found)
 
     case = Case()
-    case.change("kind", train=Once(batches("kind", 3)))
+    case.change("kind", train=Once(named_batches("kind", 3)))
     vil = case.vil()
     epoch(vil)
-    before = values(case.model)
+    before = contents(case.model)
     with pytest.raises(ValueError, match="AlphaVIL: ") as error:
         vil.epoch()
     refused(error, "'kind'", "train: ")
-    assert same(values(case.model), before)
+    assert same_values(contents(case.model), before)
 
 
 @pytest.mark.parametrize("name", ["make_optimizer", "alpha_optimizer"])
@@ -305,20 +293,20 @@ def test_errors_of_the_users_own() -> None:
     case = Case()
     loss = case.tasks["marks"].loss
 
-    def out_of_range(model: Any, batch: Batch) -> Tensor:
+    def out_of_range(model: Any, batch: NamedBatch) -> Tensor:
         if model.training:
             raise IndexError("target 3 is out of bounds.")
         return loss(model, batch)
 
     case.change("marks", loss=out_of_range)
-    before = values(case.model)
+    before = contents(case.model)
     with pytest.raises(IndexError, match=r"^target 3 is out of bounds\.$"), hushed():
         case.vil().epoch()
-    assert same(values(case.model), before)
+    assert same_values(contents(case.model), before)
     case.change("marks", loss=lambda batch: loss(case.model, batch))  # of one argument
     with pytest.raises(TypeError, match="positional argument"), hushed():
         case.vil().epoch()
-    assert same(values(case.model), before)
+    assert same_values(contents(case.model), before)
 
 
 def test_a_model_of_another_type_than_its_deltas() -> None:
@@ -331,12 +319,12 @@ def test_a_model_of_another_type_than_its_deltas() -> None:
         task.train[:] = wide.tasks[name].train  # type: ignore[index]
         if task.dev is not None:
             task.dev[:] = wide.tasks[name].dev  # type: ignore[index]
-    before = values(case.model)
+    before = contents(case.model)
     try:
         found = epoch(vil)
     except (RuntimeError, ValueError) as error:
         one_line(error, "expected", "found")
-        assert same(values(case.model), before)
+        assert same_values(contents(case.model), before)
     else:
         theta = {n: p for n, p in case.model.named_parameters() if p.requires_grad}
         assert found.kept != "none"

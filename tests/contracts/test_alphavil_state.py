@@ -3,38 +3,157 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
+import os
 import pickle
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Task
-from tests.support.alphavil_cases import (
-    ADAM,
-    ALPHA,
-    SGD,
-    Case,
-    epoch,
+from tests.support.bounds import (
+    contents,
     hushed,
+    one_line,
     random_state,
-    same,
     same_random_state,
-    values,
+    same_values,
+    seed_everything,
+    set_random_state,
 )
-from tests.support.alphavil_runs import KINDS, Run, finished, from_file
-from tests.support.optim_cases import one_line
+from tests.support.nets import ADAM, ALPHA, SGD, Case, epoch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lists": {"subset": 0.5},
+    "loaders": {"subset": 2},
+    "generators": {"subset": 0.5},
+    "everything": {"subset": 2, "make_optimizer": ADAM, "alpha_optimizer": ALPHA["adam"], "clip_alpha": (0.5, 1.5)},
+    "lbfgs": {"alpha_optimizer": ALPHA["lbfgs"]},
+    "momentum": {"alpha_optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)},
+    "bfloat16": {"delta_storage": "bfloat16", "include_heads": "none"},
+    "host": {"delta_storage": "host", "include_heads": "all"},
+    "pickled": {"subset": 2, "alpha_optimizer": ALPHA["adam"]},
+}
+
+
+class Run:
+    """Dropout, BatchNorm, noise of torch, numpy and Python in the losses, data that is shuffled."""
+
+    def __init__(self, kind: str, seed: int = 0, **options: Any):
+        self.case = Case(norm=True, dropout=0.3, noise=0.1, seed=0, also=True)
+        if kind in ("loaders", "everything", "generators", "pickled"):
+            for i, (name, task) in enumerate(list(self.case.tasks.items())):
+                generator = None if kind == "loaders" else torch.Generator().manual_seed(seed + i)
+                rows: Any = task.train
+                loader: Any = DataLoader(rows, batch_size=None, shuffle=True, generator=generator)
+                self.case.change(name, train=loader)
+            dev: Any = self.case.tasks["size"].dev
+            generator = None if kind == "loaders" else torch.Generator().manual_seed(seed + 9)
+            sampler = BatchSampler(RandomSampler(dev, generator=generator), 1, False)
+            self.case.change("size", dev=DataLoader(dev, batch_sampler=sampler, collate_fn=first))
+        self.vil = self.case.vil(**KINDS[kind], **options)
+        if seed:  # as a process is that starts anew
+            with torch.no_grad():
+                for tensor in (*self.case.model.parameters(), *self.case.model.buffers()):
+                    tensor.add_(1)
+        seed_everything(seed)
+
+    def save(self) -> bytes:
+        file = io.BytesIO()
+        torch.save({"model": self.case.model.state_dict(), "vil": self.vil.state_dict()}, file)
+        return file.getvalue()
+
+    def load(self, saved: bytes) -> None:
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        self.case.model.load_state_dict(state["model"])
+        self.vil.load_state_dict(state["vil"])
+
+    def fingerprint(self) -> dict[str, Any]:
+        last, sources = self.vil.last, [s for task in self.case.tasks.values() for s in (task.train, task.dev)]
+        batch_samplers = [getattr(source, "batch_sampler", None) for source in sources]
+        generators = [
+            getattr(s, "generator", None) for s in (*sources, *(getattr(b, "sampler", None) for b in batch_samplers))
+        ]
+        return {
+            "values": contents(self.case.model),
+            "weights": self.vil.task_weights.clone(),
+            "alphas": self.vil.alphas.clone(),
+            "rounds": self.vil.rounds,
+            "kept": None if last is None else last.kept,
+            "losses": None if last is None else [last.before, last.start, last.after, *last.searched, *last.losses],
+            "random": random_state(),
+            "loaders": [g.get_state() for g in generators if g is not None],
+        }
+
+    @staticmethod
+    def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+        plain = ("rounds", "kept", "losses")
+        loaders = list(zip(first["loaders"], second["loaders"], strict=True))
+        numbers = [each["random"] for each in (first, second)]
+        return (
+            all(first[name] == second[name] for name in plain)
+            and same_values(first["values"], second["values"])
+            and torch.equal(first["weights"], second["weights"])
+            and torch.equal(first["alphas"], second["alphas"])
+            and (numbers == [0, 0] or same_random_state(*numbers))
+            and all(torch.equal(a, b) for a, b in loaders)
+        )
+
+    def same(self, other: dict[str, Any]) -> bool:
+        return self.equal(self.fingerprint(), other)
+
+    set_random_state = staticmethod(set_random_state)
+
+
+def first(batches: list[Any]) -> Any:
+    return batches[0]
+
+
+def from_file(thing: Any, *, weights_only: bool = True) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def finished(run: Run, rounds: int) -> None:
+    while run.vil.rounds < rounds:
+        epoch(run.vil)
+
+
+def main(path: str, rounds: int, slow: Iterable[str]) -> None:
+    torch.set_num_threads(1)
+    run, number = Run("everything", seed=0), 0
+    if os.path.exists(path):
+        run.load(Path(path).read_bytes())
+        number = int(Path(path + ".number").read_text())
+    if slow:
+        loss = run.case.tasks["kind"].loss
+        object.__setattr__(run.vil._tasks["kind"], "loss", lambda *a: (time.sleep(0.02), loss(*a))[1])
+    with hushed():
+        while run.vil.rounds < rounds:
+            for _ in run.vil.stages():
+                number += 1
+                for name, content in ((path, run.save()), (path + ".number", str(number).encode())):
+                    Path(name + ".new").write_bytes(content)
+                    os.replace(name + ".new", name)
+                print(number, "stages", flush=True)
+
 
 ROUNDS = 3
 
@@ -158,7 +277,7 @@ def test_another_number_of_alpha_epochs() -> None:
 def test_killed_in_the_middle_of_a_stage(tmp_path: Path) -> None:
     """SIGKILL; another process goes on from the last file, and ends where an undisturbed run does."""
     path, stages = tmp_path / "state.pt", 11
-    command = [sys.executable, "-m", "tests.support.alphavil_runs", str(path), str(ROUNDS)]
+    command = [sys.executable, "-m", "tests.contracts.test_alphavil_state", str(path), str(ROUNDS)]
     with subprocess.Popen([*command, "slow"], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         lines = [first.stdout.readline() for _ in range(stages)]
@@ -247,24 +366,24 @@ def test_an_error_anywhere_in_a_stage() -> None:
     bomb = Bomb()
     case, vil = with_bomb(bomb)
     epoch(vil)
-    calls, theta, weights, state = bomb.count, values(case.model), vil.task_weights.clone(), random_state()
+    calls, theta, weights, state = bomb.count, contents(case.model), vil.task_weights.clone(), random_state()
     assert calls > 50
     for at in range(1, calls + 1):
         bomb = Bomb()
         case, vil = with_bomb(bomb)
         bomb.at, bomb.error = at, ERRORS[at % len(ERRORS)]
-        before = (values(case.model), vil.task_weights.clone(), random_state())
+        before = (contents(case.model), vil.task_weights.clone(), random_state())
         with pytest.raises((bomb.error, RuntimeError)), hushed():  # noqa: PT012
             for _ in vil.stages():
-                before = (values(case.model), vil.task_weights.clone(), random_state())
-        assert same(values(case.model), before[0]), at
+                before = (contents(case.model), vil.task_weights.clone(), random_state())
+        assert same_values(contents(case.model), before[0]), at
         assert torch.equal(vil.task_weights, before[1]), at
         assert same_random_state(random_state(), before[2]), at
         assert all(module.training for module in case.model.modules())
         assert not any(p.grad is not None for p in case.model.parameters())
         epoch(vil)
         assert vil.rounds == 1
-        assert same(values(case.model), theta), at
+        assert same_values(contents(case.model), theta), at
         assert torch.equal(vil.task_weights, weights), at
         assert same_random_state(random_state(), state), at
 
@@ -285,8 +404,8 @@ def test_warnings_that_are_errors() -> None:
                     vil.epoch()
                 except RuntimeWarning:  # noqa: PERF203
                     raised += 1
-        ends.append((values(case.model), vil.task_weights, random_state(), raised))
-    assert same(ends[0][0], ends[1][0])
+        ends.append((contents(case.model), vil.task_weights, random_state(), raised))
+    assert same_values(ends[0][0], ends[1][0])
     assert torch.equal(ends[0][1], ends[1][1])
     assert same_random_state(ends[0][2], ends[1][2])
     assert (ends[0][3], ends[1][3]) == (0, 4)
@@ -358,17 +477,17 @@ def test_states_of_others(how: str) -> None:
     vil = case.vil()
     for _ in zip(range(2), vil.stages()):
         pass
-    before, numbers = values(case.model), random_state()
+    before, numbers = contents(case.model), random_state()
     want = copy.deepcopy(vil)
     with pytest.raises(ValueError, match=r"AlphaVIL: load_state_dict: ") as error:
         vil.load_state_dict(state)
     one_line(error.value, OTHERS[how], "expected", "found")
-    assert same(values(case.model), before)
+    assert same_values(contents(case.model), before)
     assert same_random_state(random_state(), numbers)
     epoch(vil)
     Run.set_random_state(numbers)
     epoch(want)
-    assert same(values(case.model), values(want.model))
+    assert same_values(contents(case.model), contents(want.model))
     assert torch.equal(vil.task_weights, want.task_weights)
 
 
@@ -393,3 +512,7 @@ def test_states_without_random_numbers() -> None:
     one_line(error.value, "expected", "found")
     assert same_random_state(random_state(), before)
     assert isinstance(run.case.tasks["size"], Task)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

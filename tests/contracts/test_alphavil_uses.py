@@ -16,24 +16,19 @@ import mtlgrad
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Round, Stage, Task
 from tests.conftest import HAS_GPU
-from tests.support.alphavil_cases import (
-    ALPHA,
-    SGD,
-    Batch,
-    Case,
-    batches,
-    development_loss,
-    epoch,
+from tests.support.bounds import (
+    contents,
     hushed,
-    on,
+    near,
+    one_line,
     random_state,
-    same,
     same_random_state,
+    same_values,
     seed_everything,
     set_random_state,
-    values,
 )
-from tests.support.optim_cases import near, one_line
+from tests.support.nets import ALPHA, SGD, Case, NamedBatch, case_on, epoch, named_batches
+from tests.support.oracles import development_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,16 +44,16 @@ def test_names() -> None:
 # ---- loaders --------------------------------------------------------------------------------------------------------
 
 
-class Rows(Dataset[Batch]):
+class Rows(Dataset[NamedBatch]):
     """Each read with noise from the worker's own random state."""
 
     def __init__(self, task: str, seed: int):
-        self.rows = [Batch(i, b.x[0], b.y[0]) for i, b in enumerate(batches(task, seed, 12))]
+        self.rows = [NamedBatch(i, b.x[0], b.y[0]) for i, b in enumerate(named_batches(task, seed, 12))]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> NamedBatch:
         row = self.rows[i]
         return row._replace(x=row.x + 0.1 * torch.randn(5))
 
@@ -99,9 +94,9 @@ def test_loaders_with_workers(own: bool) -> None:
             case.model.load_state_dict(model)
             vil.load_state_dict(state)
         epoch(vil)
-        ends.append((values(case.model), random_state()))
+        ends.append((contents(case.model), random_state()))
     for theta, state in ends[1:]:
-        assert same(theta, ends[0][0])
+        assert same_values(theta, ends[0][0])
         assert same_random_state(state, ends[0][1])
 
 
@@ -136,7 +131,7 @@ def test_compiled_models(how: str) -> None:
         for number in range(2):
             torch.manual_seed(number)
             assert epoch(vil).kept == "search"
-        results.append(values(model))
+        results.append(contents(model))
     assert all(near(value, results[0][name], 1e-12) for name, value in results[1].items())
     assert 1 <= len(graphs) <= 8
     torch.compiler.reset()
@@ -145,10 +140,10 @@ def test_compiled_models(how: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_in_the_loss(device: str) -> None:
     """bfloat16 products: the search sees what the model then has, not a weight that autocast has kept."""
-    case = on(Case(), device)
+    case = case_on(Case(), device)
     for name, task in list(case.tasks.items()):
 
-        def loss(model: Any, batch: Batch, of: Any = task.loss) -> Tensor:
+        def loss(model: Any, batch: NamedBatch, of: Any = task.loss) -> Tensor:
             with torch.autocast(device, dtype=torch.bfloat16):
                 return of(model, batch)
 
@@ -170,7 +165,7 @@ def test_losses_as_methods_of_a_module_around_the_model() -> None:
             self.net = Case(dtype=torch.float64).model
             self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
 
-        def forward(self, task: str, batch: Batch) -> Tensor:
+        def forward(self, task: str, batch: NamedBatch) -> Tensor:
             return self.scale * case.tasks[task].loss(self.net, batch)
 
     case = Case(dtype=torch.float64)
@@ -184,18 +179,10 @@ def test_losses_as_methods_of_a_module_around_the_model() -> None:
 
 
 def test_sparse_gradients() -> None:
-    class Words(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words, self.out = nn.EmbeddingBag(20, 4, sparse=True), nn.Linear(4, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(self.words(x)).square().mean()  # type: ignore[no-any-return]
-
     torch.manual_seed(0)
-    model = Words()
+    model = nn.Sequential(nn.EmbeddingBag(20, 4, sparse=True), nn.Linear(4, 1))
     data = [torch.randint(0, 20, (5, 3)) for _ in range(3)]
-    task = Task(data, lambda m, x: m(x), data)
+    task = Task(data, lambda m, x: m(x).square().mean(), data)
     assert AlphaVIL(model, [task], 0, make_optimizer=lambda ps: torch.optim.SGD(ps, lr=0.1)).epoch().kept == "search"
 
 
@@ -204,7 +191,7 @@ def test_fused_optimizers() -> None:
     for fused in (False, True):
         case = Case(dtype=torch.float64)
         epoch(case.vil(make_optimizer=lambda ps, fused=fused: torch.optim.Adam(ps, lr=1e-3, eps=1e-3, fused=fused)))
-        ends.append(values(case.model))
+        ends.append(contents(case.model))
     assert all(near(value, ends[0][name], 1e-9) for name, value in ends[1].items())
 
 
@@ -264,10 +251,10 @@ def test_weights_set_by_the_user() -> None:
     """In place or whole, between rounds, as a list would not do."""
     case = Case(dtype=torch.float64)
     vil = case.vil(make_optimizer=lambda ps: torch.optim.SGD(ps, lr=0.03), clip_alpha=(1.0, 1.0))
-    before = values(case.model)
+    before = contents(case.model)
     vil.task_weights = torch.tensor([1.0, 0.0, 0.0])
     epoch(vil)
-    after = values(case.model)
+    after = contents(case.model)
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved == {"first.weight", "first.bias", "second.weight", "second.bias", *case.heads["size"]}
     vil.task_weights.mul_(2.0)
@@ -287,14 +274,14 @@ WEIGHTS += [torch.ones(3, 1), [1.0, math.nan, 1.0], [1.0, math.inf, 1.0], "111",
 def test_weights_that_do_not_fit(weights: Any) -> None:
     """Taken for what they are, or refused in words before anything is trained."""
     case = Case()
-    vil, before = case.vil(), values(case.model)
+    vil, before = case.vil(), contents(case.model)
     try:
         vil.task_weights = weights
         epoch(vil)
     except (TypeError, ValueError) as error:
         one_line(error, "AlphaVIL: ", "task_weights", "expected", "found")
         assert not case.diary
-        assert same(values(case.model), before)
+        assert same_values(contents(case.model), before)
     else:
         assert weights is WEIGHTS[0]
         assert vil.task_weights.shape == (3,)
@@ -317,7 +304,7 @@ def test_forty_tasks() -> None:
     torch.manual_seed(0)
     data = [[(torch.randn(6, 5), float(torch.randn(())))] for _ in range(40)]
     model = nn.Linear(5, 1)
-    theta, rate = values(model), 0.001
+    theta, rate = contents(model), 0.001
     want = {name: value.double() for name, value in theta.items()}
     for ((x, y),) in data:
         slopes = torch.autograd.grad(loss(model, (x, y)), list(model.parameters()))
@@ -327,7 +314,7 @@ def test_forty_tasks() -> None:
     vil = AlphaVIL(model, tasks, "7", make_optimizer=lambda ps: torch.optim.SGD(ps, lr=rate), clip_alpha=(1.0, 1.0))
     found = epoch(vil)
     assert (found.kept, len(found.losses), found.alphas.tolist()) == ("start", 40, [1.0] * 40)
-    assert all(near(value.double(), want[name], 2.0**-23) for name, value in values(model).items())
+    assert all(near(value.double(), want[name], 2.0**-23) for name, value in contents(model).items())
 
 
 def test_pickles_of_a_vil() -> None:
@@ -341,14 +328,16 @@ def test_pickles_of_a_vil() -> None:
     epoch(other)
     set_random_state(state)
     epoch(vil)
-    assert same(values(other.model), values(case.model))
+    assert same_values(contents(other.model), contents(case.model))
     assert torch.equal(other.alphas, vil.alphas)
 
 
 def test_two_vils_on_one_model() -> None:
     """Each with its own target, in turns."""
     case = Case(dtype=torch.float64)
-    tasks = {name: Task(t.train, t.loss, batches(name, 70, 2, 32, torch.float64)) for name, t in case.tasks.items()}
+    tasks = {
+        name: Task(t.train, t.loss, named_batches(name, 70, 2, 32, torch.float64)) for name, t in case.tasks.items()
+    }
     vils = [AlphaVIL(case.model, tasks, name, make_optimizer=SGD) for name in tasks]
     for _ in range(2):
         for vil in vils:
@@ -360,10 +349,10 @@ def test_two_vils_on_one_model() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_on_a_device(device: str) -> None:
     """The same numbers as on the host, as far as its sums are the same; weights and alphas are on the host."""
-    case, other = Case(norm=True), on(Case(norm=True), device)
+    case, other = Case(norm=True), case_on(Case(norm=True), device)
     for vil in (case.vil(), other.vil()):
         seed_everything(4)
         found = epoch(vil)
         assert found.alphas.device.type == vil.task_weights.device.type == "cpu"
-    theirs = values(other.model)
-    assert all(near(theirs[name].cpu(), value, 1e-4) for name, value in values(case.model).items())
+    theirs = contents(other.model)
+    assert all(near(theirs[name].cpu(), value, 1e-4) for name, value in contents(case.model).items())

@@ -17,13 +17,11 @@ from torchjd.autojac import mtl_backward
 import mtlgrad
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Task
-from tests.support.alphavil_cases import epoch
-from tests.support.gradient_cases import near
-from tests.support.training_cases import (
+from tests.conftest import HAS_GPU
+from tests.support.bounds import near
+from tests.support.nets import (
     BACKBONES,
-    DEVICES,
     METHODS,
-    TASKS,
     AdaTask,
     Batch,
     Bayes,
@@ -33,9 +31,14 @@ from tests.support.training_cases import (
     Trainer,
     autocast,
     batch,
+    epoch,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no usable GPU"))]
+
+TASKS = ("size", "marks", "kind")
 
 EVERY = {"sum": Sum, **METHODS}
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -18,9 +18,8 @@ from torch.nn import functional
 
 from mtlgrad import BayesAgg, Regression
 from mtlgrad.bayesagg import layer as layers
-from tests.contracts.test_bayesagg_state import Net
-from tests.support.bayesagg_cases import unpacked
-from tests.support.posterior_cases import make
+from tests.contracts.test_bayesagg_state import BayesNet
+from tests.support.nets import head_data, unpacked
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -49,7 +48,7 @@ def losses_of(outputs: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def whole(net: Net) -> Loss:
+def whole(net: BayesNet) -> Loss:
     def loss(inputs: Tensor, targets: list[Tensor]) -> Tensor:
         features = net.layer(net.backbone(inputs), targets)
         return net.layer.total(losses_of([head(features) for head in net.heads], targets)) * 4
@@ -57,7 +56,7 @@ def whole(net: Net) -> Loss:
     return loss
 
 
-def train(net: Net, loss: Loss, epochs: int = 2, autocast: bool = False) -> tuple[list[Tensor], Tensor]:
+def train(net: BayesNet, loss: Loss, epochs: int = 2, autocast: bool = False) -> tuple[list[Tensor], Tensor]:
     """All parameters and the task weights at the end."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
     for _ in range(epochs):
@@ -89,9 +88,9 @@ def near(found: tuple[list[Tensor], Tensor], expected: tuple[list[Tensor], Tenso
     ids=["stored", "bfloat16", "streaming", "sampled"],
 )
 def test_a_step_in_one_graph(options: dict[str, Any], autocast: bool) -> None:
-    plain = Net(**options)
+    plain = BayesNet(**options)
     expected = train(plain, whole(plain), autocast=autocast)
-    net = Net(**options)
+    net = BayesNet(**options)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(whole(net), fullgraph=True, backend=counter)
     found = train(net, compiled, autocast=autocast)
@@ -103,7 +102,7 @@ def test_a_step_in_one_graph(options: dict[str, Any], autocast: bool) -> None:
 
 @pytest.mark.parametrize("where", ["layer", "total", "backbone and layer"])
 def test_parts_in_graphs_of_their_own(where: str) -> None:
-    plain, net = Net(), Net()
+    plain, net = BayesNet(), BayesNet()
     layer: Any = net.layer
     entered, total = layer.__call__, layer.total
     if where == "layer":
@@ -123,7 +122,7 @@ def test_parts_in_graphs_of_their_own(where: str) -> None:
 
 def gradients_of_two_passes(compiled: bool, order: int) -> list[Tensor]:
     """Two passes of one layer with totals of their own scales; backwards in either order."""
-    net = Net()
+    net = BayesNet()
     loss: Any = whole(net)
     if compiled:
         loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -155,7 +154,7 @@ def test_two_passes_in_one_graph() -> None:
     """Even of the same features: neither is left out, and each total belongs to the pass before it."""
     found = []
     for compiled in (False, True):
-        data = make("regression", 30, 4)
+        data = head_data("regression", 30, 4)
         head = torch.nn.Linear(4, 3, dtype=torch.float64)
         with torch.no_grad():
             head.weight.copy_(data.weight)
@@ -178,9 +177,9 @@ def test_two_passes_in_one_graph() -> None:
 
 def test_inductor() -> None:
     """What compiled code may reuse is not kept: features and targets that are made in the graph."""
-    net, plain = Net(statistics="streaming"), Net(statistics="streaming")
+    net, plain = BayesNet(statistics="streaming"), BayesNet(statistics="streaming")
 
-    def loss(part: Net) -> Loss:
+    def loss(part: BayesNet) -> Loss:
         def shifted(inputs: Tensor, targets: list[Tensor]) -> Tensor:
             here = [targets[0] * 2 + 1, targets[1], targets[2]]
             return whole(part)(inputs, here)
@@ -192,7 +191,7 @@ def test_inductor() -> None:
 
 
 def test_copies_of_a_compiled_layer_are_their_own() -> None:
-    net = Net()
+    net = BayesNet()
     compiled = torch.compile(whole(net), fullgraph=True, backend="eager")
     train(net, compiled)
     twin = copy.deepcopy(net)
@@ -208,7 +207,7 @@ def test_copies_of_a_compiled_layer_are_their_own() -> None:
 
 
 def test_refused_inside_a_graph() -> None:
-    net = Net()
+    net = BayesNet()
     compiled = torch.compile(whole(net), fullgraph=True, backend="aot_eager")
     targets = [data.targets[:6].clone() for data in net.data]
     targets[2][1] = 7
@@ -217,7 +216,7 @@ def test_refused_inside_a_graph() -> None:
 
 
 def test_passes_end_with_their_graphs() -> None:
-    net = Net()
+    net = BayesNet()
     compiled = torch.compile(whole(net), fullgraph=True, backend="aot_eager")
     for loss in (whole(net), compiled):
         gc.collect()  # of the tests before
@@ -231,7 +230,7 @@ def test_passes_end_with_their_graphs() -> None:
 
 def test_hooks_that_copy_what_is_saved() -> None:
     """Eager passes do not mind; compiled ones are refused."""
-    net = Net()
+    net = BayesNet()
     train(net, whole(net))
     compiled = torch.compile(whole(net), fullgraph=True, backend="aot_eager")
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
@@ -16,28 +16,120 @@ from torch.nn import functional
 import mtlgrad
 from mtlgrad import BayesAgg
 from mtlgrad.bayesagg import aggregation
-from tests.support.bayesagg_ranks import (
-    KINDS,
-    WIDTH,
-    Net,
-    Step,
-    compare,
-    dataset,
-    dataset_for,
-    joined,
-    layers,
-    listed_of,
-    near,
-    parts_of,
-    rows_agree,
-    run,
-    see,
-    see_quietly,
-    values_of,
-)
-from tests.support.ranks import Pool
+from tests.support.bounds import assert_near
+from tests.support.nets import LAYERS, HeadData, Model, published_layer
+from tests.support.ranks import WIDTH, Pool, by_rank, dataset, joined, layers, parts_of, rows_agree, see, see_quietly
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Layered(Model):
+    """A backbone, a head of each kind, and the layer between."""
+
+    def __init__(self, data: Sequence[HeadData], noise: float | str = 1.0, bias: bool = False, **options: Any):
+        width = data[0].features.shape[1]
+        super().__init__(
+            lambda: nn.Sequential(nn.Linear(width, 10), nn.Tanh(), nn.Linear(10, width)),
+            heads=[len(d.weight) for d in data],
+            width=width,
+        )
+        torch.manual_seed(0)
+        powers = {"regression": 0.5, "binary": 1.0, "multiclass": 0.7}
+        more: dict[str, dict[str, Any]] = {"regression": {"noise": noise, "bias": bias}}
+        listed = [
+            LAYERS[d.kind](head, gamma=0.3, power=powers[d.kind], **more.get(d.kind, {}))
+            for d, head in zip(data, self.heads)
+        ]
+        self.layer = published_layer(listed, **options)
+
+    def forward(self, inputs: Tensor, targets: list[Tensor]) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
+        features = self.backbone(inputs)
+        if features.requires_grad:
+            features.retain_grad()
+        out = self.layer(features, targets)
+        return features, [head(out) for head in self.heads]
+
+
+def values_of(data: Sequence[HeadData], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The losses of each head's labelled examples."""
+    found = []
+    for d, z in zip(data, outputs):
+        there = d.labelled
+        if d.kind == "multiclass":
+            found.append(functional.cross_entropy(z[there], d.targets[there], reduction="none"))
+        elif d.kind == "binary":
+            found.append(functional.binary_cross_entropy_with_logits(z[there], d.targets[there], reduction="none"))
+        else:
+            found.append((z[there] - d.targets[there]).square())
+    return found
+
+
+Step = tuple[list[int], dict[int, list[str]]]  # rank -> examples; rank -> kinds without any label there
+
+
+def dataset_for(plan: Sequence[Step | None], width: int = WIDTH) -> list[HeadData]:
+    return dataset(sum(sum(step[0]) for step in plan if step), width)
+
+
+def run(plan: Sequence[Step | None], options: dict[str, Any], width: int, rank: int | None) -> dict[str, list[Any]]:
+    """Trains through the plan, None being a refresh, as one rank of DDP or, without one, as one process."""
+    data = dataset_for(plan, width)
+    net: Any = Layered(data, **options)
+    layer = net.layer
+    if rank is not None:
+        net = nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    gradients, at = [], 0
+    for step in plan:
+        if step is None:
+            layer.refresh()
+            continue
+        parts = parts_of(data, at, *step)
+        at += sum(step[0])
+        batch = joined(parts) if rank is None else parts[rank]
+        optimizer.zero_grad()
+        features, outputs = net(batch[0].features, [d.targets for d in batch])
+        losses = (
+            mtlgrad.distributed.global_means(values_of(batch, outputs))
+            if rank is not None
+            else [v.sum() / max(v.numel(), 1) for v in values_of(batch, outputs)]
+        )
+        (layer.total(losses) * 0.5).backward()
+        optimizer.step()
+        gradients.append(features.grad)
+    state = layer.posteriors
+    return {
+        "features": gradients,
+        "parameters": [p.detach().clone() for p in net.parameters()],
+        "means": [] if state is None else [p.mean for p in state],
+        "covariances": [] if state is None else [m for p in state for m in listed_of(p.covariance())],
+    }
+
+
+def listed_of(matrix: Any) -> list[Tensor]:
+    return list(matrix) if isinstance(matrix, tuple) else [matrix]
+
+
+def as_rank(plan: Sequence[Step | None], options: dict[str, Any], width: int) -> dict[str, list[Any]]:
+    return run(plan, options, width, dist.get_rank())
+
+
+def compare(plan: Sequence[Step | None], options: dict[str, Any], width: int, ranks: Pool, tolerance: float) -> None:
+    alone = run(plan, options, width, None)
+    together = ranks(as_rank, plan, options, width)
+    steps = [step for step in plan if step]
+    for step, expected, *found in zip(steps, alone["features"], *(one["features"] for one in together)):
+        for rank, (part, mine) in enumerate(zip(by_rank(expected, step[0]), found)):
+            # Losses that are averaged over the ranks: gradients at a rank's own features are W times as large.
+            error = (mine / ranks.size - part).abs().max() / expected.abs().max()
+            assert error <= tolerance, f"rank {rank}: error {float(error):.3g}"
+    for name in ("parameters", "means", "covariances"):
+        for rank in together:
+            for found, expected in zip(rank[name], alone[name], strict=True):
+                assert_near(found, expected, tolerance)
+        for mine, other in zip(together[0][name], together[1][name]):
+            assert torch.equal(mine, other)
+
 
 ALL = ["regression", "binary", "multiclass"]
 # Fewer examples than weights, more for some heads, more for all; a task that is missing on a rank, everywhere, or
@@ -136,7 +228,7 @@ def test_refresh_where_ranks_began_at_other_weights_or_had_nothing(
     for rank in two_ranks(one_after_the_other, statistics, covariance, False):
         for mine, theirs in zip(rank, expected, strict=True):
             for found, wanted in zip(mine, theirs, strict=True):
-                near(found, wanted, 1e-9)
+                assert_near(found, wanted, 1e-9)
 
 
 def gradients_of(counts: list[list[int]], kernels: bool, dtype: torch.dtype, rank: int | None) -> list[Tensor]:
@@ -193,7 +285,7 @@ def hard(rank: int | None) -> list[Tensor]:
         d.features[:20, : WIDTH // 2] = 0
         d.weight[:, :WIDTH] /= 100 * WIDTH**0.5
     heads, _ = layers(data)
-    layer = BayesAgg([KINDS[d.kind](head, gamma=1e3) for d, head in zip(data, heads)])
+    layer = BayesAgg([LAYERS[d.kind](head, gamma=1e3) for d, head in zip(data, heads)])
     found, answers, asked = [], [], aggregation._wants_float64
 
     def recorded(*arguments: Any) -> bool:
@@ -282,7 +374,7 @@ def test_compiled(two_ranks: Pool) -> None:
 def sharded(plan: Sequence[Step | None], options: dict[str, Any], wrap_heads: bool) -> list[Tensor]:
     rank = dist.get_rank()
     data = dataset_for(plan)
-    net = Net(data, **options)
+    net = Layered(data, **options)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(net.backbone, mesh=mesh)
     for head in net.heads if wrap_heads else ():
@@ -312,7 +404,7 @@ def test_fully_sharded(two_ranks: Pool, statistics: str, wrap_heads: bool) -> No
     expected = run(plan, options, WIDTH, None)["parameters"]
     for found in two_ranks(sharded, plan, options, wrap_heads):
         for mine, theirs in zip(found, expected, strict=True):
-            near(mine, theirs)
+            assert_near(mine, theirs)
 
 
 # ---- what the backward needs not

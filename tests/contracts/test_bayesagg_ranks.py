@@ -12,20 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtlgrad import BayesAgg, Binary
-from tests.support.bayesagg_cases import packed, published_layer, unpacked
-from tests.support.bayesagg_ranks import (
-    KINDS,
-    WIDTH,
-    dataset,
-    joined,
-    layers,
-    near,
-    parts_of,
-    rows_agree,
-    see,
-    see_quietly,
-)
-from tests.support.ranks import Pool
+from tests.support.bounds import assert_near
+from tests.support.nets import LAYERS, packed, published_layer, unpacked
+from tests.support.ranks import WIDTH, Pool, dataset, joined, layers, parts_of, rows_agree, see, see_quietly
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,7 +122,7 @@ def test_bytes_are_what_the_guide_says(two_ranks: Pool, options: dict[str, Any],
     if not sampled:
         few |= {"binary"} if covariance != "diag" else set()
         few |= {"multiclass"} if covariance in ("full", "block") else set()
-    others = [kind for kind in KINDS if kind not in few]
+    others = [kind for kind in LAYERS if kind not in few]
 
     def gathered(longest: int) -> tuple[str, int]:
         target = {"regression": 4 * rows, "binary": 4 * rows, "multiclass": 8}
@@ -141,11 +130,11 @@ def test_bytes_are_what_the_guide_says(two_ranks: Pool, options: dict[str, Any],
 
     asked = ("all_gather", 32 * ranks)
     weights = [("all_reduce", 8 * 2 * rows * (width + 1))] if options.get("statistics") == "streaming" else []
-    refresh = [("all_gather", 16 * ranks), ("all_gather", 8 * ranks), *weights, *sums(list(KINDS))]
+    refresh = [("all_gather", 16 * ranks), ("all_gather", 8 * ranks), *weights, *sums(list(LAYERS))]
     expected = [
         *([], [], refresh),
         *([asked, gathered(4), *sums_of_batch(others)], []),
-        *([asked, *sums_of_batch(list(KINDS))], []),
+        *([asked, *sums_of_batch(list(LAYERS))], []),
         [asked, ("all_gather", 8 * ranks), gathered(3), *sums_of_batch(others)],
     ]
     for found in two_ranks(counted, options, missing):
@@ -203,7 +192,7 @@ def test_between_epochs_any_number_of_ranks_goes_on(two_ranks: Pool) -> None:
     states = two_ranks(an_epoch, False)
     expected = go_on(an_epoch(True), True)
     rows_agree([[0], [2, 4]], [go_on(states[1], True)], [[part] for part in two_ranks(go_on, states[0], False)], 1e-6)
-    near(go_on(states[0], True), expected)
+    assert_near(go_on(states[0], True), expected)
 
 
 def loaded_by_one(own: bool) -> str:

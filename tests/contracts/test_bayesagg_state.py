@@ -15,18 +15,20 @@ from torch import Tensor, nn
 
 from mtlgrad import BayesAgg, Binary, Multiclass, Regression
 from mtlgrad.posterior import Posterior
-from tests.support.bayesagg_cases import (
-    ALL_KINDS,
-    WIDTH,
+from tests.support.nets import (
+    HEAD_WIDTH,
+    KINDS,
+    HeadData,
+    Model,
+    head_data,
     linear,
     mean_loss,
-    model,
     packed,
+    problem,
     published_layer,
     published_regression,
     unpacked,
 )
-from tests.support.posterior_cases import Data, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,18 +36,20 @@ EXAMPLES, BATCH, EPOCHS = 24, 6, 3
 STEPS = EXAMPLES // BATCH
 
 
-class Net(nn.Module):
-    """A backbone, three heads, and the layer between."""
+class BayesNet(Model):
+    """With the data, and the layer between."""
 
     def __init__(self, **options: Any):
-        super().__init__()
-        torch.manual_seed(0)
-        self.data = [
-            make(kind, EXAMPLES, WIDTH, seed=i, missing=0.2).to(torch.float32) for i, kind in enumerate(ALL_KINDS)
+        data = [
+            head_data(kind, EXAMPLES, HEAD_WIDTH, seed=i, missing=0.2).to(torch.float32) for i, kind in enumerate(KINDS)
         ]
-        self.backbone = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
-        regression, binary, multiclass = (linear(data) for data in self.data)
-        self.heads = nn.ModuleList([regression, binary, multiclass])
+        super().__init__(
+            lambda: nn.Sequential(nn.Linear(HEAD_WIDTH, 8), nn.Tanh(), nn.Linear(8, HEAD_WIDTH)),
+            heads=[linear(one) for one in data],
+        )
+        torch.manual_seed(0)
+        self.data = data
+        regression, binary, multiclass = self.heads
         self.layer = BayesAgg([Regression(regression), Binary(binary), Multiclass(multiclass)], **options)
 
     def loss(self, rows: Any) -> Tensor:
@@ -54,12 +58,12 @@ class Net(nn.Module):
         return self.layer.total([mean_loss(batch, head(features)) for batch, head in zip(batches, self.heads)])
 
 
-def new(**options: Any) -> tuple[Net, torch.optim.Optimizer]:
-    net = Net(**options)
+def new(**options: Any) -> tuple[BayesNet, torch.optim.Optimizer]:
+    net = BayesNet(**options)
     return net, torch.optim.Adam(net.parameters(), lr=0.02)
 
 
-def train(net: Net, optimizer: torch.optim.Optimizer, first: int = 0, last: int = EPOCHS * STEPS) -> list[Tensor]:
+def train(net: BayesNet, optimizer: torch.optim.Optimizer, first: int = 0, last: int = EPOCHS * STEPS) -> list[Tensor]:
     """Steps [first, last) of the run, refresh after each epoch; all parameters at the end."""
     for step in range(first, last):
         at = BATCH * (step % STEPS)
@@ -103,7 +107,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(options: dict[str, Any]) -> None
 SMALL = [2, 1, 3, 2, 9, 4, 1, 2]  # examples in a batch: fewer than weights, but for one; the last waits for others
 
 
-def small_batches(net: Net, first: int = 0, last: int = len(SMALL)) -> Iterator[slice]:
+def small_batches(net: BayesNet, first: int = 0, last: int = len(SMALL)) -> Iterator[slice]:
     """The rows of one batch after the other, between which the heads move."""
     for step in range(first, last):
         at = sum(SMALL[:step])
@@ -118,7 +122,7 @@ def contents(posteriors: Sequence[Posterior]) -> list[Tensor]:
     return [part for some in parts for part in some]
 
 
-def refreshed(net: Net) -> list[Tensor]:
+def refreshed(net: BayesNet) -> list[Tensor]:
     net.layer.refresh()
     assert net.layer.posteriors is not None
     return contents(net.layer.posteriors)
@@ -128,7 +132,7 @@ def refreshed(net: Net) -> list[Tensor]:
 def test_batches_of_few_examples(covariance: str) -> None:
     """They are added to the statistics several at a time: all are in the posterior, at the weights that they met, as
     in one that is updated batch by batch; a run that stops anywhere goes on to the same bits."""
-    net, other = Net(covariance=covariance), Net(covariance=covariance)
+    net, other = BayesNet(covariance=covariance), BayesNet(covariance=covariance)
     expected = [full_data.empty(full_data.anchor()) for full_data in other.layer._full_data]
     for rows, same_rows in zip(small_batches(net), small_batches(other), strict=True):
         net.loss(rows).backward()
@@ -141,7 +145,7 @@ def test_batches_of_few_examples(covariance: str) -> None:
     whole = refreshed(net)
     torch.testing.assert_close(whole, contents(expected), rtol=1e-9, atol=1e-9)
     for stop in range(1, len(SMALL)):
-        net, again = Net(covariance=covariance), Net(covariance=covariance)
+        net, again = BayesNet(covariance=covariance), BayesNet(covariance=covariance)
         for rows in small_batches(net, 0, stop):
             net.loss(rows).backward()
         again.load_state_dict(copy.deepcopy(net.state_dict()))
@@ -179,15 +183,15 @@ def test_a_state_in_memory_is_a_snapshot(statistics: str, stop: int) -> None:
 
 def test_stored_statistics_keep_copies() -> None:
     """Features may be a view of something large, and labels a buffer that the next batch overwrites."""
-    net = Net(statistics="stored")
-    sequence = torch.randn(EXAMPLES, 50, WIDTH, requires_grad=True)
+    net = BayesNet(statistics="stored")
+    sequence = torch.randn(EXAMPLES, 50, HEAD_WIDTH, requires_grad=True)
     targets = [data.targets.clone() for data in net.data]
     net.layer(sequence[:, 0], targets)
     state = unpacked(net.layer.get_extra_state())
     for target in targets:
         target.zero_()
     for part, data in zip(state["full_data"], net.data):
-        assert part["features"][0].untyped_storage().nbytes() == EXAMPLES * WIDTH * 4
+        assert part["features"][0].untyped_storage().nbytes() == EXAMPLES * HEAD_WIDTH * 4
         assert torch.equal(part["targets"][0].nan_to_num(), data.targets.nan_to_num())
 
 
@@ -210,7 +214,7 @@ def test_copies_of_a_model_train_alike_and_apart() -> None:
 
 
 def test_layer_adds_no_parameters() -> None:
-    net = Net()
+    net = BayesNet()
     assert list(net.layer.parameters()) == []
     assert not net.layer.state_dict()
     net.layer(net.data[0].features.clone().requires_grad_(), [data.targets for data in net.data])
@@ -257,7 +261,7 @@ def test_compiled_model_trains_like_the_plain_one() -> None:
 # ---- what the layer refuses
 
 
-def lin(width: int = WIDTH, outputs: int = 3, **options: Any) -> nn.Linear:
+def lin(width: int = HEAD_WIDTH, outputs: int = 3, **options: Any) -> nn.Linear:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of empty layers
         return nn.Linear(width, outputs, dtype=torch.float64, **options)
@@ -265,7 +269,7 @@ def lin(width: int = WIDTH, outputs: int = 3, **options: Any) -> nn.Linear:
 
 def fresh(**changes: Any) -> Any:
     """Calls a new layer of three heads on a batch, some of it changed."""
-    m = model()
+    m = problem()
     features, targets = m.data[0].features[:5].clone(), m.targets(slice(0, 5))
     features = changes.get("features", lambda x: x)(features).requires_grad_()
     targets = changes.get("targets", lambda x: x)(targets)
@@ -286,17 +290,17 @@ def put(at: Any, value: float) -> Callable[[Tensor], Tensor]:
 
 
 def with_state(change: Callable[[dict[str, Any]], None]) -> None:
-    m = model()
+    m = problem()
     m.see()
     state = m.layer.state_dict()
     inside = unpacked(state["_extra_state"])
     change(inside)
     state["_extra_state"] = packed(inside)
-    model().layer.load_state_dict(state)
+    problem().layer.load_state_dict(state)
 
 
 def other_heads(layer: BayesAgg) -> None:
-    m = model()
+    m = problem()
     m.see()
     layer.load_state_dict(m.layer.state_dict())
 
@@ -423,25 +427,25 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: fresh(features=lambda x: x.to("meta")),
         r"BayesAgg: heads\[0\]: the head's weight: expected device meta like features, found cpu",
     ),
-    "no losses": (lambda: model().layer.total([]), r"BayesAgg.total: losses: expected at least one, found none"),
+    "no losses": (lambda: problem().layer.total([]), r"BayesAgg.total: losses: expected at least one, found none"),
     "losses as one tensor": (
-        lambda: model().layer.total(torch.ones(3)),
+        lambda: problem().layer.total(torch.ones(3)),
         r"BayesAgg.total: losses: expected a sequence or a dict, found Tensor",
     ),
     "a loss that is a number": (
-        lambda: model().layer.total([torch.ones(()), 1.0]),  # type: ignore[list-item]
+        lambda: problem().layer.total([torch.ones(()), 1.0]),  # type: ignore[list-item]
         r"BayesAgg.total: losses: expected scalar tensors, found float at 1",
     ),
     "a loss that is no scalar": (
-        lambda: model().layer.total([torch.ones(2)]),
+        lambda: problem().layer.total([torch.ones(2)]),
         r"BayesAgg.total: losses: expected scalars .*found shape \[2\] at 0",
     ),
     "refresh without batches": (
-        lambda: model().layer.refresh(),
+        lambda: problem().layer.refresh(),
         r"BayesAgg.refresh: expected at least one training batch since the last refresh, found none",
     ),
     "aggregate before refresh": (
-        lambda: model().aggregate(),
+        lambda: problem().aggregate(),
         r"BayesAgg.aggregate: expected a full-data posterior, found none; call refresh\(\) first",
     ),
     "a state of other heads": (
@@ -455,11 +459,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         r"BayesAgg.load_state_dict: expected a state of binary 4 -> 3, regression 4 -> 3",
     ),
     "a state of other statistics": (
-        lambda: other_heads(model(statistics="streaming").layer),
+        lambda: other_heads(problem(statistics="streaming").layer),
         r"BayesAgg.load_state_dict: expected .*statistics streaming; found one of .*statistics stored",
     ),
     "a state of another covariance": (
-        lambda: other_heads(model(covariance="diag").layer),
+        lambda: other_heads(problem(covariance="diag").layer),
         r"BayesAgg.load_state_dict: expected .*covariance diag.*; found one of .*covariance full",
     ),
     "a state of the future": (
@@ -478,7 +482,7 @@ def test_one_line_that_names_argument_expected_and_found(name: str) -> None:
 
 
 def test_nan_that_appears_in_a_head_is_named_with_its_batch() -> None:
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     with torch.no_grad():
@@ -488,10 +492,10 @@ def test_nan_that_appears_in_a_head_is_named_with_its_batch() -> None:
 
 
 def test_a_posterior_that_cannot_be_had_is_named_at_refresh() -> None:
-    m = model()
+    m = problem()
     m.see()
     state = unpacked(m.layer.get_extra_state())
-    state["full_data"][0]["features"] = [torch.full((40, WIDTH), 1e200, dtype=torch.float64)]  # squares overflow
+    state["full_data"][0]["features"] = [torch.full((40, HEAD_WIDTH), 1e200, dtype=torch.float64)]  # squares overflow
     m.layer.set_extra_state(packed(state))
     with pytest.raises(ValueError, match=r"BayesAgg.refresh: heads\[0\] \(regression\): expected a finite"):
         m.layer.refresh()
@@ -500,7 +504,7 @@ def test_a_posterior_that_cannot_be_had_is_named_at_refresh() -> None:
 
 @pytest.mark.parametrize("batch", [3, 20])
 def test_moments_out_of_range_name_the_batch(batch: int) -> None:
-    data = make("regression", 20, WIDTH)
+    data = head_data("regression", 20, HEAD_WIDTH)
     layer = published_layer([published_regression(linear(data).float(), gamma=0.1)])
     features = data.features.float().requires_grad_()
     layer(features, [data.targets])
@@ -511,7 +515,7 @@ def test_moments_out_of_range_name_the_batch(batch: int) -> None:
 
 def test_one_example_and_one_dimension() -> None:
     for kind, head in (("regression", Regression), ("binary", Binary), ("multiclass", Multiclass)):
-        data: Data = make(kind, 1, 1, outputs=1)
+        data: HeadData = head_data(kind, 1, 1, outputs=1)
         layer = BayesAgg([head(nn.Linear(1, 1, dtype=torch.float64))])
         features = data.features.clone().requires_grad_()
         layer(features, [data.targets])

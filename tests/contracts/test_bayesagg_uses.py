@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.support.bayesagg_cases import (
-    ALL_KINDS,
+from tests.support.bounds import assert_near
+from tests.support.nets import (
+    KINDS,
     LAYERS,
-    Model,
+    HeadData,
+    Problem,
+    head_data,
     linear,
-    model,
+    problem,
     published_layer,
     published_regression,
 )
-from tests.support.posterior_cases import Data, close, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("factor", [1024.0, 0.25])  # GradScaler, four accumulated batches
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_total_carries_the_scale(factor: float, as_dict: bool) -> None:
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     rows = slice(0, 6)
@@ -45,7 +47,7 @@ def test_total_carries_the_scale(factor: float, as_dict: bool) -> None:
 
 
 def test_without_total_the_scale_is_read() -> None:
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     rows = slice(0, 6)
@@ -55,7 +57,7 @@ def test_without_total_the_scale_is_read() -> None:
 
 
 def test_interleaved_passes_keep_their_own_scales() -> None:
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     parts = []
@@ -72,7 +74,7 @@ def test_interleaved_passes_keep_their_own_scales() -> None:
 
 
 def test_evaluation_between_forward_and_total_does_not_lose_the_scale() -> None:
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     features = m.data[0].features.clone().requires_grad_()
@@ -84,7 +86,7 @@ def test_evaluation_between_forward_and_total_does_not_lose_the_scale() -> None:
 
 
 def test_total_is_the_sum() -> None:
-    m = model()
+    m = problem()
     out = m.layer(m.data[0].features.clone().requires_grad_(), m.targets())
     losses = m.losses(out)
     assert m.layer.total(losses).item() == pytest.approx(sum(loss.item() for loss in losses), rel=1e-15)
@@ -96,7 +98,7 @@ def test_total_is_the_sum() -> None:
 def test_a_second_backward_through_one_graph_is_refused() -> None:
     """gradcheck does not apply, the gradient is replaced; a second backward, or one of changed features, must be
     refused."""
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     base = m.data[0].features.clone().requires_grad_()
@@ -126,8 +128,8 @@ def test_a_second_backward_through_one_graph_is_refused() -> None:
 def test_order_of_tasks_and_examples(draw: Any) -> None:
     heads = draw.draw(st.permutations(range(3)))
     examples = torch.tensor(draw.draw(st.permutations(range(10))))
-    m = model(missing=0.2)
-    moved = Model(
+    m = problem(missing=0.2)
+    moved = Problem(
         [m.data[i] for i in heads], [m.heads[i] for i in heads], published_layer([m.layer.heads[i] for i in heads])
     )
     for part in (m, moved):
@@ -135,30 +137,30 @@ def test_order_of_tasks_and_examples(draw: Any) -> None:
         part.layer.refresh()
     plain, permuted = m.see(slice(0, 10)), moved.see(examples)
     # Sums in another order.
-    close(permuted, plain[examples], 1e-11)
+    assert_near(permuted, plain[examples], 1e-11)
     tasks = [range(0, 3), range(3, 6), range(6, 7)]
     order = [t for i in heads for t in tasks[i]]
-    close(moved.layer.task_weights, m.layer.task_weights[order], 1e-11)  # type: ignore[index, arg-type]
+    assert_near(moved.layer.task_weights, m.layer.task_weights[order], 1e-11)  # type: ignore[index, arg-type]
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(kind=st.sampled_from(ALL_KINDS), copies=st.integers(2, 4))
+@given(kind=st.sampled_from(KINDS), copies=st.integers(2, 4))
 def test_a_task_repeated_with_its_weights_is_the_task(kind: str, copies: int) -> None:
-    m = model((kind,))
-    many = Model(m.data * copies, m.heads * copies, published_layer(list(m.layer.heads) * copies))
+    m = problem((kind,))
+    many = Problem(m.data * copies, m.heads * copies, published_layer(list(m.layer.heads) * copies))
     for part in (m, many):
         part.see()
         part.layer.refresh()
-    close(many.aggregate(), m.aggregate(), 1e-12)
+    assert_near(many.aggregate(), m.aggregate(), 1e-12)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(power=st.floats(0.0, 3.0))
 def test_equal_variances_average_plainly(power: float) -> None:
     """Tasks that differ in the sign of weights and targets alone have one variance and opposite residuals."""
-    m = model(("regression",))
+    m = problem(("regression",))
     data, head = m.data[0], m.heads[0]
-    mirrored = linear(Data(data.kind, data.features, -data.targets, -data.weight))
+    mirrored = linear(HeadData(data.kind, data.features, -data.targets, -data.weight))
     layer = published_layer([published_regression(head, 0.4, power), published_regression(mirrored, 0.4, power)])
     features = data.features.clone().requires_grad_()
     targets = [data.targets, -data.targets]
@@ -168,7 +170,7 @@ def test_equal_variances_average_plainly(power: float) -> None:
     alone = published_layer([published_regression(head, 0.4, power)])
     alone(features, targets[:1])
     alone.refresh()
-    close(layer.aggregate(features, targets), alone.aggregate(features, targets[:1]), 1e-11)
+    assert_near(layer.aggregate(features, targets), alone.aggregate(features, targets[:1]), 1e-11)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -176,13 +178,15 @@ def test_equal_variances_average_plainly(power: float) -> None:
 def test_units_of_the_features(scale: float) -> None:
     """Features times s and gamma over s^2 leave predictions alone and divide gradients by s. (Units of the targets do
     not scale: the noise has unit variance. Nor do variances under 1e-8, the published floor.)"""
-    m = model(("regression",))
+    m = problem(("regression",))
     data = m.data[0]
     plain, moved = (published_layer([published_regression(m.heads[0], gamma, 0.5)]) for gamma in (0.4, 0.4 / scale**2))
     for layer, factor in ((plain, 1.0), (moved, scale)):
         layer((data.features * factor).requires_grad_(), m.targets())
         layer.refresh()
-    close(moved.aggregate(data.features * scale, m.targets()) * scale, plain.aggregate(data.features, m.targets()))
+    assert_near(
+        moved.aggregate(data.features * scale, m.targets()) * scale, plain.aggregate(data.features, m.targets()), 1e-10
+    )
 
 
 # ---- dtypes, memory, threads
@@ -191,7 +195,7 @@ def test_units_of_the_features(scale: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("moments_of", ["exact", "sampled"])
 def test_half_precision_features_are_those_features_in_float32(dtype: torch.dtype, moments_of: str) -> None:
-    m = model(missing=0.2, moments=moments_of)
+    m = problem(missing=0.2, moments=moments_of)
     m.heads = [head.float() for head in m.heads]
     for data in m.data:
         data.features = data.features.to(dtype)
@@ -214,13 +218,13 @@ def test_half_precision_features_are_those_features_in_float32(dtype: torch.dtyp
 
 
 def test_float32_is_close_to_float64() -> None:
-    m = model(missing=0.2)
+    m = problem(missing=0.2)
     m.see()
     m.layer.refresh()
     features, targets = m.data[0].features[:9].float(), m.targets(slice(0, 9))
     narrow = m.layer.aggregate(features, [t.float() if t.is_floating_point() else t for t in targets])
     assert narrow.dtype == torch.float32
-    close(narrow.double(), m.layer.aggregate(features.double(), targets), 1e-5)
+    assert_near(narrow.double(), m.layer.aggregate(features.double(), targets), 1e-5)
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -244,7 +248,7 @@ class LargestAllocation(TorchDispatchMode):
 def test_no_tensor_of_all_tasks_and_dimensions(kind: str, missing: float, batch: int) -> None:
     """(Regression labels that are missing one by one cost a posterior for every output.)"""
     tasks, width = 40, 80
-    data = make(kind, 200, width, tasks, missing=missing)
+    data = head_data(kind, 200, width, tasks, missing=missing)
     layer = published_layer([LAYERS[kind](nn.Linear(width, tasks))])
     features, targets = data.features.float().requires_grad_(), data.targets.float()
     layer(features, [targets])
@@ -261,7 +265,7 @@ def test_no_tensor_of_all_tasks_and_dimensions(kind: str, missing: float, batch:
 def test_number_of_threads(moments_of: str) -> None:
     """The kernels give the same bits for any number of threads; BLAS splits its sums by it, so the whole is equal up to
     rounding."""
-    m = model(examples=200, moments=moments_of)
+    m = problem(examples=200, moments=moments_of)
     m.see()
     m.layer.refresh()
     before = torch.get_num_threads()
@@ -272,5 +276,5 @@ def test_number_of_threads(moments_of: str) -> None:
             found.append(m.aggregate())
     finally:
         torch.set_num_threads(before)
-    close(found[1], found[0], 1e-12)
-    close(found[2], found[0], 1e-12)
+    assert_near(found[1], found[0], 1e-12)
+    assert_near(found[2], found[0], 1e-12)

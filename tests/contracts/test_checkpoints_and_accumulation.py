@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mtlgrad
 from mtlgrad import AlignedMTL, BayesAgg, Binary, Multiclass, Regression
-from tests.support.alphavil_cases import Case, epoch, values
-from tests.support.gradient_cases import near, procrustes
-from tests.support.training_cases import METHODS, Batch, Bayes, Model, batch
+from tests.support.bounds import contents, near
+from tests.support.nets import METHODS, Batch, Bayes, Case, Model, batch, epoch
+from tests.support.oracles import procrustes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,7 +137,7 @@ def test_alphavil_with_checkpoints() -> None:
         case = checkpointed_case(reentrant)
         found = epoch(case.vil(alpha_epochs=2))
         assert found.kept == "search"
-        ends.append([found.alphas, *values(case.model).values()])
+        ends.append([found.alphas, *contents(case.model).values()])
     assert all(near(a, b, 1e-12) for a, b in zip(*ends, strict=True))
     with pytest.raises((RuntimeError, TypeError, ValueError), match="use_reentrant=False"):
         epoch(checkpointed_case(True).vil(alpha_epochs=2))

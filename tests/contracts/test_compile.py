@@ -13,8 +13,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import mtlgrad
 from mtlgrad import AlignedMTL
-from tests.support.gradient_cases import near
-from tests.support.training_cases import METHODS, Batch, Layer, Model, autocast, batch
+from tests.support.bounds import near
+from tests.support.nets import METHODS, Batch, Layer, Model, autocast, batch
 
 # Dynamo and inductor themselves use what torch deprecates.
 pytestmark = [

@@ -32,9 +32,9 @@ from mtlgrad import (
 from mtlgrad.ops.align import empty_result
 from mtlgrad.traced import copies
 from tests.support.adatask_cases import KINDS, RULES, begin, call, gradients, weights_of
-from tests.support.gradient_cases import near, normal
+from tests.support.bounds import near, normal, state_tensors
 from tests.support.moments_cases import binary, multiclass, regression
-from tests.support.optim_cases import fill, make, several, state_tensors
+from tests.support.nets import fill, make_adatask, several
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "nothing_compiled_before"),
@@ -646,7 +646,7 @@ def test_an_optimizers_step(name: str) -> None:
 
     def steps(compiler: Function) -> list[Found]:
         parameters = several(torch.float64, [(3, 4), (7,)])
-        optimizer = make(name, parameters, lr=0.1, weight_decay=0.1)
+        optimizer = make_adatask(name, parameters, lr=0.1, weight_decay=0.1)
         compiled = compiler(lambda: optimizer.step())
         found = []
         for seed in range(3):

@@ -28,7 +28,7 @@ RULES: dict[str, tuple[type, dict[str, Any]]] = {
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
-class Net(nn.Module):
+class Waves(nn.Module):
     """A filter in the frequency domain, and an embedding of phases; `twin`: the same, held as two reals."""
 
     def __init__(self, twin: bool = False, dtype: torch.dtype = torch.complex64) -> None:
@@ -67,14 +67,14 @@ def batches(count: int = 8, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(16, 8, dtype=dtype, generator=generator) for _ in range(count)]
 
 
-def same(net: Net, twin: Net, **tolerance: float) -> None:
+def same(net: Waves, twin: Waves, **tolerance: float) -> None:
     for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
         found = torch.view_as_real(p) if p.is_complex() else p
         torch.testing.assert_close(found, q, msg=lambda text: f"{name}: {text}", **tolerance)  # noqa: B023
 
 
-def both(dtype: torch.dtype = torch.complex64) -> tuple[Net, Net]:
-    return Net(dtype=dtype), Net(twin=True, dtype=dtype)
+def both(dtype: torch.dtype = torch.complex64) -> tuple[Waves, Waves]:
+    return Waves(dtype=dtype), Waves(twin=True, dtype=dtype)
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_a_step_is_the_sum_of_torchs_own(rule: str) -> None:
 
 
 def test_a_scaler() -> None:
-    for net, by_scaler in ((Net(), True), (Net(), False)):
+    for net, by_scaler in ((Waves(), True), (Waves(), False)):
         opt, scaler = (
             AdaTaskAdam(net.parameters(), lr=1e-2, num_tasks=2),
             torch.amp.GradScaler("cpu", enabled=by_scaler),
@@ -322,7 +322,7 @@ def test_alphavil_equals_that_of_two_reals(storage: Any) -> None:
 
 def on_a_rank(form: str, whole: bool) -> list[Tensor]:
     rank, size = (0, 1) if whole else (torch.distributed.get_rank(), torch.distributed.get_world_size())
-    net = Net()
+    net = Waves()
     opt = (
         AdaTaskAdam(net.parameters(), lr=1e-2, num_tasks=2)
         if form == "adatask"

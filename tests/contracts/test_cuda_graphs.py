@@ -13,9 +13,8 @@ from torch import Tensor
 import mtlgrad
 from mtlgrad import AlignedMTL
 from tests.conftest import HAS_GPU
-from tests.support.gradient_cases import near
-from tests.support.optim_cases import PAIRS
-from tests.support.training_cases import METHODS, Batch, Bayes, Model, batch
+from tests.support.bounds import near
+from tests.support.nets import METHODS, PAIRS, Batch, Bayes, Model, batch
 
 pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no usable GPU")
 #: Adagrad has no capturable step for heads.

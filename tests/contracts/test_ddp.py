@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import mtlgrad
-from tests.support.distributed_cases import Net, assert_near, batches, cut, losses, whole
-from tests.support.ranks import Pool
+from tests.support.bounds import assert_near
+from tests.support.ranks import Pool, cut_batch, joined_batch, labelled_batches, labelled_losses, labelled_net
 
 
 class Deep(nn.Module):
@@ -57,13 +57,13 @@ def test_layers_between_buckets(two_ranks: Pool, find_unused: bool) -> None:
 
 def without_no_sync(form: str) -> list[Tensor] | str:
     """A mistake: DDP synchronises the first pass, and waits for the rest. Never a wrong gradient, unseen."""
-    net = Net()
+    net = labelled_net()
     model = DistributedDataParallel(net)
-    part = cut(batches(1, 8)[0], [2, 3])[dist.get_rank()]
+    part = cut_batch(labelled_batches(1, 8)[0], [2, 3])[dist.get_rank()]
     shared = list(net.backbone.parameters())
     try:
         z = model(part.x)
-        mtlgrad.task_backward(losses(net, [z, z, z], part), shared, features=z if form == "features" else None)
+        mtlgrad.task_backward(labelled_losses(net, [z, z, z], part), shared, features=z if form == "features" else None)
         found = [p.jac for p in shared]  # type: ignore[attr-defined]
         model(part.x)
     except RuntimeError as error:
@@ -73,10 +73,10 @@ def without_no_sync(form: str) -> list[Tensor] | str:
 
 @pytest.mark.parametrize("form", ["features", "whole"])
 def test_without_no_sync(two_ranks: Pool, form: str) -> None:
-    batch = whole(cut(batches(1, 8)[0], [2, 3]))
-    net = Net()
+    batch = joined_batch(cut_batch(labelled_batches(1, 8)[0], [2, 3]))
+    net = labelled_net()
     z = net(batch.x)
-    mtlgrad.task_backward(losses(net, [z, z, z], batch), net.backbone.parameters())
+    mtlgrad.task_backward(labelled_losses(net, [z, z, z], batch), net.backbone.parameters())
     for found in two_ranks(without_no_sync, form):
         if isinstance(found, str):
             assert "reduction in the prior iteration" in found or "marked as ready twice" in found
@@ -87,9 +87,9 @@ def test_without_no_sync(two_ranks: Pool, form: str) -> None:
 
 def step(kind: str) -> dict[str, Tensor]:
     alone = not dist.is_initialized()
-    parts = cut(batches(1, 11)[0], [5, 3])
-    batch = whole(parts) if alone else parts[dist.get_rank()]
-    net, aligned = Net(), mtlgrad.AlignedMTL(3)
+    parts = cut_batch(labelled_batches(1, 11)[0], [5, 3])
+    batch = joined_batch(parts) if alone else parts[dist.get_rank()]
+    net, aligned = labelled_net(), mtlgrad.AlignedMTL(3)
     backbone = net.backbone if alone else DistributedDataParallel(net.backbone)
 
     def heads(z: Tensor) -> list[Tensor]:

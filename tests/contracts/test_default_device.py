@@ -16,23 +16,18 @@ from mtlgrad import AlignedMTL, AlphaVIL, BayesAgg, Multiclass, Regression, task
 from mtlgrad.alphavil import Task
 from mtlgrad.metrics import Dominance, gradient_statistics
 from mtlgrad.optim import AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop
+from tests.support.nets import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh())
-        self.age, self.kind = nn.Linear(6, 1), nn.Linear(6, 3)
-
-    def losses(self, batch: Batch, views: Callable[[Tensor, Batch], Any] = lambda z, _: (z, z)) -> list[Tensor]:
-        u, v = views(self.backbone(batch[0]), batch)
-        return [F.mse_loss(self.age(u), batch[1]), F.cross_entropy(self.kind(v), batch[2])]
+def losses_of(net: Model, batch: Batch, views: Callable[[Tensor, Batch], Any] = lambda z, _: (z, z)) -> list[Tensor]:
+    for_age, for_kind = (head(view) for head, view in zip(net.heads, views(net.backbone(batch[0]), batch)))
+    return [F.mse_loss(for_age, batch[1]), F.cross_entropy(for_kind, batch[2])]
 
 
-def descend(net: Net, batches: list[Batch], losses: Callable[[Batch], list[Tensor]]) -> None:
+def descend(net: Model, batches: list[Batch], losses: Callable[[Batch], list[Tensor]]) -> None:
     opt = torch.optim.SGD(net.parameters(), lr=0.01)
     for batch in batches:
         opt.zero_grad()
@@ -40,56 +35,56 @@ def descend(net: Net, batches: list[Batch], losses: Callable[[Batch], list[Tenso
         opt.step()
 
 
-def layer(net: Net, batches: list[Batch]) -> Any:
+def layer(net: Model, batches: list[Batch]) -> Any:
     aligned = AlignedMTL(2, preference=[1.0, 2.0])
-    descend(net, batches, lambda batch: net.losses(batch, lambda z, _: aligned(z)))
+    descend(net, batches, lambda batch: losses_of(net, batch, lambda z, _: aligned(z)))
     return aligned.weights
 
 
-def weigh(net: Net, batches: list[Batch]) -> Any:
+def weigh(net: Model, batches: list[Batch]) -> Any:
     aligned = AlignedMTL(2, [1.0, 2.0])
 
     def weighted(batch: Batch) -> list[Tensor]:
-        losses = net.losses(batch)
+        losses = losses_of(net, batch)
         return list(aligned.weigh(losses, net.backbone.parameters()) * torch.stack(losses))
 
     descend(net, batches, weighted)
 
 
-def merge(net: Net, batches: list[Batch]) -> Any:
+def merge(net: Model, batches: list[Batch]) -> Any:
     aligned, opt = AlignedMTL(2), torch.optim.Adam(net.parameters(), lr=0.01, foreach=True)
     watch = Dominance(opt, 2)
     for batch in batches:
         opt.zero_grad()
-        task_backward(net.losses(batch), net.backbone.parameters())
+        task_backward(losses_of(net, batch), net.backbone.parameters())
         aligned.merge(net.backbone.parameters(), retain_jac=True)
         opt.step()
         watch.update()
     return watch.shares()
 
 
-def bayes(statistics: Any) -> Callable[[Net, list[Batch]], Any]:
-    def train(net: Net, batches: list[Batch]) -> Any:
-        agg = BayesAgg([Regression(net.age), Multiclass(net.kind)], statistics=statistics)
+def bayes(statistics: Any) -> Callable[[Model, list[Batch]], Any]:
+    def train(net: Model, batches: list[Batch]) -> Any:
+        agg = BayesAgg([Regression(net.heads[0]), Multiclass(net.heads[1])], statistics=statistics)
         for _ in range(2):
-            descend(net, batches, lambda batch: net.losses(batch, lambda z, b: [agg(z, b[1:])] * 2))
+            descend(net, batches, lambda batch: losses_of(net, batch, lambda z, b: [agg(z, b[1:])] * 2))
             agg.refresh()
             again = copy.deepcopy(agg)
             again.load_state_dict(agg.state_dict())
-        descend(net, batches, lambda batch: net.losses(batch, lambda z, b: [agg(z, b[1:])] * 2))
+        descend(net, batches, lambda batch: losses_of(net, batch, lambda z, b: [agg(z, b[1:])] * 2))
         return agg.noise, agg.loss_weights, again.predict(net.backbone(batches[0][0]))
 
     return train
 
 
-def adatask(make: Callable[..., Any], **options: Any) -> Callable[[Net, list[Batch]], Any]:
-    def train(net: Net, batches: list[Batch]) -> Any:
+def adatask(make: Callable[..., Any], **options: Any) -> Callable[[Model, list[Batch]], Any]:
+    def train(net: Model, batches: list[Batch]) -> Any:
         shared = list(net.backbone.parameters())
         opt = make(net.parameters(), num_tasks=2, max_norm=1.0, missing="still", check_finite=True, **options)
         for batch in batches:
             opt.zero_grad()
             z = net.backbone(batch[0])
-            task_backward(net.losses(batch, lambda _, __: (z, z)), shared, features=z)  # noqa: B023
+            task_backward(losses_of(net, batch, lambda _, __: (z, z)), shared, features=z)  # noqa: B023
             opt.step()
             opt.load_state_dict(copy.deepcopy(opt.state_dict()))
         return opt.dominance(), gradient_statistics([[p.jac[t] for p in shared] for t in range(2)])  # type: ignore[attr-defined]
@@ -97,13 +92,13 @@ def adatask(make: Callable[..., Any], **options: Any) -> Callable[[Net, list[Bat
     return train
 
 
-def vil(net: Net, batches: list[Batch]) -> Any:
+def vil(net: Model, batches: list[Batch]) -> Any:
     def make(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=1e-3)
 
     tasks = {
-        "age": Task(batches[:3], lambda m, b: m.losses(b)[0], batches[3:], head=net.age),
-        "kind": Task(batches[:3], lambda m, b: m.losses(b)[1], head=net.kind),
+        "age": Task(batches[:3], lambda m, b: losses_of(m, b)[0], batches[3:], head=net.heads[0]),
+        "kind": Task(batches[:3], lambda m, b: losses_of(m, b)[1], head=net.heads[1]),
     }
     search = AlphaVIL(net, tasks, "age", make_optimizer=make, alpha_optimizer=make)
     search.epoch()
@@ -112,7 +107,7 @@ def vil(net: Net, batches: list[Batch]) -> Any:
     return search.task_weights, search.alphas
 
 
-METHODS: dict[str, Callable[[Net, list[Batch]], Any]] = {
+METHODS: dict[str, Callable[[Model, list[Batch]], Any]] = {
     **{f.__name__: f for f in (layer, weigh, merge, vil)},
     **{name: bayes(name) for name in ("streaming", "stored", "moving")},
     "adam": adatask(AdaTaskAdam, amsgrad=True),
@@ -122,8 +117,9 @@ METHODS: dict[str, Callable[[Net, list[Batch]], Any]] = {
 
 
 def run(method: str, default: str) -> tuple[list[Tensor], Any]:
+    net = Model(lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()), heads=(1, 3), width=6)
     torch.manual_seed(0)
-    net, batches = Net(), [(torch.randn(8, 4), torch.randn(8, 1), torch.randint(3, (8,))) for _ in range(6)]
+    batches = [(torch.randn(8, 4), torch.randn(8, 1), torch.randint(3, (8,))) for _ in range(6)]
     torch.manual_seed(1)
     with torch.device(default):
         found = METHODS[method](net, batches)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtlgrad import ops
-from tests.support.gradient_cases import DTYPES, normal
+from tests.support.bounds import DTYPES, normal
 
 #: Every subnormal of float16 as a multiple of 2^-24, and as float16 made from its bits: nothing is converted.
 COUNTS = torch.cat([torch.arange(1, 1024), -torch.arange(1, 1024)])

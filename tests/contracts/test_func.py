@@ -12,9 +12,9 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import mtlgrad
 from mtlgrad import AlignedMTL, ops, reference
-from tests.support.gradient_cases import near
+from tests.support.bounds import near
 from tests.support.moments_cases import multiclass
-from tests.support.training_cases import METHODS, Bayes, Layer, Model, batch
+from tests.support.nets import METHODS, Bayes, Layer, Model, batch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -31,7 +31,7 @@ def detached(module: nn.Module) -> Parameters:
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
-class Whole(nn.Module):
+class Total(nn.Module):
     """The sum of the losses of a batch, the layer inside."""
 
     def __init__(self, trainer: Any):
@@ -63,7 +63,7 @@ LAYERS = pytest.mark.parametrize("method", ["aligned layer", "bayesagg"])
 @pytest.mark.parametrize("how", ["backward", "autograd.grad"])
 def test_functional_call(method: str, how: str) -> None:
     """The aligned, the aggregated gradient arrives at the parameters that were given, and none at the module's own."""
-    whole, data = Whole(trained(method)), batch(seed=9)
+    whole, data = Total(trained(method)), batch(seed=9)
     whole(data.x, data.y).backward()
     want = {name: p.grad for name, p in whole.named_parameters()}
     whole.zero_grad()
@@ -154,7 +154,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Any], Callable[[Parameter
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_of_the_backward_are_refused(method: str, transform: str) -> None:
     """They would differentiate a function, and the layers' backward is not that of one; the words say what to use."""
-    whole, data = Whole(trained(method)), batch(seed=9)
+    whole, data = Total(trained(method)), batch(seed=9)
 
     def loss(p: Parameters, x: Tensor, y: list[Tensor]) -> Tensor:
         return functional_call(whole, p, (x, y))  # type: ignore[no-any-return]
@@ -190,7 +190,7 @@ def test_task_backward_inside_a_transform_is_refused() -> None:
 
 @LAYERS
 def test_second_derivatives_are_refused_by_backward(method: str) -> None:
-    whole, data = Whole(trained(method)), batch(seed=9)
+    whole, data = Total(trained(method)), batch(seed=9)
     parameters = [p for name, p in whole.named_parameters() if "backbone" in name]
     first = torch.autograd.grad(whole(data.x, data.y), parameters, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import mtlgrad
 from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_, unscale_jac_
-from tests.support.gradient_cases import Net, inputs, normal
-from tests.support.optim_cases import PAIRS, backward, fill, fill_grad, make, near, new, one_line, same, several, values
+from tests.support.bounds import near, normal, one_line, same, values
+from tests.support.nets import PAIRS, Net, backward, fill, fill_grad, inputs, make_adatask, new, several
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 
@@ -36,7 +36,7 @@ def test_scaler(name: str) -> None:
     beside = [nn.Linear(6, 2), nn.Linear(6, 2)]
     beside[1].load_state_dict(beside[0].state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    ours = [make(name, net.parameters()) for net in nets]
+    ours = [make_adatask(name, net.parameters()) for net in nets]
     plain = [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.5) for layer in beside]
     for seed in range(5):
         x = inputs(seed=seed)
@@ -66,7 +66,11 @@ def test_scaler(name: str) -> None:
 def test_scaler_skips_a_step(name: str, bad: float, explicit: bool) -> None:
     """For a bad number in one task's .jac alone; another optimizer with the same scaler takes its step."""
     p, head, q, other = (new(i, 9) for i in range(4))
-    optimizer, second, plain = make(name, [p, head]), AdaTaskAdam([q], num_tasks=2), torch.optim.SGD([other], lr=1.0)
+    optimizer, second, plain = (
+        make_adatask(name, [p, head]),
+        AdaTaskAdam([q], num_tasks=2),
+        torch.optim.SGD([other], lr=1.0),
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.ones(()))
     fill([p], 1)

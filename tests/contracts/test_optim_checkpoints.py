@@ -22,28 +22,25 @@ from torch.distributed.checkpoint.state_dict import (
 import mtlgrad
 from mtlgrad.distributed import global_means
 from mtlgrad.optim import AdaTaskAdam
-from tests.support.fsdp_cases import Whole, both, give, give_grad, sharded_net, whole, whole_state
-from tests.support.gradient_cases import inputs
-from tests.support.optim_cases import (
-    CASES,
-    SETTINGS,
-    make,
-    near,
-    new,
-    one_line,
-    same,
-    same_state,
-    state_tensors,
-    values,
+from tests.support.bounds import near, one_line, same, state_tensors, values
+from tests.support.nets import OPTIMIZER_CASES, SETTINGS, inputs, make_adatask, new
+from tests.support.ranks import (
+    Pool,
+    give_grad,
+    give_jac,
+    narrow_net,
+    sharded_net,
+    shared_and_heads,
+    unsharded,
+    unsharded_state,
 )
-from tests.support.ranks import Pool
 
 # ---- state before the first step -------------------------------------------------------------------------------------
 
 
 def started(optimizer: Any, shared: list[Any], heads: list[Any], tasks: int) -> dict[str, Tensor]:
     """The state that init_state makes; it runs no hooks, and leaves all else as it is."""
-    give(shared, 7, tasks)
+    give_jac(shared, 7, tasks)
     heads[0].grad = torch.ones_like(heads[0])
     hook = optimizer.register_step_pre_hook(lambda *_: pytest.fail("no step was asked for"))
     kept = values([*shared, *heads, *(p.jac for p in shared), heads[0].grad])
@@ -57,11 +54,11 @@ def started(optimizer: Any, shared: list[Any], heads: list[Any], tasks: int) -> 
     first = state_tensors(optimizer)
     assert all(not value.any() for key, value in first.items() if "sum" not in key)
     optimizer.init_state(shared)  # what there is stays
-    assert same_state(state_tensors(optimizer), first)
+    assert same(state_tensors(optimizer), first)
     return first
 
 
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), OPTIMIZER_CASES)
 def test_init_state(name: str, case: int) -> None:
     """All of it, and nothing else has changed: training from there is what it is without, bit for bit."""
     for extra in ({}, {"moments_dtype": "bfloat16"}, {"num_tasks": 1}, {"dominance_decay": None, "eps": 0.0}):
@@ -69,15 +66,17 @@ def test_init_state(name: str, case: int) -> None:
         tasks = settings.pop("num_tasks")
         runs = []
         for early in (False, True):
-            shared, heads = both()
+            shared, heads = shared_and_heads()
             heads[1].data.fill_(-0.0)
             heads += [new(30, 3)]
             heads[2].requires_grad_(False)
-            optimizer = make(name, [{"params": shared}, {"params": heads, "lr": torch.tensor(0.3)}], tasks, **settings)
+            optimizer = make_adatask(
+                name, [{"params": shared}, {"params": heads, "lr": torch.tensor(0.3)}], tasks, **settings
+            )
             if early:
                 first = started(optimizer, shared, heads, tasks)
             for seed in range(2):
-                give(shared, seed, tasks)
+                give_jac(shared, seed, tasks)
                 give_grad(heads[:2], seed)
                 optimizer.step()
             runs.append((shared + heads, state_tensors(optimizer)))
@@ -85,7 +84,7 @@ def test_init_state(name: str, case: int) -> None:
                 assert first.keys() == runs[0][1].keys()
         if settings.get("eps") != 0.0:
             assert same(runs[0][0], runs[1][0])
-            assert same_state(runs[0][1], runs[1][1])
+            assert same(runs[0][1], runs[1][1])
 
 
 def test_init_state_of_other_parameters() -> None:
@@ -97,10 +96,10 @@ def test_init_state_of_other_parameters() -> None:
 
 def test_state_that_torch_made() -> None:
     """Without init_state get_optimizer_state_dict takes all parameters for heads; the step says what to do."""
-    net = Whole()
+    net = narrow_net()
     optimizer = AdaTaskAdam(net.parameters(), num_tasks=3)
     get_optimizer_state_dict(net, optimizer)
-    mtlgrad.task_backward([loss.mean() for loss in net(inputs())], net.shared)
+    mtlgrad.task_backward([loss.mean() for loss in net(inputs())[1]], net.shared)
     with pytest.raises(ValueError, match=r"found \.jac") as error:
         optimizer.step()
     one_line(error.value, "call init_state(shared) before it")
@@ -135,21 +134,21 @@ def load(net: nn.Module, optimizer: Any, kind: str, path: str) -> None:
 def resumed(name: str, settings: dict[str, Any], kind: str, path: str, first: int, last: int, save: bool) -> Any:
     """Trains from a checkpoint, if there is one at `path`, or writes one there in the end."""
     cut = dist.is_initialized()
-    net = sharded_net(first) if cut else Whole(first)  # what is loaded is not what it begins with
+    net = sharded_net(first) if cut else narrow_net(first)  # what is loaded is not what it begins with
     groups = [{"params": net.shared}, {"params": net.heads.parameters(), "lr": 0.02}]
-    optimizer = make(name, groups, **(settings if first == 0 else {**settings, "lr": 9.0}))
+    optimizer = make_adatask(name, groups, **(settings if first == 0 else {**settings, "lr": 9.0}))
     if first:
         load(net, optimizer, kind, path)
     for i in range(first, last):
         x = inputs(8, 100 + i)
         if cut:
             x = x.chunk(dist.get_world_size())[dist.get_rank()]
-        mtlgrad.task_backward(global_means(net(x)), net.shared)
+        mtlgrad.task_backward(global_means(net(x)[1]), net.shared)
         optimizer.step()
         optimizer.zero_grad()
     if save:
         dcp.save(states(net, optimizer, kind), checkpoint_id=path)
-    return [whole(p) for p in net.parameters()], whole_state(optimizer), optimizer.dominance([net.shared])
+    return [unsharded(p) for p in net.parameters()], unsharded_state(optimizer), optimizer.dominance([net.shared])
 
 
 ADAM = {"amsgrad": True, "eps": 1e-3, "task_weights": [1.0, 0.5, 2.0], "missing": "still"}

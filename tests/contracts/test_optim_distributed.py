@@ -21,8 +21,8 @@ import mtlgrad
 from mtlgrad.distributed import average_jacobians, global_means
 from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_, unscale_jac_
 from mtlgrad.world.jacobians import is_averaged
-from tests.support.gradient_cases import Net, inputs
-from tests.support.optim_cases import PAIRS, fill, fill_grad, make, near, new, one_line, same, state_tensors
+from tests.support.bounds import near, one_line, same, state_tensors
+from tests.support.nets import PAIRS, Net, fill, fill_grad, inputs, make_adatask, new
 from tests.support.ranks import Pool, by_rank, environment, free_port
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
@@ -38,14 +38,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Losses(Net):
-    """Example by example, from a forward that DDP may wrap."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        z = self.backbone(x)
-        return z, [10.0**-t * (head(z) - t).square().flatten() for t, head in enumerate(self.heads)]
-
-
 def labels(step: int) -> list[Tensor]:
     """Task 1 has labels on the last rank alone, and every third step none at all; task 2 for some examples."""
     index = torch.arange(ROWS)
@@ -54,9 +46,9 @@ def labels(step: int) -> list[Tensor]:
 
 def trained(name: str, steps: int, dtype: torch.dtype, settings: dict[str, Any], through: bool, micro: int = 1) -> Any:
     """On several ranks with their parts of the batches, or on one process with all of them."""
-    net: Any = Losses().to(dtype)
+    net: Any = Net().to(dtype)
     model = DistributedDataParallel(net) if dist.is_initialized() else net
-    optimizer = make(name, net.parameters(), **settings)
+    optimizer = make_adatask(name, net.parameters(), **settings)
     for i in range(steps):
         optimizer.zero_grad()
         for k in range(micro):
@@ -107,7 +99,7 @@ def refused(name: str) -> list[str]:
     messages = []
     for tasks in (3, 1):
         p, head = new(1, 5), new(2, 3)
-        optimizer = make(name, [head, p], tasks)
+        optimizer = make_adatask(name, [head, p], tasks)
         fill([p], dist.get_rank(), tasks)
         fill_grad([head], 1)
         before = [p.detach().clone(), head.detach().clone()]

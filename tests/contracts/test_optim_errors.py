@@ -10,18 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.optim_cases import (
-    PAIRS,
-    fill,
-    fill_grad,
-    make,
-    new,
-    one_line,
-    same,
-    same_state,
-    state_tensors,
-    values,
-)
+from tests.support.bounds import one_line, same, state_tensors, values
+from tests.support.nets import PAIRS, fill, fill_grad, make_adatask, new
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 
@@ -56,9 +46,9 @@ def test_settings_out_of_range(name: str, settings: dict[str, Any], named: str) 
         PAIRS[name][0]([p], **{"num_tasks": 3, **settings})
     errors.append(error.value)
     with pytest.raises(ValueError, match=named) as error:
-        make(name, [{"params": [p]}, {"params": [q], **settings}])
+        make_adatask(name, [{"params": [p]}, {"params": [q], **settings}])
     errors.append(error.value)
-    optimizer = make(name, [p])
+    optimizer = make_adatask(name, [p])
     with pytest.raises(ValueError, match=named) as error:
         optimizer.add_param_group({"params": [q], **settings})
     errors.append(error.value)
@@ -76,7 +66,7 @@ def test_settings_of_groups_that_torch_does_not_look_at(name: str) -> None:
     if name.startswith("adam"):
         wrong += [{"betas": (0.9,)}, {"betas": 0.9}, {"betas": (0.9, 0.9, 0.9)}]
     for settings in wrong:
-        optimizer = make(name, [new(1, 3)])
+        optimizer = make_adatask(name, [new(1, 3)])
         with pytest.raises(ValueError, match=f"{type(optimizer).__name__}: {next(iter(settings))}: expected") as error:
             optimizer.add_param_group({"params": [new(2, 3)], **settings})
         one_line(error.value, "found")
@@ -129,7 +119,9 @@ def test_gradients_that_do_not_fit(name: str, kind: str) -> None:
     """Not even the parameters that come before it have moved, and not the heads; the next step is as if nothing was."""
     spoil, parts = BAD[kind]
     first, p, head, other = new(0, 4), new(1, 4), new(2, 4), new(3, 4)
-    optimizer = make(name, [{"params": [first, p, head]}, {"params": [other]}], check_finite=True, missing="still")
+    optimizer = make_adatask(
+        name, [{"params": [first, p, head]}, {"params": [other]}], check_finite=True, missing="still"
+    )
     everything = [first, p, head, other]
     for seed in (1, 2):
         fill([first, p, other], seed)
@@ -142,7 +134,7 @@ def test_gradients_that_do_not_fit(name: str, kind: str) -> None:
         optimizer.step()
     one_line(error.value, f"{PAIRS[name][0].__name__}.step", *parts)
     assert same(everything, before)
-    assert same_state(state_tensors(optimizer), kept)
+    assert same(state_tensors(optimizer), kept)
     fill([p], 3)
     p.grad = None
     optimizer.step()
@@ -152,7 +144,7 @@ def test_gradients_that_do_not_fit(name: str, kind: str) -> None:
 @EVERY
 def test_heads_gradients_that_are_not_finite(name: str) -> None:
     p, head = new(1, 4), new(2, 4)
-    optimizer = make(name, [{"params": [p]}, {"params": [new(3, 1), head]}], check_finite=True)
+    optimizer = make_adatask(name, [{"params": [p]}, {"params": [new(3, 1), head]}], check_finite=True)
     fill([p], 1)
     fill_grad([head], 1)
     head.grad[1] = math.nan  # type: ignore[index]
@@ -173,7 +165,7 @@ def test_large_and_small_numbers_are_finite_and_there(name: str) -> None:
             p = new(1, 4, dtype=dtype)
             fill([p], 1)
             p.jac *= factor  # type: ignore[attr-defined]
-            optimizer = make(name, [p], check_finite=True, missing="still")
+            optimizer = make_adatask(name, [p], check_finite=True, missing="still")
             optimizer.step()
             assert optimizer.state[p]["step"].tolist() == [1.0, 1.0, 1.0]
 
@@ -184,7 +176,7 @@ def test_parameters_without_kernels(name: str) -> None:
     head, p = new(1, 4), nn.Parameter(torch.ones(4, dtype=torch.float16))
     fill_grad([head], 1)
     p.jac = torch.ones(3, 4, dtype=torch.float16)  # type: ignore[attr-defined]
-    optimizer = make(name, [head, p])
+    optimizer = make_adatask(name, [head, p])
     before = values([head, p])
     with pytest.raises((ValueError, RuntimeError), match=r"torch\.float16") as error:
         optimizer.step()
@@ -197,7 +189,7 @@ def test_parameters_without_kernels(name: str) -> None:
 def test_a_parameter_that_changes_sides(name: str) -> None:
     """From .grad to .jac too; its state deleted, it starts anew. With T = 1 there are no sides."""
     p = new(1, 4)
-    optimizer = make(name, [p])
+    optimizer = make_adatask(name, [p])
     fill_grad([p], 1)
     optimizer.step()
     fill([p], 1)
@@ -206,11 +198,11 @@ def test_a_parameter_that_changes_sides(name: str) -> None:
         optimizer.step()
     one_line(error.value, "parameter 0 of group 0", "found .jac", "optimizer.state")
     assert same([p], before)
-    assert same_state(state_tensors(optimizer), kept)
+    assert same(state_tensors(optimizer), kept)
     del optimizer.state[p]
     optimizer.step()
     assert optimizer.state[p]["step"].tolist() == [1.0, 1.0, 1.0]
-    single = make(name, [p], 1)
+    single = make_adatask(name, [p], 1)
     fill([p], 1, 1)
     single.step()
     del p.jac  # type: ignore[attr-defined]
@@ -222,7 +214,7 @@ def test_no_jac_is_none_too() -> None:
     p = new(1, 3)
     p.jac = None  # type: ignore[attr-defined]
     p.grad = torch.ones(3)
-    optimizer = make("adam", [p])
+    optimizer = make_adatask("adam", [p])
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
     scaler.step(optimizer)
@@ -233,13 +225,13 @@ def test_no_jac_is_none_too() -> None:
 @EVERY
 def test_dominance_without_records(name: str) -> None:
     p = new(1, 4)
-    optimizer = make(name, [p], dominance_decay=None)
+    optimizer = make_adatask(name, [p], dominance_decay=None)
     fill([p], 1)
     optimizer.step()
     assert "update_square" not in optimizer.state[p]
     with pytest.raises(RuntimeError, match="dominance_decay") as error:
         optimizer.dominance()
     one_line(error.value, type(optimizer).__name__)
-    fresh = make(name, [p])
+    fresh = make_adatask(name, [p])
     assert fresh.dominance().isnan().all()
     assert copy.deepcopy(fresh).dominance().shape == (1, 3)

@@ -18,22 +18,23 @@ from mtlgrad.distributed import global_means
 from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_, unscale_jac_
 from mtlgrad.world.jacobians import mark_averaged
 from mtlgrad.world.shards import like_sharded, local
-from tests.support.fsdp_cases import (
-    SHAPES,
-    Whole,
-    both,
-    cut,
-    give,
+from tests.support.bounds import near, normal, one_line, same
+from tests.support.nets import OPTIMIZER_CASES, PAIRS, SETTINGS, inputs, make_adatask, new
+from tests.support.ranks import (
+    SHARDED_SHAPES,
+    Pool,
+    by_rank,
     give_grad,
-    part,
+    give_jac,
+    local_jac,
+    narrow_net,
+    shard,
     sharded_net,
     shards,
-    whole,
-    whole_state,
+    shared_and_heads,
+    unsharded,
+    unsharded_state,
 )
-from tests.support.gradient_cases import inputs, normal
-from tests.support.optim_cases import CASES, PAIRS, SETTINGS, make, near, new, one_line, same, same_state
-from tests.support.ranks import Pool, by_rank
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 POOLS = pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
@@ -42,21 +43,23 @@ POOLS = pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
 
 
 def steps(name: str, settings: dict[str, Any], dtype: torch.dtype, cut: bool, tasks: int = 3) -> Any:
-    shared, heads = both(dtype)
+    shared, heads = shared_and_heads(dtype)
     if cut:
         shared, heads = shards(shared), shards(heads)
-    optimizer = make(name, [{"params": shared[:2]}, {"params": [*shared[2:], *heads], "lr": 0.1}], tasks, **settings)
+    optimizer = make_adatask(
+        name, [{"params": shared[:2]}, {"params": [*shared[2:], *heads], "lr": 0.1}], tasks, **settings
+    )
     for seed in range(4):
-        give(shared, seed, tasks, absent=1 if seed == 2 and tasks > 1 else None)
+        give_jac(shared, seed, tasks, absent=1 if seed == 2 and tasks > 1 else None)
         give_grad(heads, seed)
         optimizer.step()
         optimizer.zero_grad()
     dominance = optimizer.dominance() if tasks > 1 else torch.zeros(1)
-    return [whole(p) for p in (*shared, *heads)], whole_state(optimizer), dominance
+    return [unsharded(p) for p in (*shared, *heads)], unsharded_state(optimizer), dominance
 
 
 @POOLS
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), OPTIMIZER_CASES)
 def test_steps(name: str, case: int, pool: str, request: pytest.FixtureRequest) -> None:
     """Shards move in the same bits as the whole; sums over elements are those of the whole on every rank."""
     still = {"missing": "still", "check_finite": True, "task_weights": [1.0, 0.5, 2.0]}
@@ -79,12 +82,12 @@ def test_one_task_and_moments_of_another_dtype(name: str, two_ranks: Pool) -> No
         parameters, state, _ = steps(name, settings, torch.float32, False, tasks)
         for found, kept, _ in two_ranks(steps, name, settings, torch.float32, True, tasks):
             assert same(found, parameters)
-            assert same_state(kept, state)
+            assert same(kept, state)
 
 
 def hybrid() -> Any:
     p = shards([new(1, 5, 2)], hybrid=True)[0]
-    give([p], 1)
+    give_jac([p], 1)
     p.jac = like_sharded(local(p.jac), p, 3)
     optimizer = AdaTaskAdam([p], num_tasks=3, missing="still", check_finite=True)
     norms = clip_task_grad_norm_([p], 1.0)
@@ -93,13 +96,13 @@ def hybrid() -> Any:
     q.jac = like_sharded(torch.full((3, 512), 1.2345), q, 3)
     rounding = AdaTaskAdam([q], num_tasks=3, moments_dtype="bfloat16")
     rounding.step()
-    return norms, whole(p), optimizer.state[p]["update_square"], local(rounding.state[q]["exp_avg_sq_1"])
+    return norms, unsharded(p), optimizer.state[p]["update_square"], local(rounding.state[q]["exp_avg_sq_1"])
 
 
 def test_shards_with_replicas(four_ranks: Pool) -> None:
     """Each element counts once, and replicas round alike."""
     p = new(1, 5, 2)
-    give([p], 1)
+    give_jac([p], 1)
     optimizer = AdaTaskAdam([p], num_tasks=3)
     norms = clip_task_grad_norm_([p], 1.0)
     optimizer.step()
@@ -115,12 +118,12 @@ def test_shards_with_replicas(four_ranks: Pool) -> None:
 
 def counted() -> list[int]:
     """Bytes of the collectives of a step."""
-    shared = shards(both()[0])
+    shared = shards(shared_and_heads()[0])
     found: list[int] = []
     original = dist.all_reduce
     for settings in ({}, {"dominance_decay": None}, {"missing": "still", "check_finite": True}):
         optimizer = AdaTaskAdam(shared, num_tasks=3, **settings)
-        give(shared, 1)
+        give_jac(shared, 1)
         sent: list[int] = []
         dist.all_reduce = lambda t, *a, **k: (sent.append(t.numel() * t.element_size()), original(t, *a, **k))[1]  # noqa: B023
         try:
@@ -133,7 +136,7 @@ def counted() -> list[int]:
 
 def test_bytes(two_ranks: Pool) -> None:
     """8 P T for dominance, and 8 T a group for each of `missing` and `check_finite`."""
-    squares, marks = 8 * 3 * len(SHAPES), 8 * 3
+    squares, marks = 8 * 3 * len(SHARDED_SHAPES), 8 * 3
     assert two_ranks(counted) == [[1, squares, 0, 0, 3, squares + 2 * marks]] * 2
 
 
@@ -147,20 +150,20 @@ def labels(step: int, rows: int) -> list[Tensor]:
 
 
 def trained(name: str, settings: dict[str, Any], number: int, counts: list[int] | None, dtype: torch.dtype) -> Any:
-    net = Whole() if counts is None else None
+    net = narrow_net() if counts is None else None
     net = (sharded_net() if net is None else net).to(dtype)
-    optimizer = make(name, net.parameters(), **settings)
+    optimizer = make_adatask(name, net.parameters(), **settings)
     for i in range(number):
         x, masks = inputs(12, i).to(dtype), labels(i, 12)
         if counts is not None:
             x = by_rank(x, counts)[dist.get_rank()]
             masks = [by_rank(mask, counts)[dist.get_rank()] for mask in masks]
-        losses = global_means([loss[mask] for loss, mask in zip(net(x), masks)])
+        losses = global_means([loss[mask] for loss, mask in zip(net(x)[1], masks)])
         mtlgrad.task_backward(losses, net.shared)
         clip_task_grad_norm_(net.shared, 5.0)
         optimizer.step()
         optimizer.zero_grad()
-    return [whole(p) for p in net.parameters()], whole_state(optimizer), optimizer.dominance([net.shared])
+    return [unsharded(p) for p in net.parameters()], unsharded_state(optimizer), optimizer.dominance([net.shared])
 
 
 @pytest.mark.parametrize(("pool", "counts"), [("two_ranks", [11, 1]), ("four_ranks", [5, 1, 2, 4])])
@@ -183,10 +186,10 @@ def test_training(name: str, pool: str, counts: list[int], request: pytest.Fixtu
 def refusals() -> list[str]:
     """A NaN in a shard of one rank alone: in .jac of a task, then in a head."""
     messages = []
-    shared, heads = (shards(ps) for ps in both())
+    shared, heads = (shards(ps) for ps in shared_and_heads())
     optimizer = AdaTaskAdam([*shared, *heads], num_tasks=3, check_finite=True)
     for place in ("jac", "grad"):
-        give(shared, 1)
+        give_jac(shared, 1)
         give_grad(heads, 1)
         if dist.get_rank() == 1:
             (local(shared[0].jac)[2] if place == "jac" else local(heads[0].grad)).view(-1)[0] = math.nan
@@ -196,7 +199,7 @@ def refusals() -> list[str]:
         messages.append(str(error.value))
         assert same(before, [local(p) for p in (*shared, *heads)])
         assert not optimizer.state
-    give(shared, 1)
+    give_jac(shared, 1)
     if dist.get_rank() == 1:
         local(shared[0].jac)[1].view(-1)[0] = math.inf
     with pytest.raises(RuntimeError, match="found a norm of inf in task 1"):
@@ -212,16 +215,16 @@ def test_not_finite_on_one_rank(two_ranks: Pool) -> None:
 
 
 def clipped() -> Any:
-    shared = shards(both()[0])
-    give(shared, 3)
+    shared = shards(shared_and_heads()[0])
+    give_jac(shared, 3)
     found = clip_task_grad_norm_(iter([*shared, new(1, 2)]), 2.0)
     return found, clip_task_grad_norm_(shared, math.inf)
 
 
 @POOLS
 def test_clipping(pool: str, request: pytest.FixtureRequest) -> None:
-    shared = both()[0]
-    give(shared, 3)
+    shared = shared_and_heads()[0]
+    give_jac(shared, 3)
     want, after = clip_task_grad_norm_(shared, 2.0), clip_task_grad_norm_(shared, math.inf)
     assert (want > 2.0).any()
     assert (want < 2.0).any()
@@ -234,26 +237,26 @@ def layouts() -> None:
     p = shards([new(1, 4, 3)])[0]
     optimizer = AdaTaskAdam([p], num_tasks=2)
     jacobian = normal(1, 2, 4, 3).float()
-    wrong = (jacobian, cut(jacobian, p.device_mesh, Replicate()), cut(jacobian, p.device_mesh))
+    wrong = (jacobian, shard(jacobian, p.device_mesh, Replicate()), shard(jacobian, p.device_mesh))
     for each in wrong:
         p.jac = each
         with pytest.raises(ValueError, match=r"expected \.jac sharded like the parameter") as error:
             optimizer.step()
         one_line(error.value, "AdaTaskAdam.step: parameter 0 of group 0", "DTensor [Shard(dim=0)]", "task_backward")
     q = nn.Parameter(normal(1, 4, 3).float())
-    q.jac = like_sharded(part(jacobian, p), p, 2)  # type: ignore[attr-defined]
+    q.jac = like_sharded(local_jac(jacobian, p), p, 2)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"expected \.jac sharded like the parameter, an ordinary tensor"):
         AdaTaskAdam([q], num_tasks=2).step()
     for placement in (Shard(1), Replicate()):
-        r: Any = nn.Parameter(cut(new(1, 4, 3).detach(), p.device_mesh, placement))
+        r: Any = nn.Parameter(shard(new(1, 4, 3).detach(), p.device_mesh, placement))
         s = new(1, 4, 3)
         shares = []
         for each in (r, s):
-            give([each], 1, 2)
+            give_jac([each], 1, 2)
             one = AdaTaskAdam([each], num_tasks=2)
             one.step() if each is r else averaged_step(one, each)
             shares.append(one.dominance())
-        assert torch.equal(whole(r), s)
+        assert torch.equal(unsharded(r), s)
         assert near(*shares, 1e-6)
 
 
@@ -275,9 +278,9 @@ def rounded(cut: bool, seed: int = 0) -> Tensor:
     p = shards([p])[0] if cut else p
     optimizer = AdaTaskAdam([new(1, 1), p], num_tasks=2, moments_dtype="bfloat16")
     jacobian = torch.full((2, 1024), 1.2345)
-    p.jac = like_sharded(part(jacobian, p), p, 2) if cut else jacobian  # type: ignore[attr-defined]
+    p.jac = like_sharded(local_jac(jacobian, p), p, 2) if cut else jacobian  # type: ignore[attr-defined]
     optimizer.step()
-    return whole(optimizer.state[p]["exp_avg_sq_0"]).double()
+    return unsharded(optimizer.state[p]["exp_avg_sq_0"]).double()
 
 
 def test_random_bits(two_ranks: Pool) -> None:
@@ -297,14 +300,14 @@ def test_random_bits(two_ranks: Pool) -> None:
 
 
 def scaled(kind: str, bad: bool, explicit: bool) -> Any:
-    shared, heads = (shards(ps) for ps in both())
+    shared, heads = (shards(ps) for ps in shared_and_heads())
     # Not sharded, as what fully_shard ignores; torch's own unscale_ cannot have both.
     plain = [] if explicit else [new(20, 6)]
     optimizer = AdaTaskAdam([*shared, *heads, *plain], num_tasks=3)
     made: Any = torch.amp.GradScaler if kind == "plain" else ShardedGradScaler
     scaler = made("cpu", init_scale=8.0)
     scaler.scale(torch.ones(()))
-    give(shared, 1)
+    give_jac(shared, 1)
     give_grad([*heads, *plain], 1)
     if bad and dist.get_rank() == 0:
         local(shared[1].jac)[2].view(-1)[1] = math.inf
@@ -328,7 +331,7 @@ def scaled(kind: str, bad: bool, explicit: bool) -> Any:
     assert same(before, [local(p) for p in (*shared, *heads, *plain)]) == bad
     assert all(p.grad is None for p in shared)
     scaler.update()
-    return scaler.get_scale(), [whole(p) for p in shared]
+    return scaler.get_scale(), [unsharded(p) for p in shared]
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -339,9 +342,9 @@ def test_scalers(kind: str, explicit: bool, two_ranks: Pool, four_ranks: Pool) -
         assert {scale for scale, _ in pool(scaled, kind, True, explicit)} == {4.0}
         every = pool(scaled, kind, False, explicit)
         assert {scale for scale, _ in every} == {8.0}
-        shared = both()[0]
+        shared = shared_and_heads()[0]
         optimizer = AdaTaskAdam(shared, num_tasks=3)
-        give(shared, 1)
+        give_jac(shared, 1)
         for p in shared:
             p.jac /= 8.0  # type: ignore[attr-defined]
         optimizer.step()

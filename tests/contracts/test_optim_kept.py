@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mtlgrad.optim import AdaTaskAdam
-from tests.support.optim_cases import PAIRS, fill, make, new, same, state_tensors, values
+from tests.support.bounds import same, state_tensors, values
+from tests.support.nets import PAIRS, fill, make_adatask, new
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 
@@ -95,7 +96,7 @@ def test_as_if_nothing_had_been_kept(name: str, change: Callable[[Any], None]) -
     found = []
     for forgetful in (False, True):
         parameters = [new(1, 4, 4), new(2, 7), new(3, 5)]
-        optimizer = make(name, parameters)
+        optimizer = make_adatask(name, parameters)
         for step in range(6):
             fill(parameters, step)
             if step == 3:

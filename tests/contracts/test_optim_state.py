@@ -17,25 +17,50 @@ import torch
 from torch import Tensor, nn
 
 from mtlgrad.optim import AdaTaskAdagrad, AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop
-from tests.support.gradient_cases import Net, inputs
-from tests.support.optim_cases import (
-    CASES,
+from tests.support.bounds import one_line, same, state_tensors, values
+from tests.support.nets import (
+    OPTIMIZER_CASES,
     PAIRS,
     SETTINGS,
+    Net,
     backward,
-    checkpointed,
     fill,
     fill_grad,
-    make,
+    inputs,
+    make_adatask,
     new,
-    one_line,
-    same,
-    same_state,
     several,
-    state_tensors,
     train,
-    values,
 )
+
+
+def checkpointed(path: str, steps: int, shown: bool = False) -> None:
+    """Trains several nets, from the checkpoint if there is one, and writes one after every step."""
+    runs = {}
+    for kind in (*PAIRS, "bfloat16"):
+        settings = {"moments_dtype": "bfloat16", "missing": "still"} if kind == "bfloat16" else {}
+        net = Net(seed=3)
+        optimizer = make_adatask("adam" if kind == "bfloat16" else kind, net.parameters(), **settings)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        runs[kind] = {"net": net, "optimizer": optimizer, "scheduler": scheduler}
+    first = 0
+    if os.path.exists(path):
+        saved = torch.load(path, weights_only=True)
+        first = saved["step"]
+        for kind, run in runs.items():
+            for part, loaded in run.items():
+                loaded.load_state_dict(saved[kind][part])
+    for i in range(first, steps):
+        found: dict[str, Any] = {"step": i + 1}
+        for kind, run in runs.items():
+            train(run["net"], run["optimizer"], range(i, i + 1), run["scheduler"])
+            found[kind] = {part: thing.state_dict() for part, thing in run.items()}
+            found[kind]["dominance"] = run["optimizer"].dominance([run["net"].shared])
+        torch.save(found, path + ".new")
+        os.replace(path + ".new", path)
+        if shown:
+            print(i + 1, flush=True)
+
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 
@@ -60,14 +85,14 @@ def turn(optimizer: Any, parameters: list[nn.Parameter], seed: int, tasks: int =
 
 @pytest.mark.parametrize("moments", [None, "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), OPTIMIZER_CASES)
 def test_round_trips(name: str, case: int, dtype: torch.dtype, moments: str | None) -> None:
     """Every way to carry the state over ends, a few steps later, in the same bits, and shares no memory with where it
     came from. Shapes with one number, none, and as many as tasks; settings that a checkpoint brings along."""
     settings = {**SETTINGS[name][case], "moments_dtype": moments, "task_weights": [1.0, 0.5, 2.0]}
     shapes = [(3, 4), (), (3,), (2, 0), (1,), (5,), (3, 4), (3,)]
     parameters = several(dtype, shapes)
-    optimizer = make(name, parameters, **settings)
+    optimizer = make_adatask(name, parameters, **settings)
     optimizer.param_groups[0]["lr"] = 0.123
     for seed in range(3):
         turn(optimizer, parameters, seed)
@@ -81,12 +106,12 @@ def test_round_trips(name: str, case: int, dtype: torch.dtype, moments: str | No
     others = []
     for state in (saved, from_file(saved), copy.deepcopy(saved), pickle.loads(pickle.dumps(saved))):
         ps = clones(parameters)
-        other = make(name, ps)
+        other = make_adatask(name, ps)
         other.load_state_dict(state)
-        assert same_state(state_tensors(other), kept)
+        assert same(state_tensors(other), kept)
         others.append((other, ps))
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), from_file(optimizer, False)):
-        assert same_state(state_tensors(other), kept)
+        assert same(state_tensors(other), kept)
         others.append((other, other.param_groups[0]["params"]))
     for other, ps in others:
         assert other.param_groups[0]["lr"] == 0.123
@@ -94,14 +119,14 @@ def test_round_trips(name: str, case: int, dtype: torch.dtype, moments: str | No
         turn(other, ps, 7)
         turn(other, ps, 8)
         assert same(other.dominance(), others[0][0].dominance())
-    assert same_state(state_tensors(optimizer), kept)  # none of them wrote to it
-    assert same_state(state_tensors_of(saved), kept)
+    assert same(state_tensors(optimizer), kept)  # none of them wrote to it
+    assert same(state_tensors_of(saved), kept)
     turn(optimizer, parameters, 7)
     turn(optimizer, parameters, 8)
     after = state_tensors(optimizer)
     for other, ps in others:
         assert same(ps, parameters)
-        assert same_state(state_tensors(other), after)
+        assert same(state_tensors(other), after)
 
 
 def state_tensors_of(saved: dict[str, Any]) -> dict[str, Tensor]:
@@ -113,17 +138,17 @@ def state_tensors_of(saved: dict[str, Any]) -> dict[str, Tensor]:
 def test_loading_before_any_step_and_into_a_used_one(name: str) -> None:
     """What was there is gone; parameters without state in the checkpoint start anew."""
     parameters = several()
-    fresh = make(name, parameters).state_dict()
-    optimizer = make(name, parameters)
+    fresh = make_adatask(name, parameters).state_dict()
+    optimizer = make_adatask(name, parameters)
     turn(optimizer, parameters, 1)
     optimizer.load_state_dict(fresh)
     assert not optimizer.state_dict()["state"]
-    again, ps = make(name, clones(parameters)), clones(parameters)
-    again = make(name, ps)
+    again, ps = make_adatask(name, clones(parameters)), clones(parameters)
+    again = make_adatask(name, ps)
     turn(optimizer, parameters, 2)
     turn(again, ps, 2)
     assert same(parameters, ps)
-    assert same_state(state_tensors(optimizer), state_tensors(again))
+    assert same(state_tensors(optimizer), state_tensors(again))
 
 
 def test_hooks_around_state_dicts() -> None:
@@ -188,7 +213,7 @@ def test_states_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match=" ") as error:
             optimizer.load_state_dict(saved.state_dict())
         one_line(error.value, *parts)
-        assert same_state(state_tensors(optimizer), kept)
+        assert same(state_tensors(optimizer), kept)
         assert optimizer.state_dict()["param_groups"] == groups
         assert not optimizer._optimizer_load_state_dict_pre_hooks
         fill([p], 2)
@@ -211,7 +236,7 @@ def test_a_hook_may_make_a_state_fit() -> None:
 RUN = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from tests.support.optim_cases import checkpointed
+from tests.contracts.test_optim_state import checkpointed
 checkpointed(sys.argv[2], int(sys.argv[3]), shown=True)
 """
 
@@ -238,7 +263,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     for name, run in first.items():
         other = second[name]
         assert same(run["net"].values(), other["net"].values()), name
-        assert same_state(state_tensors_of(run["optimizer"]), state_tensors_of(other["optimizer"]))
+        assert same(state_tensors_of(run["optimizer"]), state_tensors_of(other["optimizer"]))
         assert run["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
         assert torch.equal(run["dominance"], other["dominance"])
     assert any(v.dtype == torch.bfloat16 for v in state_tensors_of(first["bfloat16"]["optimizer"]).values())
@@ -251,15 +276,14 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
-from tests.support.gradient_cases import Net, inputs
-from tests.support.optim_cases import PAIRS, backward, make
+from tests.support.nets import PAIRS, Net, backward, inputs, make_adatask
 
 rank = int(sys.argv[3])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 found = {}
 for name in PAIRS:
     net = Net().double()
-    optimizer = make(name, net.parameters(), lr=1e-3)
+    optimizer = make_adatask(name, net.parameters(), lr=1e-3)
     for seed in range(5):
         optimizer.zero_grad()
         backward(net, inputs(16, seed).double().chunk(2)[rank])
@@ -282,10 +306,10 @@ def test_two_processes(tmp_path: Path) -> None:
     for name in PAIRS:
         (first, state, shares), (second, other, others) = (rank[name] for rank in ranks)
         assert same(first, second)
-        assert same_state(state_tensors_of(state), state_tensors_of(other))
+        assert same(state_tensors_of(state), state_tensors_of(other))
         assert torch.equal(shares, others)
         net = Net().double()
-        optimizer = make(name, net.parameters(), lr=1e-3)
+        optimizer = make_adatask(name, net.parameters(), lr=1e-3)
         for seed in range(5):
             optimizer.zero_grad()
             backward(net, inputs(16, seed).double())
@@ -299,13 +323,13 @@ def test_two_parameter_groups_keep_their_places(name: str) -> None:
     """A checkpoint of groups added later, of frozen and of late parameters."""
     parameters = several()
     parameters[1].requires_grad_(False)
-    optimizer = make(name, parameters[:3])
+    optimizer = make_adatask(name, parameters[:3])
     optimizer.add_param_group({"params": parameters[3:], "lr": 0.3, "missing": "still"})
     for seed in range(2):
         fill(parameters[2:5], seed)
         optimizer.step()
     ps = clones(parameters)
-    other = make(name, [{"params": ps[:3]}, {"params": ps[3:]}])
+    other = make_adatask(name, [{"params": ps[:3]}, {"params": ps[3:]}])
     other.load_state_dict(from_file(optimizer.state_dict()))
     assert other.param_groups[1]["missing"] == "still"
     before = values([ps[1]])
@@ -315,7 +339,7 @@ def test_two_parameter_groups_keep_their_places(name: str) -> None:
             o.step()
     assert same(parameters, ps)
     assert same([ps[1]], before)
-    assert same_state(state_tensors(optimizer), state_tensors(other))
+    assert same(state_tensors(optimizer), state_tensors(other))
 
 
 def test_training_from_a_checkpoint_with_other_settings() -> None:

@@ -14,24 +14,9 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 import mtlgrad
 from mtlgrad.optim import AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop
-from tests.support.gradient_cases import Net, inputs, normal
-from tests.support.optim_cases import (
-    PAIRS,
-    EachAlone,
-    backward,
-    fill,
-    fill_grad,
-    make,
-    near,
-    new,
-    one_line,
-    same,
-    same_state,
-    several,
-    state_tensors,
-    train,
-    values,
-)
+from tests.support.bounds import near, normal, one_line, same, state_tensors, values
+from tests.support.nets import PAIRS, Net, backward, fill, fill_grad, inputs, make_adatask, new, several, train
+from tests.support.oracles import EachAlone
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 
@@ -58,7 +43,7 @@ def test_schedulers(name: str, kind: str) -> None:
     """T = 1 follows torch's optimizer under the same scheduler, bit for bit, and so does a head with T = 3, beside
     parameters that follow the rule with the numbers the scheduler has set."""
     p, head, single, other = (new(i, 20, dtype=torch.float64) for i in (1, 2, 2, 2))
-    optimizers = [make(name, [p, head]), make(name, [single], 1), PAIRS[name][1]([other])]
+    optimizers = [make_adatask(name, [p, head]), make_adatask(name, [single], 1), PAIRS[name][1]([other])]
     schedulers = [SCHEDULERS[kind](o) for o in optimizers]
     alone = EachAlone(name, [p])
     for seed in range(8):
@@ -83,7 +68,7 @@ def test_schedulers(name: str, kind: str) -> None:
 @EVERY
 def test_plateau_and_tensor_rates(name: str) -> None:
     p = new(1, 20)
-    optimizer = make(name, [p], lr=0.1)
+    optimizer = make_adatask(name, [p], lr=0.1)
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 1.0, 1.0):
         fill([p], 1)
@@ -94,7 +79,7 @@ def test_plateau_and_tensor_rates(name: str) -> None:
     runs = []
     for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
         p = new(1, 20)
-        optimizer = make(name, [p], lr=lr)
+        optimizer = make_adatask(name, [p], lr=lr)
         scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)  # type: ignore[assignment]
         for seed in range(4):
             fill([p], seed)
@@ -109,7 +94,7 @@ def test_plateau_and_tensor_rates(name: str) -> None:
 
 @EVERY
 def test_hooks_run_once(name: str) -> None:
-    for build in (lambda ps: make(name, ps), lambda ps: make(name, ps, 1), PAIRS[name][1]):
+    for build in (lambda ps: make_adatask(name, ps), lambda ps: make_adatask(name, ps, 1), PAIRS[name][1]):
         p, head = new(1, 5), new(2, 5)
         optimizer = build([p, head])
         PAIRS[name][1]([new(3, 2)])  # torch's own step is wrapped when one is made
@@ -126,7 +111,7 @@ def test_hooks_run_once(name: str) -> None:
 @EVERY
 def test_closures(name: str) -> None:
     nets = [Net(), Net()]
-    optimizers = [make(name, net.parameters()) for net in nets]
+    optimizers = [make_adatask(name, net.parameters()) for net in nets]
     for seed in range(3):
         x = inputs(seed=seed)
 
@@ -155,7 +140,7 @@ def test_closures(name: str) -> None:
 @EVERY
 def test_zero_grad(name: str) -> None:
     p, head = new(1, 5), new(2, 5)
-    optimizer = make(name, [{"params": [p]}, {"params": [head]}])
+    optimizer = make_adatask(name, [{"params": [p]}, {"params": [head]}])
     fill([p], 1)
     fill_grad([p, head], 1)
     kept = p.jac  # type: ignore[attr-defined]
@@ -177,7 +162,7 @@ def test_zero_grad(name: str) -> None:
 def test_micro_batches(name: str) -> None:
     """task_backward accumulates: four quarters of a batch are the whole of it."""
     nets = [Net().double(), Net().double()]
-    optimizers = [make(name, net.parameters(), lr=1e-3) for net in nets]
+    optimizers = [make_adatask(name, net.parameters(), lr=1e-3) for net in nets]
     for seed in range(3):
         x = inputs(16, seed).double()
         for optimizer in optimizers:
@@ -223,7 +208,7 @@ def test_convolutions_in_channels_last(name: str) -> None:
     heads = [nn.Conv2d(4, 1, 3).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     models[0].to(memory_format=torch.channels_last)
-    optimizers = [make(name, model.parameters(), 2) for model in models]
+    optimizers = [make_adatask(name, model.parameters(), 2) for model in models]
     for seed in range(3):
         x = normal(seed, 2, 3, 8, 8)
         for model, optimizer in zip(models, optimizers):
@@ -287,7 +272,9 @@ def test_sparse_gradients() -> None:
         tables = [nn.Embedding(9, 3, sparse=True) for _ in range(2)]
         tables[1].load_state_dict(tables[0].state_dict())
         p, head = new(1, 4), new(2, 4)
-        optimizer = make(name, [{"params": [head]}, {"params": [p]}, {"params": tables[0].parameters()}], foreach=False)
+        optimizer = make_adatask(
+            name, [{"params": [head]}, {"params": [p]}, {"params": tables[0].parameters()}], foreach=False
+        )
         fill([p], 1)
         fill_grad([head], 1)
         for table in tables:
@@ -323,7 +310,7 @@ def test_shared_memory() -> None:
     for name in PAIRS:
         nets = [Net(), Net()]
         nets[0].share_memory()
-        optimizers = [make(name, net.parameters()) for net in nets]
+        optimizers = [make_adatask(name, net.parameters()) for net in nets]
         if name == "adagrad":
             with pytest.raises(RuntimeError, match="first step") as error:
                 optimizers[0].share_memory()  # before there is anything to share
@@ -346,14 +333,14 @@ def test_copies_go_on_alike() -> None:
     """deepcopy of model and optimizer together, which is how one keeps them together."""
     for name in PAIRS:
         net = Net()
-        optimizer = make(name, net.parameters(), moments_dtype="bfloat16", task_weights=[1.0, 2.0, 0.5])
+        optimizer = make_adatask(name, net.parameters(), moments_dtype="bfloat16", task_weights=[1.0, 2.0, 0.5])
         train(net, optimizer, 3)
         net2, optimizer2 = copy.deepcopy((net, optimizer))
         assert {id(p) for p in optimizer2.state} == {id(p) for p in net2.parameters()}
         for n, o in ((net, optimizer), (net2, optimizer2)):
             train(n, o, range(3, 6))
         assert same(net.parameters(), net2.parameters())
-        assert same_state(state_tensors(optimizer), state_tensors(optimizer2))
+        assert same(state_tensors(optimizer), state_tensors(optimizer2))
 
 
 @pytest.mark.parametrize("first", [torch.float32, torch.float64], ids=str)

@@ -12,9 +12,10 @@ from torch import Tensor
 from mtlgrad.posterior import binary_posterior, multiclass_posterior, regression_posterior
 from mtlgrad.posterior.cholesky import JITTERS, checked_cholesky
 from mtlgrad.posterior.posteriors import posterior_from_state
-from tests.support.posterior_cases import close, make, posterior
+from tests.support.bounds import assert_near
+from tests.support.nets import head_data, posterior
 
-REGRESSION, BINARY, MULTICLASS = make("regression"), make("binary"), make("multiclass")
+REGRESSION, BINARY, MULTICLASS = head_data("regression"), head_data("binary"), head_data("multiclass")
 H, Y = REGRESSION.features, REGRESSION.targets  # [30, 4], [30, 3]
 B, W = BINARY.targets, BINARY.weight  # [30, 3], [3, 5]
 C, V = MULTICLASS.targets, MULTICLASS.weight  # [30], [3, 5]
@@ -205,7 +206,7 @@ def test_one_line_that_names_argument_expected_and_found(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["regression", "binary", "multiclass"])
 def test_a_refused_update_changes_nothing(kind: str) -> None:
-    data = make(kind)
+    data = head_data(kind)
     law = posterior(data)
     before = posterior_from_state(law.state())
     with pytest.raises(ValueError, match="finite"):
@@ -235,7 +236,7 @@ def test_least_jitter_that_helps_and_only_where_needed() -> None:
         factor = checked_cholesky(matrix, "a name")
     expected = matrix.clone()
     expected[1] += 1e-4 * (2.0 + 3e-5) / 2 * torch.eye(2, dtype=torch.float64)
-    close(factor @ factor.mT, expected, 1e-14)
+    assert_near(factor @ factor.mT, expected, 1e-14)
 
 
 def test_what_no_jitter_mends_is_named_with_its_pivot() -> None:
@@ -266,7 +267,7 @@ def test_a_nearly_singular_precision_warns_and_goes_on() -> None:
     with pytest.warns(UserWarning, match=r"regression posterior: precision not positive definite, added 1e-0\d of"):
         mean = law.mean
     # The one direction that the data determine is right all the same: predictions are 1, up to the jitter's 1e-6.
-    close(features[:1] @ mean.T, torch.ones(1, 1), 1e-4)
+    assert_near(features[:1] @ mean.T, torch.ones(1, 1), 1e-4)
 
 
 def test_an_indefinite_state_is_named_by_task_when_it_is_used() -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from mtlgrad import AlignedMTL, BayesAgg, Regression, task_backward
 from mtlgrad.optim import AdaTaskAdagrad, AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop, clip_task_grad_norm_
+from tests.support.nets import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,7 +24,9 @@ OPTIMIZERS = [AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop, AdaTaskAdagrad]
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
-class Net(nn.Module):
+class Branches(nn.Module):
+    """A backbone of two layers, of which a batch may drop one; losses by name."""
+
     def __init__(self) -> None:
         super().__init__()
         self.used, self.dropped = nn.Linear(4, 8), nn.Linear(4, 8)
@@ -41,16 +44,16 @@ class Net(nn.Module):
         return {"a": 30.0 * (self.heads["a"](z) - y).square().mean(), "c": (self.heads["c"](z) + y).square().mean()}
 
 
-def start(seed: int = 0) -> tuple[Net, list[tuple[Tensor, Tensor]]]:
+def start(seed: int = 0) -> tuple[Branches, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(seed)
-    return Net(), [(torch.randn(16, 4), torch.randn(16, 1)) for _ in range(6)]
+    return Branches(), [(torch.randn(16, 4), torch.randn(16, 1)) for _ in range(6)]
 
 
 def parameters(net: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-def gradients(net: Net, x: Tensor, y: Tensor, drop: bool = False) -> list[list[Tensor]]:
+def gradients(net: Branches, x: Tensor, y: Tensor, drop: bool = False) -> list[list[Tensor]]:
     """By autograd alone: of each task, of each shared parameter that the batch reaches."""
     losses = net.losses(net.features(x, drop), y)
     wanted = list(net.used.parameters()) if drop else net.shared
@@ -341,8 +344,8 @@ def test_clipped_norms_are_what_was_asked_for() -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "one"])
 def test_a_norm_that_is_none_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"AdaTaskAdam: max_norm: expected a number above 0, or None, found"):
-        AdaTaskAdam(Net().parameters(), num_tasks=2, max_norm=value)
-    net = Net()
+        AdaTaskAdam(Branches().parameters(), num_tasks=2, max_norm=value)
+    net = Branches()
     opt = AdaTaskAdam(net.used.parameters(), num_tasks=2, max_norm=1.0)
     with pytest.raises(ValueError, match=r"max_norm: expected 1.0 as in the other groups, found 2.0"):
         opt.add_param_group({"params": net.dropped.parameters(), "max_norm": 2.0})
@@ -442,7 +445,7 @@ def test_a_hook_that_takes_gradients_is_an_error(through: str) -> None:
 # ---- one backward of one call ----------------------------------------------------------------------------------------
 
 
-def views_and_losses(aligned: AlignedMTL, net: Net, x: Tensor, y: Tensor) -> list[Tensor]:
+def views_and_losses(aligned: AlignedMTL, net: Branches, x: Tensor, y: Tensor) -> list[Tensor]:
     u, v = aligned(net.features(x))
     return [net.losses(u, y)["a"], net.losses(v, y)["c"]]
 
@@ -523,7 +526,7 @@ def test_gradients_in_evaluation_mode_are_the_plain_ones() -> None:
     assert bool(aligned.weights.isnan().all())  # type: ignore[union-attr]
 
 
-def steps(aligned: AlignedMTL, net: Net, batches: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def steps(aligned: AlignedMTL, net: Branches, batches: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
     opt = torch.optim.SGD(net.parameters(), lr=1e-3)
     for x, y in batches:
         opt.zero_grad()
@@ -551,18 +554,20 @@ def test_who_looks_at_gradients_between_epochs_is_not() -> None:
             aligned.train()
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.aligned, self.heads = nn.Linear(4, 8), AlignedMTL(2), nn.ModuleList([nn.Linear(8, 1)] * 2)
+class Views(Model):
+    """Heads on the layer's views."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(head(z) for head, z in zip(self.heads, self.aligned(functional.relu(self.body(x)))))
+    def __init__(self) -> None:
+        super().__init__(lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU()), heads=(1, 1))
+        self.aligned = AlignedMTL(2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(head(z) for head, z in zip(self.heads, self.aligned(self.backbone(x))))
 
 
 def test_tracing_and_export_in_evaluation_mode() -> None:
     torch.manual_seed(0)
-    model, x = Model().eval(), torch.randn(5, 4)
+    model, x = Views().eval(), torch.randn(5, 4)
     want = model(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of what it deprecates

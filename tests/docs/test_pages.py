@@ -1,7 +1,7 @@
 """The examples of README and of all pages run as they stand: a page's Python blocks, in their order, are one script.
 
 A page with the line ``<!-- ranks: 2 -->`` is started by torchrun, as that many processes on the CPU. Of a diff, what it
-leads to is run.
+leads to is run. The tutorials run when the site is built (`make docs`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,12 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if script(page).strip()], ids=name_of)
+def examples() -> list[Any]:
+    found = [page for page in PAGES if page.parent.name != "tutorials" and script(page).strip()]
+    return [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (page.parent != ROOT)) for page in found]
+
+
+@pytest.mark.parametrize("page", examples())
 def test_examples_run(page: Path, tmp_path: Path) -> None:
     saved = tmp_path / f"{page.stem}_example.py"  # not accelerate.py, which would hide the package
     saved.write_text(script(page))

@@ -12,25 +12,22 @@ from torch import Tensor, nn
 
 import mtlgrad
 from mtlgrad.optim import AdaTaskAdam
-from tests.support.gradient_cases import Net, inputs, normal
-from tests.support.optim_cases import (
-    CASES,
+from tests.support.bounds import near, normal, same, state_tensors, values
+from tests.support.nets import (
+    OPTIMIZER_CASES,
     PAIRS,
     SETTINGS,
-    EachAlone,
+    Net,
     backward,
     fill,
     fill_grad,
-    make,
-    near,
+    inputs,
+    make_adatask,
     new,
-    same,
-    same_state,
     several,
-    state_tensors,
     train,
-    values,
 )
+from tests.support.oracles import EachAlone
 
 
 @pytest.mark.parametrize("through", [True, False], ids=["features", "whole graph"])
@@ -68,13 +65,13 @@ def test_ten_steps_of_the_published_rule(through: bool) -> None:
             assert near(optimizer.state[p][f"exp_avg_sq_{t}"], second[t], 1e-12)
 
 
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), OPTIMIZER_CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_sum_of_what_each_task_would_do_alone(name: str, case: int, dtype: torch.dtype) -> None:
     settings, parameters = SETTINGS[name][case], several(dtype)
     weights = [1.0, 0.25, 3.0] if case else None
     alone = EachAlone(name, parameters, weights=weights, **settings)
-    optimizer = make(name, parameters, task_weights=weights, dominance_decay=0.8, **settings)
+    optimizer = make_adatask(name, parameters, task_weights=weights, dominance_decay=0.8, **settings)
     squares = [torch.zeros(3, dtype=torch.float64) for _ in parameters]
     for seed in range(10):
         fill(parameters, seed)
@@ -102,12 +99,12 @@ def test_the_sum_of_what_each_task_would_do_alone(name: str, case: int, dtype: t
     assert near(optimizer.dominance().sum(1), torch.ones(1), 1e-12)
 
 
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), OPTIMIZER_CASES)
 @pytest.mark.parametrize("foreach", [None, True, False])
 def test_one_task_is_torch(name: str, case: int, foreach: bool | None) -> None:
     settings, parameters = SETTINGS[name][case], several()
     other = [nn.Parameter(p.detach().clone()) for p in parameters]
-    optimizer = make(name, parameters, 1, foreach=foreach, **settings)
+    optimizer = make_adatask(name, parameters, 1, foreach=foreach, **settings)
     ordinary: Any = PAIRS[name][1](other, foreach=foreach, **settings)  # type: ignore[call-arg]
     for seed in range(10):
         fill(parameters, seed, 1)
@@ -120,7 +117,7 @@ def test_one_task_is_torch(name: str, case: int, foreach: bool | None) -> None:
         optimizer.step()
         ordinary.step()
         assert same(parameters, other)
-    assert same_state(state_tensors(optimizer), state_tensors(ordinary))
+    assert same(state_tensors(optimizer), state_tensors(ordinary))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
@@ -130,7 +127,7 @@ def test_one_task_with_a_weight(weight: float) -> None:
         parameters = several(torch.float64)
         settings = {"weight_decay": 0.0}
         alone = EachAlone(name, parameters, 1, [weight], **settings)
-        optimizer = make(name, parameters, 1, task_weights=[weight], **settings)
+        optimizer = make_adatask(name, parameters, 1, task_weights=[weight], **settings)
         for seed in range(3):
             fill(parameters, seed, 1)
             optimizer.step()
@@ -138,7 +135,7 @@ def test_one_task_with_a_weight(weight: float) -> None:
         assert all(near(p.detach(), theta, 1e-12) for p, theta in zip(parameters, alone.theta)), name
 
 
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), OPTIMIZER_CASES)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_heads_take_torchs_own_steps(name: str, case: int, grouped: bool) -> None:
     """Beside parameters with .jac, in one group or in several, whatever `foreach` and `lr` are."""
@@ -152,7 +149,7 @@ def test_heads_take_torchs_own_steps(name: str, case: int, grouped: bool) -> Non
             shared, heads = several(), several()
             other = [nn.Parameter(p.detach().clone()) for p in heads]
             mixed = [p for pair in zip(shared, heads) for p in pair]
-            optimizer = make(name, [{"params": shared}, {"params": heads}] if grouped else mixed, **options)
+            optimizer = make_adatask(name, [{"params": shared}, {"params": heads}] if grouped else mixed, **options)
             ordinary: Any = PAIRS[name][1](other, **options)  # type: ignore[call-arg]
             for seed in range(4):
                 fill(shared, seed)
@@ -186,11 +183,11 @@ def test_groups_have_settings_of_their_own(name: str) -> None:
     # Rounding to nearest where it is to bfloat16: random bits depend on where in the optimizer a parameter is.
     together = [several() for _ in settings]
     groups = [{"params": ps, **s} for ps, s in zip(together, settings)]
-    optimizer = make(name, groups[:2], stochastic_rounding=False)
+    optimizer = make_adatask(name, groups[:2], stochastic_rounding=False)
     for group in groups[2:]:
         optimizer.add_param_group(group)
     apart = [several() for _ in settings]
-    optimizers = [make(name, ps, stochastic_rounding=False, **s) for ps, s in zip(apart, settings)]
+    optimizers = [make_adatask(name, ps, stochastic_rounding=False, **s) for ps, s in zip(apart, settings)]
     for seed in range(5):
         for i, (a, b) in enumerate(zip(together, apart)):
             fill([*a, *b][: len(a)], seed + 10 * i)
@@ -264,7 +261,7 @@ def test_missing_tasks(name: str, missing: str) -> None:
         settings = {"centered": True}
         alone = EachAlone(name, parameters, **settings)
     groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
-    optimizer = make(name, groups, missing=missing, **settings)
+    optimizer = make_adatask(name, groups, missing=missing, **settings)
     counts = [0, 0, 0]
     for seed, there in enumerate([(1, 1, 1), (1, 0, 1), (0, 0, 1), (0, 0, 0), (1, 1, 0), (1, 1, 1), (1, 0, 1)]):
         fill(parameters, seed)
@@ -283,7 +280,7 @@ def test_missing_tasks(name: str, missing: str) -> None:
     float32 = new(1, 4)
     fill([float32], 1)
     float32.jac[1] *= 1e-36  # type: ignore[attr-defined]  # whose squares float32 does not hold
-    optimizer = make(name, [float32], missing="still")
+    optimizer = make_adatask(name, [float32], missing="still")
     optimizer.step()
     assert optimizer.state[float32]["step"].tolist() == [1.0, 1.0, 1.0]
 
@@ -294,7 +291,7 @@ def test_late_and_absent_parameters(name: str) -> None:
     first, late, never, frozen = (new(i, 5, dtype=torch.float64) for i in range(4))
     frozen.requires_grad_(False)
     before = values([never, frozen])
-    optimizer = make(name, [first, late, never, frozen])
+    optimizer = make_adatask(name, [first, late, never, frozen])
     alone = [EachAlone(name, [p]) for p in (first, late)]
     for seed in range(6):
         for p, rule in zip((first, late), alone):
@@ -327,7 +324,7 @@ def test_tensors_that_lie_otherwise(name: str) -> None:
                 nn.Parameter(data.clone(memory_format=torch.preserve_format)),
                 nn.Parameter(data.contiguous().clone()),
             )
-            optimizers = [make(name, [p]), make(name, [q])]
+            optimizers = [make_adatask(name, [p]), make_adatask(name, [q])]
             for _ in range(3):
                 p.jac, q.jac = found, found.contiguous()  # type: ignore[attr-defined]
                 for optimizer in optimizers:
@@ -358,7 +355,7 @@ def test_memory(name: str, settings: dict[str, Any], size: Any, dtype: torch.dty
     for moments, share in ((None, 1.0), ("float32", 1.0), ("bfloat16", 0.5), (torch.bfloat16, 0.5)):
         for tasks in (2, 5):
             p, head = new(1, n, dtype=dtype), new(2, n, dtype=dtype)
-            optimizer = make(name, [p, head], tasks, moments_dtype=moments, **settings)
+            optimizer = make_adatask(name, [p, head], tasks, moments_dtype=moments, **settings)
             fill([p], 1, tasks)
             fill_grad([head], 1)
             optimizer.step()
@@ -376,7 +373,7 @@ def test_bfloat16_moments_train_about_as_well(name: str) -> None:
     for moments, stochastic in ((None, True), ("bfloat16", True), ("bfloat16", False)):
         net = Net(seed=1)
         options = {"moments_dtype": moments, "stochastic_rounding": stochastic, "lr": 0.01}
-        losses = train(net, make(name, net.parameters(), **options), 150)
+        losses = train(net, make_adatask(name, net.parameters(), **options), 150)
         found[moments, stochastic] = sum(losses[-20:]) / 20
         assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
         start = losses[0]

@@ -11,20 +11,9 @@ import torch
 from torch import Tensor
 
 from mtlgrad import AlignedMTL, ops, task_backward
-from tests.support.gradient_cases import (
-    Net,
-    at_features,
-    close,
-    flat,
-    gradients,
-    inputs,
-    jacobian,
-    near,
-    normal,
-    procrustes,
-    pushed,
-    step,
-)
+from tests.support.bounds import all_near, flat, gradients, near, normal
+from tests.support.nets import Net, inputs, step
+from tests.support.oracles import at_features, jacobian, procrustes, pushed
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -131,8 +120,8 @@ def test_layer(options: dict[str, Any]) -> None:
     assert aligned.weights is None
     assert aligned.rank is None
     step(net, aligned, x)
-    close(gradients(net.shared), backbone)
-    close(gradients(net.heads.parameters()), [h.sum(0) for h in heads])  # heads: as if there were no layer
+    all_near(gradients(net.shared), backbone)
+    all_near(gradients(net.heads.parameters()), [h.sum(0) for h in heads])  # heads: as if there were no layer
     assert aligned.weights is not None
     assert aligned.rank is not None
     assert aligned.singular_values is not None
@@ -143,7 +132,7 @@ def test_layer(options: dict[str, Any]) -> None:
     values = want.singular_values
     assert float(aligned.condition_number) == pytest.approx(float(values[0] / values[-1]), rel=1e-4)
     step(net, aligned, x)  # accumulates
-    close(gradients(net.shared), [2 * g for g in backbone])
+    all_near(gradients(net.shared), [2 * g for g in backbone])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
@@ -181,7 +170,7 @@ def test_weigh(options: dict[str, Any]) -> None:
     heads = jacobian(losses, list(net.heads.parameters()))
     (weights * torch.stack(losses)).sum().backward()
     assert near(flat(gradients(net.shared)), want.update, 1e-5)  # type: ignore[arg-type]
-    close(gradients(net.heads.parameters()), [torch.tensordot(weights, h, 1) for h in heads])
+    all_near(gradients(net.heads.parameters()), [torch.tensordot(weights, h, 1) for h in heads])
 
 
 def test_the_forms_agree() -> None:
@@ -194,7 +183,7 @@ def test_the_forms_agree() -> None:
     by_weights = torch.autograd.grad((weights * torch.stack(losses)).sum(), net.shared, retain_graph=True)
     task_backward(losses, net.shared)
     aligned.merge(net.shared)
-    close(gradients(net.shared), list(by_weights))
+    all_near(gradients(net.shared), list(by_weights))
     net.zero_grad()
     features = net.backbone(x)
     weights = aligned.weigh(net.from_features(features), features)
@@ -212,7 +201,7 @@ def test_absent_tasks() -> None:
     aligned = AlignedMTL(3)
     losses = net.losses(aligned(net.backbone(x)))
     (losses[0] + losses[2]).backward()  # type: ignore[operator]
-    close(gradients(net.shared), backbone)
+    all_near(gradients(net.shared), backbone)
     assert int(aligned.rank) == 2  # type: ignore[arg-type]
     assert float(aligned.weights[1]) == 0.0  # type: ignore[index]
     features = net.backbone(x)
@@ -237,7 +226,7 @@ def test_heads_can_be_scaled_by_their_weights(heads_first: bool) -> None:
     weights = aligned.weights
     assert weights is not None
     want = [None if g is None else g * float(weights[i // each]) for i, g in enumerate(before)]
-    close(gradients(net.heads.parameters()), want, 1e-6)  # type: ignore[arg-type]
+    all_near(gradients(net.heads.parameters()), want, 1e-6)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="AlignedMTL: scale_heads: expected False in the layer"):
         aligned(net.backbone(x))
 
@@ -250,7 +239,7 @@ def test_a_loss_scale_goes_through(factor: float) -> None:
     want, weights = gradients(net.shared), aligned.weights
     net.zero_grad()
     (factor * sum(net.losses(aligned(net.backbone(x))))).backward()
-    close([g / factor for g in gradients(net.shared)], want)  # type: ignore[operator]
+    all_near([g / factor for g in gradients(net.shared)], want)  # type: ignore[operator]
     assert near(aligned.weights, weights, 1e-5)  # type: ignore[arg-type]
 
 
@@ -352,4 +341,4 @@ def test_a_refused_merge_changes_nothing() -> None:
     with pytest.raises(ValueError, match="expected 3, found 2"):
         AlignedMTL(3, scale_heads=True).merge(net.shared, heads=[h.parameters() for h in net.heads][:2])
     assert all(torch.equal(p.jac, b) and p.grad is None for p, b in zip(net.shared, before))  # type: ignore[attr-defined]
-    close(gradients(net.heads.parameters()), heads)
+    all_near(gradients(net.heads.parameters()), heads)

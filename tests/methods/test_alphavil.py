@@ -13,23 +13,9 @@ from torch.utils.data import DataLoader
 
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Task
-from tests.support.alphavil_cases import (
-    ADAM,
-    ALPHA,
-    INNER,
-    MOMENTUM,
-    SGD,
-    Case,
-    Sized,
-    development_loss,
-    epoch,
-    recorder,
-    same,
-    seed_everything,
-    values,
-)
-from tests.support.alphavil_literal import Literal, transplanted
-from tests.support.optim_cases import near
+from tests.support.bounds import contents, near, same_values, seed_everything
+from tests.support.nets import ADAM, ALPHA, INNER, MOMENTUM, SGD, Case, Sized, epoch
+from tests.support.oracles import Literal, development_loss, recorder, transplanted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,9 +86,9 @@ def test_any_task_as_target(target: str) -> None:
     by_number = AlphaVIL(case.model, list(case.tasks.values()), number, make_optimizer=SGD)
     assert (case.vil().target, by_number.target) == (number, number)
     assert by_number.names == ["0", "1", "2"]
-    frozen = values(case.model.again)
+    frozen = contents(case.model.again)
     follow(case, case.vil(), Literal(case), 1e-12, 2)
-    assert same(values(case.model.again), frozen)
+    assert same_values(contents(case.model.again), frozen)
 
 
 def test_tasks_without_heads_or_with_one_between_them() -> None:
@@ -143,7 +129,7 @@ def test_alpha_of_one_is_the_sum_of_what_the_tasks_did(inner: str, dtype: torch.
     case = Case(dtype=dtype, also=True, heads=False)
     literal = Literal(case, make_optimizer=INNER[inner])
     found = case.vil(make_optimizer=INNER[inner], clip_alpha=(1.0, 1.0), alpha_epochs=1)
-    theta = values(case.model)
+    theta = contents(case.model)
     with pytest.warns(RuntimeWarning, match="alpha = 1"):
         assert found.epoch().kept == "start"
     parts = case.trained_on()
@@ -152,7 +138,7 @@ def test_alpha_of_one_is_the_sum_of_what_the_tasks_did(inner: str, dtype: torch.
         after, _, _ = literal.train(task, parts[task])
         for name, value in after.items():
             want[name] = want[name] + (value - theta[name]).double()
-    assert same(values(case.model), {name: value.to(dtype) for name, value in want.items()})
+    assert same_values(contents(case.model), {name: value.to(dtype) for name, value in want.items()})
     assert found.task_weights.tolist() == found.alphas.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -166,8 +152,8 @@ def test_a_task_alone_at_alpha_of_one_is_its_training() -> None:
         optimizer.zero_grad()
         task.loss(plain, batch).backward()
         optimizer.step()
-    mine = values(plain)
-    assert all(near(value, mine[name], 1e-15) for name, value in values(case.model).items())
+    mine = contents(plain)
+    assert all(near(value, mine[name], 1e-15) for name, value in contents(case.model).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -210,7 +196,7 @@ def test_who_trains_and_who_weighs_a_head(heads: Any) -> None:
         given.append([id(p) for p in parameters])
         return SGD(parameters)
 
-    theta = values(case.model)
+    theta = contents(case.model)
     vil = case.vil(include_heads=heads, make_optimizer=make, alpha_optimizer=ALPHA["adam"])
     found = epoch(vil)
     assert found.kept == "search"
@@ -227,7 +213,7 @@ def test_who_trains_and_who_weighs_a_head(heads: Any) -> None:
             alphas = found.alphas.tolist()
             movers = range(3) if heads == "all" else [t]
             move = sum((1.0 if heads == "none" else alphas[i]) * deltas[i][name] for i in movers)
-            assert near(values(case.model)[name] - theta[name], move, 1e-12)  # type: ignore[arg-type]
+            assert near(contents(case.model)[name] - theta[name], move, 1e-12)  # type: ignore[arg-type]
     if heads == "all":
         assert deltas[2]["heads.size.bias"].abs().max() > 0  # else it were "own"
 
@@ -243,8 +229,8 @@ def test_heads_as_module_list_or_generator(heads: Any) -> None:
         case.vil(include_heads=heads)
         torch.manual_seed(1)
         epoch(case.vil(include_heads=heads))
-        results.append(values(case.model))
-    assert all(same(result, results[0]) for result in results)
+        results.append(contents(case.model))
+    assert all(same_values(result, results[0]) for result in results)
 
 
 # ---- buffers --------------------------------------------------------------------------------------------------------
@@ -300,12 +286,12 @@ def test_a_rule_that_is_none(rule: Any) -> None:
 def test_the_rule_of_means() -> None:
     """The mean over the tasks whose training changed it, the largest of what holds no floats."""
     model, vil = buffered(buffers="mean")
-    before = values(model)
+    before = contents(model)
     seen = []
     for stage in vil.stages():
         seen.append(stage.kind)
         if stage.kind != "move":
-            assert same(values(model), before)
+            assert same_values(contents(model), before)
     assert seen == ["train", "train", "train", "evaluate", "alpha", "move"]
     assert model.value.tolist() == [2.5, 2.5]  # of 1 and 4: the third left it at 0
     assert model.hidden.item() == (1.0 + 8.0) / 2
@@ -321,15 +307,15 @@ def test_the_search_sees_the_buffers_that_will_be() -> None:
     make, seen = recorder()
     vil = case.vil(alpha_optimizer=make, alpha_epochs=1, clip_alpha=(1.0, 1.0))
     before = development_loss(case.model, case.tasks["size"])
-    theta, buffers = values(case.model), {n: b.clone() for n, b in case.model.named_buffers()}
+    theta, buffers = contents(case.model), {n: b.clone() for n, b in case.model.named_buffers()}
     found = epoch(vil)
     assert found.before == pytest.approx(before, rel=1e-14)
     moved = dict(case.model.named_buffers())
-    assert not same(moved, buffers)
+    assert not same_values(moved, buffers)
     model = transplanted(case.model, {}, moved)
     wants = [float(case.tasks["size"].loss(model, batch).detach()) for batch in case.tasks["size"].dev]  # type: ignore[union-attr]
     assert [loss for _, loss, _ in seen] == pytest.approx(wants, rel=1e-14)
-    assert not same(values(case.model), theta)
+    assert not same_values(contents(case.model), theta)
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -347,7 +333,7 @@ def test_the_order_of_tasks_is_a_matter_of_names() -> None:
             found = epoch(vil)
         weights = dict(zip(vil.names, vil.task_weights.tolist()))
         alphas = dict(zip(vil.names, found.alphas.tolist()))
-        results.append((values(case.model), weights, alphas))
+        results.append((contents(case.model), weights, alphas))
     first = results[0]
     for parameters, weights, alphas in results[1:]:
         assert all(near(value, first[0][name], 1e-12) for name, value in parameters.items())
@@ -366,7 +352,7 @@ def test_a_loss_times_c_with_a_weight_over_c(factor: float) -> None:
         vil.task_weights[1] = weight
         torch.manual_seed(3)
         found.append(epoch(vil))
-    assert same(values(plain.model), values(scaled.model))
+    assert same_values(contents(plain.model), contents(scaled.model))
     assert torch.equal(found[0].alphas, found[1].alphas)
     assert found[1].losses[1] == pytest.approx(factor * found[0].losses[1], rel=1e-12)
     assert found[1].losses[::2] == found[0].losses[::2]

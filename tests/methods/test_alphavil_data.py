@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from tests.support.alphavil_cases import Batch, Case, Sized, Unsized, batches, epoch
-from tests.support.optim_cases import one_line
+from tests.support.bounds import one_line
+from tests.support.nets import Case, NamedBatch, Sized, Unsized, epoch, named_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Read(Sequence[Batch]):
+class Read(Sequence[NamedBatch]):
     """A sequence that says which of it were read."""
 
-    def __init__(self, of: list[Batch]):
+    def __init__(self, of: list[NamedBatch]):
         self.of, self.seen = of, list[int]()
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ def test_the_part_of_something_else(kind: Any) -> None:
 @pytest.mark.parametrize(("subset", "count"), [(1.0, 5), (0.5, 3), (2, 2), (77, 5)])
 def test_the_part_of_a_loader(subset: Any, count: int) -> None:
     """Batches, not samples, are counted; their samples differ from each other and from round to round."""
-    rows = [Batch(i, b.x[0], b.y[0]) for i, b in enumerate(batches("size", 1, 20))]
+    rows = [NamedBatch(i, b.x[0], b.y[0]) for i, b in enumerate(named_batches("size", 1, 20))]
     case = Case(tasks=["size"])
     case.change("size", train=DataLoader(rows, batch_size=4, shuffle=True))  # type: ignore[arg-type]
     seen: list[list[int]] = []
@@ -114,8 +114,8 @@ def test_a_loader_of_a_dataset_without_a_length() -> None:
     """Its len() raises, but for a number of batches nobody needs it."""
 
     class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
-        def __iter__(self) -> Iterator[Batch]:
-            return iter(batches("size", 1, 6))
+        def __iter__(self) -> Iterator[NamedBatch]:
+            return iter(named_batches("size", 1, 6))
 
     case = Case(tasks=["size"])
     case.change("size", train=DataLoader(Stream(), batch_size=None))
@@ -160,5 +160,5 @@ def test_loaders_that_do_not_shuffle() -> None:
             one_line(error.value, "expected 1.0", "found")
 
 
-def first(rows: list[Batch]) -> Batch:
+def first(rows: list[NamedBatch]) -> NamedBatch:
     return rows[0]

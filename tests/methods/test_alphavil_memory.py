@@ -13,20 +13,9 @@ from torch import Tensor, nn
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Task
 from tests.conftest import HAS_GPU
-from tests.support.alphavil_cases import (
-    ADAM,
-    ALPHA,
-    SGD,
-    Batch,
-    Case,
-    epoch,
-    hushed,
-    on,
-    same,
-    values,
-)
-from tests.support.alphavil_literal import Literal
-from tests.support.optim_cases import near
+from tests.support.bounds import contents, hushed, near, same_values
+from tests.support.nets import ADAM, ALPHA, SGD, Case, NamedBatch, case_on, epoch
+from tests.support.oracles import Literal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,13 +31,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 def test_deltas_on_the_host_are_the_same(device: str, heads: Any) -> None:
     ends = []
     for storage in ("parameters", "host"):
-        case = on(Case(norm=True, tied=True, odd=True, also=True), device)
+        case = case_on(Case(norm=True, tied=True, odd=True, also=True), device)
         vil = case.vil(delta_storage=storage, include_heads=heads, alpha_optimizer=ALPHA["adam"])
         for _ in range(2):
             found = epoch(vil)
-        ends.append((values(case.model), found.alphas, vil.task_weights))
+        ends.append((contents(case.model), found.alphas, vil.task_weights))
     if device == "cpu":
-        assert same(ends[0][0], ends[1][0])
+        assert same_values(ends[0][0], ends[1][0])
         assert torch.equal(ends[0][1], ends[1][1])
     assert all(near(value, ends[0][0][name], 1e-5) for name, value in ends[1][0].items())
     assert near(ends[0][2], ends[1][2], 1e-5)
@@ -58,7 +47,7 @@ def test_deltas_on_the_host_are_the_same(device: str, heads: Any) -> None:
 @pytest.mark.parametrize("storage", ["bfloat16", "host-bfloat16"])
 def test_deltas_in_bfloat16_are_rounded_once(storage: Any, device: str) -> None:
     """theta + sum of the rounded deltas, in float64 and rounded: to the last digit, from deltas found apart."""
-    case = on(Case(also=True), device)
+    case = case_on(Case(also=True), device)
     literal = Literal(case, make_optimizer=ADAM)
     theta = {n: p.detach().clone() for n, p in case.model.named_parameters() if p.requires_grad}
     found = epoch(case.vil(make_optimizer=ADAM, delta_storage=storage))
@@ -76,11 +65,11 @@ def test_bfloat16_deltas_change_little(device: str) -> None:
     """A round's move is within the rounding of its deltas of that of a round with exact ones."""
     moves, ends = [], []
     for storage in ("parameters", "bfloat16"):
-        case = on(Case(norm=True), device)
-        before = values(case.model)
+        case = case_on(Case(norm=True), device)
+        before = contents(case.model)
         found = epoch(case.vil(delta_storage=storage, make_optimizer=ADAM))
         ends.append(found)
-        after = values(case.model)
+        after = contents(case.model)
         moves.append({n: after[n].double() - before[n].double() for n, _ in case.model.named_parameters()})
     for n, move in moves[0].items():
         assert near(moves[1][n], move, 2.0**-6), n
@@ -91,20 +80,10 @@ def test_bfloat16_deltas_change_little(device: str) -> None:
 
 @needs_gpu
 def test_host_deltas_are_pinned_and_leave_the_gpu() -> None:
-    class Big(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(1024, 1024) for _ in range(8)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = torch.tanh(layer(x))
-            return x
-
     peaks = {}
     for storage in ("parameters", "host"):
         torch.manual_seed(0)
-        model = Big().cuda()
+        model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.Tanh()))).cuda()
         data = [torch.randn(8, 1024, device="cuda")]
         tasks = [Task(data, lambda m, x, t=t: (m(x) - t).square().mean(), data) for t in range(8)]
         vil = AlphaVIL(model, tasks, 0, make_optimizer=SGD, delta_storage=storage, alpha_epochs=1)  # type: ignore[arg-type]
@@ -128,7 +107,7 @@ def test_no_graphs_are_left() -> None:
     case, held = Case(norm=True), list[Any]()
     for name, task in list(case.tasks.items()):
 
-        def loss(model: Any, batch: Batch, of: Any = task.loss) -> Tensor:
+        def loss(model: Any, batch: NamedBatch, of: Any = task.loss) -> Tensor:
             value: Tensor = of(model, batch)
             held.extend(weakref.ref(one) for one in (value, model(batch.x)))
             return value

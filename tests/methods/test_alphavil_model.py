@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Task
-from tests.support.alphavil_cases import ALPHA, INNER, SGD, Batch, Case, Recorder, checked, epoch, same, values
-from tests.support.optim_cases import near, one_line
+from tests.support.bounds import contents, near, one_line, same_values
+from tests.support.nets import ALPHA, INNER, SGD, Case, NamedBatch, epoch
+from tests.support.oracles import Recorder, checked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,7 +24,7 @@ class Watched:
     def __init__(self, of: Any, look: Callable[[], None]):
         self.of, self.look = of, look
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[NamedBatch]:
         for batch in self.of:
             self.look()
             yield batch
@@ -35,7 +36,7 @@ def test_the_search_never_touches_the_model(alpha: str) -> None:
     """From inside the development data and the loss: the same parameters, at the same place, not written once."""
     case = Case(norm=True, dropout=0.5, tied=True, odd=True)
     parameters, buffers = dict(case.model.named_parameters()), dict(case.model.named_buffers())
-    before, tensors = values(case.model), [*parameters.values(), *buffers.values()]
+    before, tensors = contents(case.model), [*parameters.values(), *buffers.values()]
     places, versions = [t.data_ptr() for t in tensors], list[int]()
     looks = [0, 0]
 
@@ -44,12 +45,12 @@ def test_the_search_never_touches_the_model(alpha: str) -> None:
         assert [t.data_ptr() for t in tensors] == places
         versions[:] = versions or [t._version for t in tensors]
         assert [t._version for t in tensors] == versions
-        assert same({**parameters, **buffers}, before)
+        assert same_values({**parameters, **buffers}, before)
         assert all(p.grad is None for p in parameters.values())
 
     target = case.tasks["size"]
 
-    def loss(model: Any, batch: Batch) -> Tensor:
+    def loss(model: Any, batch: NamedBatch) -> Tensor:
         assert model is case.model
         if not model.training:
             looks[1] += 1
@@ -100,9 +101,9 @@ def test_buffers_that_evaluation_writes() -> None:
     task = Task([x, x], lambda m, b: m(b).square().mean(), [x, 2 * x])
     vil = AlphaVIL(model, [task, task], 0, make_optimizer=SGD, alpha_epochs=2)
     for number in range(2):
-        before = values(model)
+        before = contents(model)
         for stage in vil.stages():
-            assert stage.kind == "move" or same(values(model), before), stage
+            assert stage.kind == "move" or same_values(contents(model), before), stage
         assert model.calls.item() == 2 * (number + 1)
     assert not model.average.requires_grad
 
@@ -112,11 +113,11 @@ def test_a_loss_that_does_not_use_the_model_it_is_given() -> None:
     case = Case(tasks=["size"])
     weight = case.model.first.weight
     case.change("size", loss=lambda m, b: (b.x @ weight.T).square().mean())
-    before = values(case.model)
+    before = contents(case.model)
     with pytest.raises((TypeError, ValueError), match="loss") as error:
         case.vil().epoch()
     one_line(error.value, "AlphaVIL: tasks: 'size'", "expected", "found")
-    assert same(values(case.model), before)
+    assert same_values(contents(case.model), before)
 
 
 def test_a_loss_that_calls_the_model_by_another_name() -> None:
@@ -129,14 +130,14 @@ def test_a_loss_that_calls_the_model_by_another_name() -> None:
             case.change("size", loss=lambda _, b, m=model, h=head: (h(m(b.x)).squeeze(1) - b.y).square().mean())
         torch.manual_seed(1)
         epoch(case.vil())
-        results.append(values(case.model))
+        results.append(contents(case.model))
     assert all(near(value, results[0][name], 1e-14) for name, value in results[1].items())
 
 
 def test_a_loss_with_derivatives_of_its_own() -> None:
     """A penalty on the gradient in the inputs; the loss has to enable gradients where it needs them."""
 
-    def loss(model: Any, batch: Batch) -> Tensor:
+    def loss(model: Any, batch: NamedBatch) -> Tensor:
         with torch.enable_grad():
             x = batch.x.clone().requires_grad_()
             out = model.heads["size"](model(x)).squeeze(1)
@@ -201,7 +202,7 @@ def test_modes_and_gradients(kind: str) -> None:
     seen: list[tuple[bool, bool]] = []
     loss = case.tasks["kind"].loss
 
-    def spy(model: Any, batch: Batch) -> Tensor:
+    def spy(model: Any, batch: NamedBatch) -> Tensor:
         seen.append((model.training, model.dropout.training))
         if len(seen) == 2:
             raise OSError("once")
@@ -219,7 +220,7 @@ def test_modes_and_gradients(kind: str) -> None:
         assert all(p.grad is None for p in case.model.parameters() if p.requires_grad)
     assert seen == [(True, True)] * 6  # training is training, whatever mode the model was in
     assert [p.requires_grad for p in case.model.parameters()] == wants
-    assert same(buffers, before) == ("frozen" in kind)
+    assert same_values(buffers, before) == ("frozen" in kind)
 
 
 def test_nothing_is_left_on_the_model() -> None:
@@ -246,9 +247,9 @@ def test_parametrized_weights() -> None:
     case = Case()
     torch.nn.utils.parametrizations.weight_norm(case.model.second)
     torch.nn.utils.parametrizations.spectral_norm(case.model.first)
-    before = values(case.model)
+    before = contents(case.model)
     found = epoch(case.vil())
-    after = values(case.model)
+    after = contents(case.model)
     assert found.kept == "search"
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert {"second.parametrizations.weight.original0", "first.parametrizations.weight.0._u"} <= moved

@@ -13,18 +13,9 @@ from torch import Tensor, nn
 
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Task
-from tests.support.alphavil_cases import (
-    ALPHA,
-    Case,
-    checked,
-    development_loss,
-    epoch,
-    recorder,
-    same,
-    values,
-)
-from tests.support.alphavil_literal import Literal, transplanted
-from tests.support.optim_cases import near, one_line
+from tests.support.bounds import contents, near, one_line, same_values
+from tests.support.nets import ALPHA, Case, epoch
+from tests.support.oracles import Literal, checked, development_loss, recorder, transplanted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,16 +121,16 @@ def test_the_development_loss_is_never_raised(
     task = case.tasks[case.target]
     vil = case.vil(make_optimizer=lambda ps: inner(ps, lr=lr), alpha_optimizer=lambda ps: alpha(ps, lr=alpha_lr, **few))
     for _ in range(2):
-        theta, weights = values(case.model), vil.task_weights.clone()
+        theta, weights = contents(case.model), vil.task_weights.clone()
         before = development_loss(case.model, task)
         found = epoch(vil)
         after = development_loss(case.model, task)
         assert after <= before
         assert (found.before, found.after) == (before, after)
-        assert all(value.isfinite().all() for value in values(case.model).values())
+        assert all(value.isfinite().all() for value in contents(case.model).values())
         assert vil.task_weights.isfinite().all()
         if found.kept == "none":
-            assert same(values(case.model), theta)
+            assert same_values(contents(case.model), theta)
             assert torch.equal(vil.task_weights, weights)
             assert after == before
             assert not vil.alphas.any()

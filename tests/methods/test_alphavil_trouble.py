@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -10,12 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from mtlgrad import AlphaVIL
-from mtlgrad.alphavil import Task
-from tests.support.alphavil_cases import ADAM, INNER, Batch, Case, development_loss, epoch, heard, same, values
-from tests.support.alphavil_literal import Literal
-from tests.support.optim_cases import one_line
+from mtlgrad.alphavil import Round, Task
+from tests.support.bounds import contents, one_line, same_values
+from tests.support.nets import ADAM, INNER, Case, NamedBatch, epoch
+from tests.support.oracles import Literal, development_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def heard(vil: AlphaVIL) -> tuple[Round, list[str]]:
+    """A round and what it says of itself."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = vil.epoch()
+    assert all(warning.category is RuntimeWarning for warning in caught)
+    return found, [str(warning.message) for warning in caught]
 
 
 class Spoiled:
@@ -35,22 +45,22 @@ def times(factor: float) -> Any:
     return lambda own, model, batch: own.loss(model, batch) * factor
 
 
-def last_batch(own: Spoiled, model: Any, batch: Batch) -> Tensor:
+def last_batch(own: Spoiled, model: Any, batch: NamedBatch) -> Tensor:
     return own.loss(model, batch) * (math.nan if own.calls % 4 == 0 else 1.0)
 
 
-def not_a_number_in_the_data(own: Spoiled, model: Any, batch: Batch) -> Tensor:
+def not_a_number_in_the_data(own: Spoiled, model: Any, batch: NamedBatch) -> Tensor:
     x = batch.x.clone()
     x[3, 2] = math.nan
     return own.loss(model, batch._replace(x=x))
 
 
-def far_away(own: Spoiled, model: Any, batch: Batch) -> Tensor:
+def far_away(own: Spoiled, model: Any, batch: NamedBatch) -> Tensor:
     """BatchNorm makes finite numbers of it; only its statistics are infinite."""
     return own.loss(model, batch._replace(x=batch.x * 1e25))
 
 
-def only_the_head(own: Spoiled, model: Any, batch: Batch) -> Tensor:
+def only_the_head(own: Spoiled, model: Any, batch: NamedBatch) -> Tensor:
     return own.loss(model, batch) + math.nan * model.heads[own.loss.task].bias.sum()
 
 
@@ -89,7 +99,7 @@ def test_who_sits_out(trouble: str, who: str, heads: Any) -> None:
     assert literal.sat_out == [who]
     literal.compare(vil, found, 1e-5)
     assert vil.task_weights[number] == 1.0
-    assert all(value.isfinite().all() for value in values(case.model).values())
+    assert all(value.isfinite().all() for value in contents(case.model).values())
     spoiled.ill = False
     found = epoch(vil)
     literal.round(case.trained_on())
@@ -143,12 +153,12 @@ def test_all_tasks_sit_out(tasks: list[str], norm: bool) -> None:
     losses = {name: Spoiled(case.tasks[name].loss, times(math.nan)) for name in tasks}
     for name in tasks:
         case.change(name, loss=losses[name])
-    vil, before = case.vil(), values(case.model)
+    vil, before = case.vil(), contents(case.model)
     found, said = heard(vil)
     assert [f"task {name!r}" in text and "sits" in text for name, text in zip(tasks, said)] == [True] * len(tasks)
     assert len(said) == len(tasks) + 1
     assert found.sat_out == list(range(len(tasks)))
-    assert same(values(case.model), before)
+    assert same_values(contents(case.model), before)
     assert vil.task_weights.tolist() == [1.0] * len(tasks)
     assert (vil.rounds, found.kept) == (1, "none")
     for loss in losses.values():
@@ -163,12 +173,12 @@ def test_the_target_out_with_nothing_else_to_weigh() -> None:
         p.requires_grad_(False)
     case.model.heads.requires_grad_(True)
     case.change("size", loss=Spoiled(case.tasks["size"].loss, times(math.nan)))
-    before = values(case.model)
+    before = contents(case.model)
     vil = case.vil()
     found = epoch(vil)
-    after = values(case.model)
+    after = contents(case.model)
     assert found.sat_out == [0]
-    assert same({n: after[n] for n in case.heads["size"]}, {n: before[n] for n in case.heads["size"]})
+    assert same_values({n: after[n] for n in case.heads["size"]}, {n: before[n] for n in case.heads["size"]})
     assert vil.task_weights.tolist() == [1.0, 1.0, 1.0]
     assert found.after == found.before
 
@@ -190,7 +200,7 @@ def test_deltas_of_zero(who: str, inner: str) -> None:
             group["lr"] = 0.0
         return optimizer
 
-    theta, vil = values(case.model), case.vil(make_optimizer=make)
+    theta, vil = contents(case.model), case.vil(make_optimizer=make)
     found = epoch(vil)
     number = 0 if who == "all" else list(case.tasks).index(who)
     assert vil.task_weights[number] == 1.0
@@ -207,13 +217,13 @@ def test_a_weight_of_zero(inner: str) -> None:
     case = Case(dtype=torch.float64)
     vil = case.vil(make_optimizer=INNER[inner])
     vil.task_weights[1] = 0.0
-    theta = values(case.model)
+    theta = contents(case.model)
     found = epoch(vil)
     assert found.kept == "search"
     assert found.alphas[1] == 1.0
     assert vil.task_weights[1] == 0.0
-    after = values(case.model)
-    assert same({n: after[n] for n in case.heads["kind"]}, {n: theta[n] for n in case.heads["kind"]})
+    after = contents(case.model)
+    assert same_values({n: after[n] for n in case.heads["kind"]}, {n: theta[n] for n in case.heads["kind"]})
     assert math.isfinite(found.losses[1])
 
 
@@ -239,14 +249,14 @@ def test_no_development_loss_before_the_round(bad: float) -> None:
     """An error in words, and nothing has changed; with good data the round goes on where it was."""
     case = Case(norm=True)
     dev = list(case.tasks["size"].dev)  # type: ignore[arg-type]
-    spoiled: list[Batch] = [dev[0], dev[1]._replace(y=dev[1].y * bad)]
+    spoiled: list[NamedBatch] = [dev[0], dev[1]._replace(y=dev[1].y * bad)]
     case.change("size", dev=spoiled)
-    vil, before = case.vil(), values(case.model)
+    vil, before = case.vil(), contents(case.model)
     for _ in range(2):
         with pytest.raises(ValueError, match="dev") as error:
             vil.epoch()
         one_line(error.value, "AlphaVIL: ", "'size'", "expected a finite loss", "found")
-        assert same(values(case.model), before)
+        assert same_values(contents(case.model), before)
         assert vil.rounds == 0
     trained = len(case.diary)
     spoiled[1] = dev[1]
@@ -263,13 +273,13 @@ def test_no_development_loss_at_alpha_of_one(lr: float) -> None:
 
     model = nn.Linear(3, 1)
     data = [torch.ones(2, 3)]
-    before = values(model)
+    before = contents(model)
     vil = AlphaVIL(model, [Task(data, loss, data)], 0, make_optimizer=lambda ps: torch.optim.SGD(ps, lr=lr))
     with pytest.warns(RuntimeWarning, match="stay as they were"):
         found = vil.epoch()
     assert (found.kept, found.sat_out, found.searched) == ("none", [], [])
     assert not math.isfinite(found.start)
-    assert same(values(model), before)
+    assert same_values(contents(model), before)
     assert vil.task_weights.tolist() == [1.0]
 
 
@@ -312,7 +322,7 @@ def test_frozen_backbone_and_frozen_head() -> None:
             found = epoch(vil)
             literal.round(case.trained_on())
             literal.compare(vil, found, 1e-12)
-        assert same({n: p for n, p in case.model.named_parameters() if n in still}, still)
+        assert same_values({n: p for n, p in case.model.named_parameters() if n in still}, still)
         assert all(p.requires_grad == (n not in still) for n, p in case.model.named_parameters())
 
 
@@ -338,7 +348,7 @@ def test_parameters_replaced_between_rounds() -> None:
     epoch(vil)
     saved = {name: 0.5 * value.clone() for name, value in case.model.state_dict().items()}
     case.model.load_state_dict(saved, assign=True)
-    before = values(case.model)
+    before = contents(case.model)
     try:
         found = epoch(vil)
     except ValueError as error:
@@ -351,10 +361,10 @@ def test_parameters_replaced_between_rounds() -> None:
 def test_an_optimizer_that_moves_more_than_it_was_given() -> None:
     """Of the model's parameters: another task's head is put back, whoever moved it."""
     case = Case(dtype=torch.float64, also=True)
-    before = values(case.model)
+    before = contents(case.model)
     vil = case.vil(make_optimizer=lambda _: ADAM([p for p in case.model.parameters() if p.requires_grad]))
     for stage in vil.stages():
-        assert stage.kind == "move" or same(values(case.model), before), stage
+        assert stage.kind == "move" or same_values(contents(case.model), before), stage
     assert development_loss(case.model, case.tasks["size"]) <= vil.last.before  # type: ignore[union-attr]
 
 
@@ -362,7 +372,7 @@ def test_an_optimizer_that_moves_more_than_it_was_given() -> None:
 def test_moves_beneath_the_last_digit(dtype: torch.dtype) -> None:
     """Steps too small to see change nothing; alpha has nothing to weigh, and nothing is wrong."""
     case = Case(dtype=dtype)
-    before = values(case.model)
+    before = contents(case.model)
     found = epoch(case.vil(make_optimizer=lambda ps: torch.optim.SGD(ps, lr=1e-30)))
-    assert same(values(case.model), before)
+    assert same_values(contents(case.model), before)
     assert found.alphas.tolist() == [1.0, 1.0, 1.0]

@@ -12,22 +12,20 @@ from torch.nn import functional
 
 from mtlgrad import Binary, reference
 from mtlgrad.posterior import binary_posterior, regression_posterior
-from tests.support.bayesagg_cases import (
-    ALL_KINDS,
+from tests.support.bounds import assert_near
+from tests.support.nets import (
     GAMMAS,
+    HEAD_WIDTH,
+    KINDS,
     LAYERS,
     POWERS,
-    WIDTH,
-    combined,
-    expected,
-    law_of,
     mean_loss,
-    model,
-    moments,
+    posterior,
+    problem,
     published_layer,
     unpacked,
 )
-from tests.support.posterior_cases import close
+from tests.support.oracles import combined, expected_gradient, moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_forward_is_the_identity() -> None:
-    m = model()
+    m = problem()
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         features = m.data[0].features.to(dtype).requires_grad_()
         out = m.layer(features, m.targets())
@@ -49,7 +47,7 @@ def test_forward_is_the_identity() -> None:
 
 @pytest.mark.parametrize("missing", [0.0, 0.4])
 def test_warm_up_is_plain_summation_to_the_bit(missing: float) -> None:
-    m = model(missing=missing)
+    m = problem(missing=missing)
     with_layer = m.see(slice(0, 8))
     features = m.data[0].features[:8].clone().requires_grad_()
     torch.stack(m.losses(features, slice(0, 8))).sum().backward()
@@ -59,7 +57,7 @@ def test_warm_up_is_plain_summation_to_the_bit(missing: float) -> None:
 
 @pytest.mark.parametrize("how", ["eval", "no_grad", "frozen"])
 def test_where_nothing_trains_the_layer_is_absent(how: str) -> None:
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     before = unpacked(m.layer.get_extra_state())
@@ -92,30 +90,30 @@ def test_where_nothing_trains_the_layer_is_absent(how: str) -> None:
         (("binary",), "full"),
         (("binary",), "diag"),
         *[(("multiclass",), structure) for structure in ("full", "block", "kron", "diag")],
-        (ALL_KINDS, "full"),
+        (KINDS, "full"),
         (("binary", "multiclass", "binary", "regression"), "diag"),
         (("regression", "regression"), "kron"),
     ],
 )
 def test_backbone_gradient(kinds: tuple[str, ...], structure: str, batch: int, missing: float, statistics: str) -> None:
-    m = model(kinds, missing=missing, covariance=structure, statistics=statistics)
+    m = problem(kinds, missing=missing, covariance=structure, statistics=statistics)
     for rows in (slice(0, 7), slice(7, 30), slice(30, 40)):
         m.see(rows)
     m.layer.refresh()
     rows = slice(5, 5 + batch)
-    close(m.see(rows), expected(m, rows, structure), 1e-8)
+    assert_near(m.see(rows), expected_gradient(m, rows, structure), 1e-8)
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 @pytest.mark.parametrize("structure", ["full", "block", "kron", "diag"])
 def test_sampled_moments_are_the_estimator_on_samples_of_the_posterior(kind: str, structure: str) -> None:
-    m = model((kind,), covariance=structure, moments="sampled", num_samples=20_000)
+    m = problem((kind,), covariance=structure, moments="sampled", num_samples=20_000)
     m.see()
     m.layer.refresh()
     rows = slice(0, 5)
     data = m.data[0]
-    batch, prior = data.rows(rows), law_of(data, structure, gamma=GAMMAS[kind])
-    law = law_of(batch, structure, prior=prior)
+    batch, prior = data.rows(rows), posterior(data, structure, gamma=GAMMAS[kind])
+    law = posterior(batch, structure, prior=prior)
     samples = law.sample(20_000, torch.Generator().manual_seed(1))
     mean, variance = reference.sampled_moments(batch.features, batch.targets, samples, kind=kind)
     # Two independent estimates: six standard errors of their difference, and what 2 % on the weights can do to the mean
@@ -126,7 +124,7 @@ def test_sampled_moments_are_the_estimator_on_samples_of_the_posterior(kind: str
 
 def test_sampled_moments_follow_seed_and_pass() -> None:
     def gradients(seed: int) -> list[Tensor]:
-        m = model(("binary", "multiclass"), moments="sampled", num_samples=64, seed=seed)
+        m = problem(("binary", "multiclass"), moments="sampled", num_samples=64, seed=seed)
         m.see()
         m.layer.refresh()
         return [m.see(slice(0, 4)) for _ in range(2)]
@@ -139,7 +137,7 @@ def test_sampled_moments_follow_seed_and_pass() -> None:
 
 
 def test_heads_get_their_ordinary_gradients() -> None:
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     for head in m.heads:
@@ -150,24 +148,24 @@ def test_heads_get_their_ordinary_gradients() -> None:
         alone.zero_grad()
         mean_loss(data.rows(slice(0, 9)), alone(data.features[:9])).backward()
         for mine, theirs in zip(head.parameters(), alone.parameters()):
-            close(mine.grad, theirs.grad, 1e-14)  # type: ignore[arg-type]
+            assert_near(mine.grad, theirs.grad, 1e-14)  # type: ignore[arg-type]
 
 
 def test_statistics_are_of_one_epoch() -> None:
     """refresh() starts anew: what was seen before the last one is forgotten."""
-    m = model()
+    m = problem()
     m.see(slice(0, 25))
     m.layer.refresh()
     m.see(slice(25, 40))
     m.layer.refresh()
-    late = model()
+    late = problem()
     late.see(slice(25, 40))
     late.layer.refresh()
     assert torch.equal(m.aggregate(), late.aggregate())
 
 
 def test_streaming_expands_where_each_batch_met_the_weights() -> None:
-    by_streaming, by_storing = (model(("binary",), statistics=s) for s in ("streaming", "stored"))
+    by_streaming, by_storing = (problem(("binary",), statistics=s) for s in ("streaming", "stored"))
     for m in (by_streaming, by_storing):
         m.see(slice(0, 20))
         first = m.data[0].weight.clone()
@@ -183,8 +181,8 @@ def test_streaming_expands_where_each_batch_met_the_weights() -> None:
     streamed.update(batches[1].features, batches[1].targets, last)
     assert by_storing.layer.posteriors is not None
     assert by_streaming.layer.posteriors is not None
-    close(by_storing.layer.posteriors[0].mean, stored.mean)
-    close(by_streaming.layer.posteriors[0].mean, streamed.mean)
+    assert_near(by_storing.layer.posteriors[0].mean, stored.mean, 1e-10)
+    assert_near(by_streaming.layer.posteriors[0].mean, streamed.mean, 1e-10)
     assert not torch.allclose(stored.mean, streamed.mean)
 
 
@@ -193,7 +191,7 @@ def test_streaming_expands_where_each_batch_met_the_weights() -> None:
 
 def test_a_missing_label_is_a_task_that_is_not_there() -> None:
     """Each example's gradient is that of its labelled tasks; B counts all examples; without a label it is zero."""
-    m = model(missing=0.4)
+    m = problem(missing=0.4)
     for data in m.data:
         data.targets[3] = -100 if data.kind == "multiclass" else torch.nan
     m.see()
@@ -203,11 +201,11 @@ def test_a_missing_label_is_a_task_that_is_not_there() -> None:
     assert torch.equal(found, m.aggregate())
     # Rows without a label of a task change nothing for the others: leave them out of the batch.
     keep = torch.tensor([i for i in range(40) if i != 3])
-    close(m.aggregate(keep) * 39, found[keep] * 40)
+    assert_near(m.aggregate(keep) * 39, found[keep] * 40, 1e-10)
 
 
 def test_a_task_without_labels_in_the_batch() -> None:
-    m, fewer = model(), model(("regression", "multiclass"))
+    m, fewer = problem(), problem(("regression", "multiclass"))
     fewer.data = [m.data[0], m.data[2]]
     for part in (m, fewer):
         part.see()
@@ -220,7 +218,7 @@ def test_a_task_without_labels_in_the_batch() -> None:
             mine.load_state_dict(theirs.state_dict())
     m.data[1].targets = torch.full_like(m.data[1].targets, torch.nan)
     assert state["number"] == 1
-    close(m.see(slice(0, 9)), fewer.see(slice(0, 9)), 1e-12)
+    assert_near(m.see(slice(0, 9)), fewer.see(slice(0, 9)), 1e-12)
     weights = m.layer.task_weights
     assert weights is not None
     assert (weights[3:6] == 0).all()
@@ -232,7 +230,7 @@ def test_a_task_without_labels_in_the_batch() -> None:
 
 
 def test_a_batch_without_any_label_has_no_gradient() -> None:
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     for data in m.data:
@@ -241,14 +239,14 @@ def test_a_batch_without_any_label_has_no_gradient() -> None:
 
 
 def test_several_layers_are_one_layer() -> None:
-    one = model(("binary",))
-    several = model(("binary",))
+    one = problem(("binary",))
+    several = problem(("binary",))
     several.heads = []
     for row in one.data[0].weight:
-        head = nn.Linear(WIDTH, 1, dtype=torch.float64)
+        head = nn.Linear(HEAD_WIDTH, 1, dtype=torch.float64)
         with torch.no_grad():
-            head.weight.copy_(row[None, :WIDTH])
-            head.bias.copy_(row[WIDTH:])
+            head.weight.copy_(row[None, :HEAD_WIDTH])
+            head.bias.copy_(row[HEAD_WIDTH:])
         several.heads.append(head)
     options: dict[str, Any] = {"gamma": GAMMAS["binary"], "power": POWERS["binary"]}
     for layers in (several.heads, nn.ModuleList(several.heads)):
@@ -264,18 +262,18 @@ def test_several_layers_are_one_layer() -> None:
 @pytest.mark.parametrize("kind", ["regression", "binary"])
 def test_power_of_each_output(kind: str) -> None:
     powers = [0.0, 1.0, 2.0]
-    m = model((kind,))
+    m = problem((kind,))
     m.layer = published_layer([LAYERS[kind](m.heads[0], gamma=GAMMAS[kind], power=powers)])
     m.see()
     m.layer.refresh()
     mean, variance = moments(m.data[0], m.data[0])
     parts = [(mean[:, t : t + 1], variance[:, t : t + 1]) for t in range(3)]
-    close(m.aggregate(), combined(parts, powers), 1e-8)
+    assert_near(m.aggregate(), combined(parts, powers), 1e-8)
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.4])
 def test_the_sum_is_the_mean_times_the_tasks_that_have_a_label(missing: float) -> None:
-    m, summed = (model(missing=missing, reduction=reduction) for reduction in ("mean", "sum"))
+    m, summed = (problem(missing=missing, reduction=reduction) for reduction in ("mean", "sum"))
     for one in (m, summed):
         one.see()
         one.layer.refresh()
@@ -287,14 +285,14 @@ def test_the_sum_is_the_mean_times_the_tasks_that_have_a_label(missing: float) -
         ]
     )
     assert len(labels) == m.layer.num_tasks
-    close(summed.aggregate(), m.aggregate() * labels.sum(0)[:, None], 1e-12)
-    close(summed.see(), m.see() * labels.sum(0)[:, None], 1e-12)
+    assert_near(summed.aggregate(), m.aggregate() * labels.sum(0)[:, None], 1e-12)
+    assert_near(summed.see(), m.see() * labels.sum(0)[:, None], 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["regression", "binary"])
 def test_one_size_in_the_warm_up_and_after(kind: str) -> None:
     """Equal weights and a posterior that is certain of the heads' own weights: plain summation of the gradients."""
-    m = model((kind,), examples=4000)
+    m = problem((kind,), examples=4000)
     head = copy.deepcopy(m.heads[0])
     m.layer = published_layer([LAYERS[kind](head, gamma=1e6, power=0.0)], reduction="sum")
     if kind == "regression":
@@ -328,7 +326,7 @@ def test_one_size_in_the_warm_up_and_after(kind: str) -> None:
 @pytest.mark.parametrize("missing", [0.0, 0.3])
 @pytest.mark.parametrize("moments_of", ["exact", "sampled"])
 def test_task_weights_and_gradient_variance(missing: float, moments_of: str) -> None:
-    m = model(missing=missing, moments=moments_of, num_samples=20_000)
+    m = problem(missing=missing, moments=moments_of, num_samples=20_000)
     if missing:
         for data in m.data:  # an example without any label has no shares
             data.targets[3] = -100 if data.kind == "multiclass" else torch.nan
@@ -350,18 +348,18 @@ def test_task_weights_and_gradient_variance(missing: float, moments_of: str) -> 
     labelled = variance < torch.inf
     # 20,000 samples: 1 % of a variance.
     tolerance = 1e-8 if moments_of == "exact" else 0.05
-    close(weights, share[some].mean((0, 2)), tolerance)
-    close(variances, torch.where(labelled, variance, 0.0).sum(0) / labelled.sum(0), tolerance)
+    assert_near(weights, share[some].mean((0, 2)), tolerance)
+    assert_near(variances, torch.where(labelled, variance, 0.0).sum(0) / labelled.sum(0), tolerance)
     assert weights.sum().item() == pytest.approx(1.0)
     assert weights.shape == (7,)
 
 
 def test_what_the_layer_tells_is_of_the_step_that_was_made() -> None:
-    m = model()
+    m = problem()
     m.see()
     m.layer.refresh()
     m.see(slice(0, 8))
-    other = model()
+    other = problem()
     other.see()
     other.layer.refresh()
     other.see(slice(0, 8))
@@ -372,7 +370,7 @@ def test_what_the_layer_tells_is_of_the_step_that_was_made() -> None:
 
 
 def test_predict() -> None:
-    m = model()
+    m = problem()
     features = m.data[0].features
     before = m.layer.predict(features)
     for found, head in zip(before, m.heads):
@@ -382,7 +380,7 @@ def test_predict() -> None:
     after = m.layer.predict(features)
     data = m.data[0]
     law = regression_posterior(data.features, data.targets, gamma=GAMMAS["regression"])
-    close(after[0], features @ law.mean.T)
+    assert_near(after[0], features @ law.mean.T, 1e-10)
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[2], before[2])
     assert [o.dtype for o in m.layer.predict(features.double())] == [torch.float64] * 3

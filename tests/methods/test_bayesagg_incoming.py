@@ -14,30 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mtlgrad import BayesAgg, Binary, Multiclass, Regression
-from tests.support.bayesagg_cases import (
-    ALL_KINDS,
-    POWERS,
-    Model,
-    mean_loss,
-    model,
-    moments,
-    published_layer,
-    published_regression,
-)
-from tests.support.gradient_cases import close
+from tests.support.bounds import all_near
+from tests.support.nets import KINDS, POWERS, Problem, mean_loss, problem, published_layer, published_regression
+from tests.support.oracles import moments
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 ROWS = slice(0, 15)
 
 
-def ready(kinds: Sequence[str] = ALL_KINDS, **options: Any) -> Model:
-    m = model(kinds, **options)
+def ready(kinds: Sequence[str] = KINDS, **options: Any) -> Problem:
+    m = problem(kinds, **options)
     m.see()
     m.layer.refresh()
     return m
 
 
-def arrives(m: Model, loss: Callable[[Tensor, list[Tensor]], Tensor], rows: slice = ROWS) -> Tensor:
+def arrives(m: Problem, loss: Callable[[Tensor, list[Tensor]], Tensor], rows: slice = ROWS) -> Tensor:
     """The gradient that goes on, of a loss of the layer's output and the heads' plain losses."""
     features = m.data[0].features[rows].clone().requires_grad_()
     out = m.layer(features, m.targets(rows))
@@ -46,7 +38,7 @@ def arrives(m: Model, loss: Callable[[Tensor, list[Tensor]], Tensor], rows: slic
     return features.grad
 
 
-def expected(m: Model, scales: Sequence[float], without: Sequence[int] = (), rows: slice = ROWS) -> Tensor:
+def expected(m: Problem, scales: Sequence[float], without: Sequence[int] = (), rows: slice = ROWS) -> Tensor:
     """sum_t lambda_t s_t E_t / sum_t lambda_t / B, from the explicit moments; ``scales`` one a head."""
     numerator = denominator = torch.zeros(())
     for i, (data, scale) in enumerate(zip(m.data, scales)):
@@ -70,7 +62,7 @@ def test_loss_weights(weights: Sequence[float], by_total: bool) -> None:
         weighted = [w * one for w, one in zip(weights, losses)]
         return m.layer.total(weighted) if by_total else torch.stack(weighted).sum()
 
-    close(arrives(m, loss), expected(m, weights), 1e-6)
+    all_near(arrives(m, loss), expected(m, weights), 1e-6)
     assert m.layer.loss_weights is not None
     repeated = [w for w, head in zip(weights, m.layer.heads) for _ in range(head.num_tasks)]
     by_task = torch.tensor(repeated, dtype=torch.float64)
@@ -99,7 +91,7 @@ def test_between_the_layer_and_a_head(how: str) -> None:
         return losses[0] + mean_loss(m.data[1].rows(ROWS), m.heads[1](change(out))) + losses[2]
 
     scales = {"reversal": (1.0, -1.0, 1.0), "detach": (1.0, 0.0, 1.0), "hook": (3.0, 3.0, 3.0)}[how]
-    close(arrives(m, loss), expected(m, scales), 1e-8)
+    all_near(arrives(m, loss), expected(m, scales), 1e-8)
 
 
 def test_means_of_the_labelled() -> None:
@@ -114,14 +106,14 @@ def test_means_of_the_labelled() -> None:
         return total
 
     scales = [15 / int(data.rows(ROWS).labelled.sum()) for data in m.data]
-    close(arrives(m, loss), expected(m, scales), 1e-8)
+    all_near(arrives(m, loss), expected(m, scales), 1e-8)
 
 
 @pytest.mark.parametrize("by_total", [False, True])
 def test_a_mean_over_the_outputs_is_the_published_loss_with_total(by_total: bool) -> None:
     m = ready(("regression",))
     found = arrives(m, lambda _, losses: m.layer.total([losses[0] / 3]) if by_total else losses[0] / 3)
-    close(found, expected(m, [1.0 if by_total else 1 / 3]), 1e-8)
+    all_near(found, expected(m, [1.0 if by_total else 1 / 3]), 1e-8)
 
 
 def test_a_scale_that_overflowed_goes_on() -> None:
@@ -167,7 +159,7 @@ def test_a_strong_penalty_without_total_does_not_vanish() -> None:
     change = arrives(m, lambda out, losses: torch.stack(losses).sum() + 3 * out.square().mean())
     change = change - arrives(m, lambda _, losses: torch.stack(losses).sum())
     features = m.data[0].features[ROWS]
-    close(change, 3 * 2 * features / features.numel(), 1e-8)
+    all_near(change, 3 * 2 * features / features.numel(), 1e-8)
 
 
 @pytest.mark.parametrize("by_total", [False, True])
@@ -182,7 +174,7 @@ def test_a_head_that_is_not_registered_adds_its_own_gradient(by_total: bool) -> 
     change = arrives(m, lambda out, losses: loss(out, losses, 0.05)) - arrives(m, lambda o, ls: loss(o, ls, 0.0))
     features = m.data[0].features[ROWS].clone().requires_grad_()
     (own,) = torch.autograd.grad(0.05 * other(features).square().mean(), features)
-    close(change, own, 1e-8 if by_total else 1e-6)
+    all_near(change, own, 1e-8 if by_total else 1e-6)
 
 
 def test_a_second_layer_above() -> None:
@@ -200,7 +192,7 @@ def test_a_second_layer_above() -> None:
     inputs = below.data[0].features[ROWS].clone().requires_grad_()
     (own,) = torch.autograd.grad(block(inputs), inputs, between.grad)
     assert features.grad is not None
-    close(features.grad, expected(below, [1.0]) + own, 1e-8)
+    all_near(features.grad, expected(below, [1.0]) + own, 1e-8)
 
 
 def test_under_autocast() -> None:
@@ -300,7 +292,7 @@ def test_another_loss_goes_on_as_it_is_and_is_named_once(name: str) -> None:
     with pytest.warns(UserWarning, match=words) as caught:
         first = gradient(losses)
     assert len(caught) == 1
-    close(gradient(losses), first, 1e-12)  # and without another warning
+    all_near(gradient(losses), first, 1e-12)  # and without another warning
     # The others' aggregate, and the head's own gradient.
     others = [i for i in range(3) if i != index]
     alone = published_layer([layer.heads[i] for i in others])
@@ -308,10 +300,10 @@ def test_another_loss_goes_on_as_it_is_and_is_named_once(name: str) -> None:
     alone.refresh()
     leaf = features[ROWS].clone().requires_grad_()
     (own,) = torch.autograd.grad(other(heads[index](leaf), targets[index][ROWS]), leaf)
-    close(first, alone.aggregate(features[ROWS], [targets[i][ROWS] for i in others]) + own, 1e-8)
+    all_near(first, alone.aggregate(features[ROWS], [targets[i][ROWS] for i in others]) + own, 1e-8)
     assert layer.loss_weights is not None
     weights = torch.cat([torch.full((h.num_tasks,), float(i != index)) for i, h in enumerate(layer.heads)]).double()
-    close(layer.loss_weights, weights, 1e-8)
+    all_near(layer.loss_weights, weights, 1e-8)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -373,7 +365,7 @@ def test_plain_losses_are_never_taken_for_others(
 
 
 def test_a_pass_that_does_not_count() -> None:
-    once, twice = model(), model()
+    once, twice = problem(), problem()
     for m in (once, twice):
         for rows in (slice(0, 20), slice(20, 40)):
             arrives(m, lambda _, losses: torch.stack(losses).sum(), rows)
@@ -394,9 +386,9 @@ def test_a_call_a_task() -> None:
         targets[index] = m.targets(ROWS)[index]
         out = m.layer(features, targets)
         m.losses(out, ROWS)[index].backward()
-        alone = Model([m.data[index]], [m.heads[index]], m.layer)
+        alone = Problem([m.data[index]], [m.heads[index]], m.layer)
         assert features.grad is not None
-        close(features.grad, expected(alone, [1.0]), 1e-8)
+        all_near(features.grad, expected(alone, [1.0]), 1e-8)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4), (1, 7)])
@@ -446,7 +438,7 @@ def test_positions_are_examples(shape: tuple[int, ...]) -> None:
     for layer, fold in ((flat, lambda x: x), (deep, folded)):
         gradient(layer, fold)
         layer.refresh()
-    close(gradient(deep, folded), folded(gradient(flat, lambda x: x)), 1e-12)
+    all_near(gradient(deep, folded), folded(gradient(flat, lambda x: x)), 1e-12)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -513,7 +505,7 @@ def test_targets_of_another_kind(head: Any, targets: Tensor, words: str) -> None
 
 @pytest.mark.parametrize("how", ["evaluation mode", "no_grad", "a frozen backbone"])
 def test_an_epoch_that_left_nothing_says_why(how: str) -> None:
-    m = model()
+    m = problem()
     features = m.data[0].features.clone().requires_grad_(how != "a frozen backbone")
     m.layer.train(how != "evaluation mode")
     with torch.set_grad_enabled(how != "no_grad"):
@@ -524,7 +516,7 @@ def test_an_epoch_that_left_nothing_says_why(how: str) -> None:
 
 
 def test_never_refreshing_is_told_once() -> None:
-    m = model()
+    m = problem()
     for epoch in range(4):
         m.layer.train()
         m.see()

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from mtlgrad import BayesAgg, Regression
-from tests.support.bayesagg_cases import ALL_KINDS, GAMMAS, Model, model
-from tests.support.gradient_cases import close
-from tests.support.posterior_cases import dense_of
+from tests.support.bounds import all_near
+from tests.support.nets import GAMMAS, KINDS, Problem, problem
+from tests.support.oracles import dense_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = [slice(i, i + 5) for i in range(0, 40, 5)]
 
 
-def passed(m: Model, rows: slice) -> Tensor:
+def passed(m: Problem, rows: slice) -> Tensor:
     features = m.data[0].features[rows].clone().requires_grad_()
     torch.stack(m.losses(m.layer(features, m.targets(rows)), rows)).sum().backward()
     assert features.grad is not None
     return features.grad
 
 
-def expected_precision(m: Model, index: int, decay: float, batches: int, factor: float) -> Tensor:
+def expected_precision(m: Problem, index: int, decay: float, batches: int, factor: float) -> Tensor:
     """Prior and curvatures of the batches, the last of weight one, times ``factor``; dense."""
     data, head = m.data[index], m.layer.heads[index]
     hidden = data.features
@@ -45,10 +45,10 @@ def expected_precision(m: Model, index: int, decay: float, batches: int, factor:
     return total
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("half_life", [2.0, 3.5])
 def test_sums_that_decay(kind: str, half_life: float) -> None:
-    m = model((kind,), statistics="moving", half_life=half_life)
+    m = problem((kind,), statistics="moving", half_life=half_life)
     for i, rows in enumerate(BATCHES):
         passed(m, rows)
         # After half_life batches, and then after every fourth of it, of the batches before.
@@ -56,11 +56,11 @@ def test_sums_that_decay(kind: str, half_life: float) -> None:
         assert (m.layer.posteriors is not None) == (i + 1 >= first)
     assert m.layer.posteriors is not None
     found = dense_of(m.layer.posteriors[0], m.layer.posteriors[0].precision)
-    close(found, expected_precision(m, 0, 0.5 ** (1 / half_life), len(BATCHES) - 1, 1.0), 1e-10)
+    all_near(found, expected_precision(m, 0, 0.5 ** (1 / half_life), len(BATCHES) - 1, 1.0), 1e-10)
 
 
 def test_refresh_tells_how_many_examples_an_epoch_has() -> None:
-    m = model(("regression",), statistics="moving", half_life=2.0)
+    m = problem(("regression",), statistics="moving", half_life=2.0)
     for rows in BATCHES:
         passed(m, rows)
     m.layer.refresh()
@@ -68,16 +68,16 @@ def test_refresh_tells_how_many_examples_an_epoch_has() -> None:
     weight = 5 * sum(decay**i for i in range(len(BATCHES)))
     assert m.layer.posteriors is not None
     found = dense_of(m.layer.posteriors[0], m.layer.posteriors[0].precision)
-    close(found, expected_precision(m, 0, decay, len(BATCHES), 40 / weight), 1e-10)
+    all_near(found, expected_precision(m, 0, decay, len(BATCHES), 40 / weight), 1e-10)
     passed(m, BATCHES[0])  # and goes on with them
     assert m.layer._full_data[0].weight == pytest.approx(decay * weight + 5)
 
 
 def test_memory_does_not_grow() -> None:
-    def size(m: Model) -> int:
+    def size(m: Problem) -> int:
         return len(m.layer.state_dict()["_extra_state"])
 
-    m = model(statistics="moving", half_life=2.0)
+    m = problem(statistics="moving", half_life=2.0)
     for rows in BATCHES:
         passed(m, rows)
     before = size(m)
@@ -87,17 +87,17 @@ def test_memory_does_not_grow() -> None:
 
 
 def test_a_long_half_life_is_streaming() -> None:
-    moving = model(statistics="moving", half_life=1e9)
-    streaming = model(statistics="streaming")
+    moving = problem(statistics="moving", half_life=1e9)
+    streaming = problem(statistics="streaming")
     for m in (moving, streaming):
         for rows in BATCHES:
             passed(m, rows)
         m.layer.refresh()
-    close(moving.aggregate(slice(0, 9)), streaming.aggregate(slice(0, 9)), 1e-6)
+    all_near(moving.aggregate(slice(0, 9)), streaming.aggregate(slice(0, 9)), 1e-6)
 
 
 def test_the_noise_of_sums_that_decay() -> None:
-    m = model(("regression",))
+    m = problem(("regression",))
     layer = BayesAgg([Regression(m.heads[0], gamma=1e6, bias=False)], statistics="moving", half_life=2.0)
     data = m.data[0]
     for rows in BATCHES:
@@ -111,10 +111,10 @@ def test_the_noise_of_sums_that_decay() -> None:
     solution = torch.linalg.lstsq(root * data.features, root * data.targets).solution
     residuals = (weight[:, None] * (data.targets - data.features @ solution).square()).sum(0)
     assert layer.noise is not None
-    close(layer.noise, residuals / (40 - data.features.shape[1]), 1e-5)
+    all_near(layer.noise, residuals / (40 - data.features.shape[1]), 1e-5)
 
 
 @pytest.mark.parametrize("half_life", [0, -1.0, "long"])
 def test_half_lives_that_are_refused(half_life: Any) -> None:
     with pytest.raises(ValueError, match="BayesAgg: half_life: expected a number of batches above 0, found"):
-        BayesAgg(model().layer.heads, statistics="moving", half_life=half_life)
+        BayesAgg(problem().layer.heads, statistics="moving", half_life=half_life)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtlgrad import BayesAgg, Binary, Regression
-from tests.support.bayesagg_cases import GAMMAS, combined, isserlis, published_layer, published_regression
-from tests.support.gradient_cases import close, near, normal
+from tests.support.bounds import all_near, near, normal
+from tests.support.nets import GAMMAS, published_layer, published_regression
+from tests.support.oracles import combined, isserlis
 from tests.support.ranks import Pool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,10 +82,10 @@ def test_estimated(statistics: str, missing: bool, batch: int) -> None:
     bayes.refresh()
     noise = exact_noise(features, targets)
     assert bayes.noise is not None
-    close(bayes.noise, noise, 1e-10)
+    all_near(bayes.noise, noise, 1e-10)
     assert (noise.sqrt() / torch.tensor([0.05, 0.5, 2.0]) - 1.0).abs().max() < 0.5  # the prior draws small ones away
     found = bayes.aggregate(features[:batch], [targets[:batch]])
-    close(found, expected(features, targets, noise, batch), 1e-8)
+    all_near(found, expected(features, targets, noise, batch), 1e-8)
 
 
 @pytest.mark.parametrize("noise", [0.04, 9.0])
@@ -94,8 +95,8 @@ def test_given(noise: float) -> None:
     see(bayes, features, targets)
     bayes.refresh()
     assert bayes.noise is not None
-    close(bayes.noise, torch.full((3,), noise, dtype=torch.float64), 1e-12)
-    close(bayes.aggregate(features[:5], [targets[:5]]), expected(features, targets, bayes.noise, 5), 1e-8)
+    all_near(bayes.noise, torch.full((3,), noise, dtype=torch.float64), 1e-12)
+    all_near(bayes.aggregate(features[:5], [targets[:5]]), expected(features, targets, bayes.noise, 5), 1e-8)
 
 
 def test_the_backward_sends_back_the_aggregate_and_the_step_after_knows_new_noise() -> None:
@@ -106,12 +107,12 @@ def test_the_backward_sends_back_the_aggregate_and_the_step_after_knows_new_nois
         bayes.refresh()
         assert bayes.noise is not None
         first = bayes.noise if first is None else first
-        close(bayes.noise, factor**2 * exact_noise(features, targets), 1e-10)
+        all_near(bayes.noise, factor**2 * exact_noise(features, targets), 1e-10)
         leaf = features[:6].clone().requires_grad_()
         loss = (bayes.heads[0].predict(bayes(leaf, [factor * targets[:6]])) - factor * targets[:6]).square().sum() / 6
         loss.backward()
         assert leaf.grad is not None
-        close(leaf.grad, expected(features, factor * targets, bayes.noise, 6, first), 1e-8)
+        all_near(leaf.grad, expected(features, factor * targets, bayes.noise, 6, first), 1e-8)
         for full_data in bayes._full_data:
             full_data.end_epoch()
 
@@ -125,7 +126,7 @@ def test_units_do_not_matter() -> None:
         see(bayes, features, targets * unit)
         bayes.refresh()
         found.append(bayes.aggregate(features[:7], [targets[:7] * unit]) / unit**2)
-    close(found[0], found[1], 1e-9)
+    all_near(found[0], found[1], 1e-9)
 
 
 def test_beside_other_heads_float32_and_published() -> None:
@@ -163,7 +164,7 @@ def test_a_floor_and_targets_that_tell_nothing() -> None:
     see(bayes, features, targets)
     bayes.refresh()
     assert bayes.noise is not None
-    close([bayes.noise[0]], [1e-6 * targets[:, 0].square().mean()], 1e-6)
+    all_near([bayes.noise[0]], [1e-6 * targets[:, 0].square().mean()], 1e-6)
     assert bayes.noise[1] == 1.0
     assert bayes.aggregate(features[:5], [targets[:5]]).isfinite().all()
     # Fewer labels than weights, and none at all.
@@ -240,14 +241,14 @@ def test_two_ranks_equal_one_process(two_ranks: Pool, statistics: str, missing: 
     parts = two_ranks(on_ranks, statistics, missing, 2, None)
     for i in (0, 2):
         for part in parts:
-            close(part[i], expected[i], 1e-9)
+            all_near(part[i], expected[i], 1e-9)
     for i in (1, 3):  # each rank's rows, times the number of ranks, which average
         for part, rows in zip(parts, expected[i].split((2, 5))):
-            close(part[i], 2.0 * rows, 1e-9)
+            all_near(part[i], 2.0 * rows, 1e-9)
 
 
 def test_four_ranks_equal_one_process(four_ranks: Pool) -> None:
     expected = on_ranks("streaming", True, 4, -1)
     for part in four_ranks(on_ranks, "streaming", True, 4, None):
         for one, other in zip(part, expected, strict=True):
-            close(one, other, 1e-9)
+            all_near(one, other, 1e-9)

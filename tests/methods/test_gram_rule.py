@@ -15,19 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mtlgrad
 from mtlgrad import GramRule, ops, reference, task_backward
-from tests.support.gradient_cases import (
-    Net,
-    at_features,
-    close,
-    flat,
-    gradients,
-    inputs,
-    jacobian,
-    near,
-    normal,
-    pushed,
-    step,
-)
+from tests.support.bounds import all_near, flat, gradients, near, normal
+from tests.support.nets import Net, inputs, step
+from tests.support.oracles import at_features, jacobian, pushed
 
 
 def inverse_norms(gram: Tensor) -> Tensor:
@@ -86,8 +76,8 @@ def test_layer(name: str) -> None:
     rule = made(name)
     assert rule.weights is None
     step(net, rule, x)
-    close(gradients(net.shared), backbone)
-    close(gradients(net.heads.parameters()), [h.sum(0) for h in heads])
+    all_near(gradients(net.shared), backbone)
+    all_near(gradients(net.heads.parameters()), [h.sum(0) for h in heads])
     assert rule.weights is not None
     assert near(rule.weights, weights, 1e-5)
 
@@ -114,7 +104,7 @@ def test_merge_scales_heads_where_it_is_told_them(name: str) -> None:
     rule.merge(net.shared, heads=[head.parameters() for head in net.heads])
     assert rule.weights is not None
     factors = [w for w, head in zip(rule.weights, net.heads) for _ in head.parameters()]
-    close(gradients(net.heads.parameters()), [w.float() * b for w, b in zip(factors, before) if b is not None])
+    all_near(gradients(net.heads.parameters()), [w.float() * b for w, b in zip(factors, before) if b is not None])
 
 
 @pytest.mark.parametrize("shared", ["parameters", "features"])
@@ -143,7 +133,7 @@ def test_three_micro_batches_add_up(name: str) -> None:
         for w, p in zip(want, alone.shared):
             w += p.grad  # type: ignore[arg-type]
         step(net, rule, inputs(seed=seed))
-    close(gradients(net.shared), want)
+    all_near(gradients(net.shared), want)
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "of one's own"])  # that divides by its norm
@@ -158,7 +148,7 @@ def test_an_absent_task(name: str) -> None:
     (losses[0] + losses[2]).backward()
     alone = Net()
     features = alone.backbone(x)
-    close(gradients(net.shared), pushed(alone, features, update))
+    all_near(gradients(net.shared), pushed(alone, features, update))
 
 
 # ---- what a training loop does ---------------------------------------------------------------------------------------
@@ -171,7 +161,7 @@ def test_a_loss_scale_goes_through(name: str) -> None:
         net = Net()
         (sum(net.losses(made(name)(net.backbone(x)))) * scale).backward()  # type: ignore[operator]
         found.append([p.grad / scale for p in net.shared])  # type: ignore[operator]
-    close(found[1], found[0])
+    all_near(found[1], found[0])
 
 
 @every_rule
@@ -183,7 +173,7 @@ def test_evaluation_mode_gives_views(name: str) -> None:
     sum(net.losses(views)).backward()  # type: ignore[attr-defined]
     plain = Net()
     sum(plain.from_features(plain.backbone(inputs()))).backward()  # type: ignore[attr-defined]
-    close(gradients(net.shared), gradients(plain.shared))
+    all_near(gradients(net.shared), gradients(plain.shared))
 
 
 @every_rule
@@ -207,7 +197,7 @@ def test_made_under_another_default_device(name: str) -> None:
         torch.set_default_device(None)
     want = Net()
     step(want, made(name), x)
-    close(gradients(net.shared), gradients(want.shared), 0.0)
+    all_near(gradients(net.shared), gradients(want.shared), 0.0)
     assert rule.weights is not None
     assert rule.weights.device == x.device
 
@@ -221,7 +211,7 @@ def test_under_checkpointing(name: str, reentrant: bool) -> None:
     features = checkpoint(net.backbone, x, use_reentrant=reentrant)
     sum(net.losses(rule(features))).backward()  # type: ignore[attr-defined]
     step(want, made(name), inputs())
-    close(gradients(net.shared), gradients(want.shared), 1e-6)
+    all_near(gradients(net.shared), gradients(want.shared), 1e-6)
 
 
 @every_rule
@@ -250,7 +240,7 @@ def test_copies_and_pickles_are_rules_of_their_own(name: str) -> None:
     for other in others:
         net = Net()
         step(net, other, x)
-        close(gradients(net.shared), gradients(want.shared), 0.0)
+        all_near(gradients(net.shared), gradients(want.shared), 0.0)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

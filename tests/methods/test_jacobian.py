@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mtlgrad import task_backward
-from tests.support.gradient_cases import Net, gradients, inputs, jacobian, normal
+from tests.support.bounds import gradients, normal
+from tests.support.nets import Net, inputs
+from tests.support.oracles import jacobian
 
 BOTH = pytest.mark.parametrize("through", [False, True], ids=["whole graph", "features"])
 

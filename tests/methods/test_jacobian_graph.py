@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mtlgrad import task_backward
 from tests.methods.test_jacobian import BOTH, assert_equal, jacobians, run, wanted
-from tests.support.gradient_cases import Net, gradients, inputs, jacobian
+from tests.support.bounds import gradients
+from tests.support.nets import Net, inputs
+from tests.support.oracles import jacobian
 
 
 @BOTH

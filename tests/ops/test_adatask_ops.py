@@ -26,7 +26,7 @@ from tests.support.adatask_cases import (
     on,
     weights_of,
 )
-from tests.support.gradient_cases import normal
+from tests.support.bounds import normal
 
 EVERY_KIND = pytest.mark.parametrize("rule", KINDS)
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))

@@ -3,6 +3,8 @@ against 50 digits, and the properties that define it; on every backend."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,52 @@ from torch import Tensor
 
 from mtlgrad import ops, reference
 from mtlgrad.ops import AlignResult
-from tests.support.gradient_cases import SYSTEMS, dependent, near, normal, procrustes
+from tests.support.bounds import near, normal
+from tests.support.oracles import procrustes
+
+
+def dependent(seed: int, tasks: int, columns: int) -> Tensor:
+    """Whole numbers, the last row exactly the first less the second (T = 2: twice the first): the rank is T - 1. They
+    are positive, so that sums grow from end to end, and with them the rounding of a careless one."""
+    rows = torch.randint(1, 100, (tasks, columns), generator=torch.Generator().manual_seed(seed)).double()
+    if tasks == 2:
+        rows[1] = 2 * rows[0]
+    elif tasks > 2:
+        rows[-1] = rows[0] - rows[1]
+    return rows
+
+
+def _twice(rows: Tensor, factor: float) -> Tensor:
+    rows[1] = factor * rows[0]
+    return rows
+
+
+def _scaled(rows: Tensor, factors: Sequence[float]) -> Tensor:
+    return rows * torch.tensor(factors, dtype=rows.dtype)[:, None]
+
+
+#: Systems of gradients [T, N] and their rank under the default tolerance.
+SYSTEMS: dict[str, tuple[Callable[[], Tensor], int]] = {
+    "full rank": (lambda: normal(1, 5, 300), 5),
+    "two tasks": (lambda: normal(2, 2, 1000), 2),
+    "one task": (lambda: normal(3, 1, 33), 1),
+    "one number": (lambda: normal(4, 1, 1), 1),
+    "dependent": (lambda: dependent(5, 4, 257), 3),
+    "same twice": (lambda: _twice(normal(6, 3, 100), 1.0), 2),
+    "opposite": (lambda: _twice(normal(7, 2, 100), -1.0), 1),
+    "opposite of three": (lambda: _twice(normal(8, 3, 100), -1.0), 2),
+    "nearly opposite": (lambda: torch.cat([n := normal(9, 1, 1000), 0.02 * normal(10, 1, 1000) - n]), 2),
+    "dominated": (lambda: _scaled(normal(11, 3, 500), [1e3, 1.0, 1e-2]), 2),
+    "dominated by six": (lambda: _scaled(normal(12, 3, 500), [1e3, 1.0, 1.0]), 3),
+    "more tasks than columns": (lambda: normal(13, 6, 3), 3),
+    "many more": (lambda: normal(14, 20, 7), 7),
+    "twenty tasks": (lambda: normal(15, 20, 500), 20),
+    "twenty tasks of rank 19": (lambda: dependent(16, 20, 500), 19),
+    "absent task": (lambda: _scaled(normal(17, 4, 100), [1.0, 1.0, 0.0, 1.0]), 3),
+    "no gradient": (lambda: torch.zeros(3, 50, dtype=torch.float64), 0),
+    "orthonormal": (lambda: torch.eye(5, 9, dtype=torch.float64), 5),
+    "alike": (lambda: normal(18, 1, 400) + 0.1 * normal(19, 8, 400), 8),
+}
 
 SCALES = ["min", "median", "rmse"]
 

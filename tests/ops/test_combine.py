@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtlgrad import ops
-from tests.support.gradient_cases import DTYPES, TINY, UNIT, normal
+from tests.support.bounds import DTYPES, TINY, UNIT, normal
 
 SIZES = [0, 1, 31, 32, 33, 255, 257, 1000, 70_000]
 TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)

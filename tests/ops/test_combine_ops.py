@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtlgrad import ops, reference
 from mtlgrad.ops import _native
-from tests.support.gradient_cases import near, normal, procrustes
+from tests.support.bounds import near, normal
+from tests.support.oracles import procrustes
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 

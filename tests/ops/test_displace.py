@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtlgrad import ops, reference
 from tests.ops.test_combine import LAYOUTS, assert_same, stacks
-from tests.support.gradient_cases import DTYPES, UNIT, near, normal
+from tests.support.bounds import DTYPES, UNIT, near, normal
 
 SIZES = [0, 1, 31, 32, 33, 255, 257, 1000, 70_000]
 # Of the rows, of base.

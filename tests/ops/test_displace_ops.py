@@ -15,7 +15,7 @@ from mtlgrad.ops import _native, displacement
 from mtlgrad.ops.rows import Rows, dense
 from tests.ops.test_combine import assert_same
 from tests.ops.test_displace import PAIRS, TYPES, Pair, problem, weights_for
-from tests.support.gradient_cases import UNIT, near, normal
+from tests.support.bounds import UNIT, near, normal
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
 

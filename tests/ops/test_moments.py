@@ -1,29 +1,120 @@
 """The `moments` operations against their float64 reference, on every backend there is: the CPU kernels, the CUDA
-kernels in the host emulator, and the CUDA kernels on a GPU where there is one."""
+kernels in the host emulator, and the CUDA kernels on a GPU where there is one; and how close they come to the integrals
+that they stand for."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mtlgrad import ops, reference
-from tests.support.moments_cases import (
-    Case,
-    assert_within_bound,
-    binary,
-    cast,
-    generator,
-    multiclass,
-    normal,
-    regression,
-)
 
 SIZES = [(1, 1), (2, 0), (3, 31), (2, 32), (33, 33), (5, 255), (4, 257), (2, 1000)]
 # In float64 the reference is no better than what it checks: its own centred sums of tight posteriors lose some digits.
 EPS = {torch.float32: 1.2e-7, torch.float64: 1e-13, torch.float16: 1.2e-7, torch.bfloat16: 1.2e-7}
+
+
+# ---- random posteriors and batches -----------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    features: Tensor
+    targets: Tensor
+    mean: Tensor
+    covariance: Tensor | tuple[Tensor, Tensor]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def spd(g: torch.Generator, *batch: int, size: int) -> Tensor:
+    """Covariances with eigenvalues between about 0.01 and 4."""
+    a = normal(g, *batch, size, size)
+    return a @ a.mT / max(size, 1) + 0.01 * torch.eye(size, dtype=torch.float64)
+
+
+def regression(
+    seed: int,
+    batch: int,
+    width: int,
+    outputs: int = 3,
+    scale: float = 1.0,
+    per_output: bool = False,
+    bias: bool = False,
+) -> Case:
+    g = generator(seed)
+    shape = (outputs,) if per_output else ()
+    return Case(
+        normal(g, batch, width),
+        normal(g, batch, outputs),
+        normal(g, outputs, width + bias),
+        scale * spd(g, *shape, size=width + bias),
+    )
+
+
+def binary(seed: int, batch: int, width: int, outputs: int = 3, scale: float = 1.0, diagonal: bool = False) -> Case:
+    g = generator(seed)
+    targets = torch.randint(0, 2, (batch, outputs), generator=g).double()
+    mean = normal(g, outputs, width + 1) / (width + 1) ** 0.5
+    covariance = scale * spd(g, outputs, size=width + 1)
+    return Case(normal(g, batch, width), targets, mean, covariance.diagonal(dim1=1, dim2=2) if diagonal else covariance)
+
+
+def multiclass(
+    seed: int, batch: int, width: int, classes: int = 3, scale: float = 1.0, structure: str = "full"
+) -> Case:
+    g = generator(seed)
+    targets = torch.randint(0, classes, (batch,), generator=g)
+    size = width + 1
+    mean = normal(g, classes, size) / size**0.5
+    covariance: Tensor | tuple[Tensor, Tensor]
+    if structure == "full":
+        covariance = scale * spd(g, size=classes * size)
+    elif structure == "block":
+        covariance = scale * spd(g, classes, size=size)
+    elif structure == "diag":
+        covariance = scale * (0.1 + torch.rand(classes, size, generator=g, dtype=torch.float64))
+    else:
+        covariance = (spd(g, size=classes), scale * spd(g, size=size))
+    return Case(normal(g, batch, width), targets, mean, covariance)
+
+
+def cast(case: Case, dtype: torch.dtype) -> Case:
+    """Floating tensors in another dtype; rounded once, so that the float64 reference sees the same numbers after."""
+
+    def to(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
+    covariance = tuple(to(c) for c in case.covariance) if isinstance(case.covariance, tuple) else to(case.covariance)
+    return Case(to(case.features), to(case.targets), to(case.mean), covariance)  # type: ignore[arg-type]
+
+
+def worst(got: Tensor, want: Tensor) -> Tensor:
+    """The largest error of each (example, task) row, [B, T]."""
+    error = (got.double() - want).abs()
+    return error.amax(-1) if error.shape[-1] else error.sum(-1)
+
+
+def assert_within_bound(got: Tensor, eager: Tensor, want: Tensor, terms: Tensor, eps: float, what: str) -> None:
+    """At most twice the eager computation's error in the same precision, plus a few eps of the size of the terms.
+
+    By rows: one element's eager error may be zero by luck, a row's largest one is not.
+    """
+    assert got.shape == want.shape
+    assert got.isfinite().all(), f"{what}: not finite"
+    limit = 2 * worst(eager, want) + 8 * eps * (terms.amax(-1) if terms.shape[-1] else terms.sum(-1))
+    excess = worst(got, want) - limit
+    assert (excess <= 0).all(), f"{what}: error {worst(got, want).max():.2e} over its bound by {excess.max():.2e}"
 
 
 def on(device: str, *values: Any) -> list[Any]:
@@ -371,3 +462,163 @@ def test_threads_do_not_change_the_result() -> None:
     for other in results[1:]:
         for a, b in zip(other, results[0]):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # the GEMMs before the kernels may split otherwise
+
+
+# ---- the integrals ---------------------------------------------------------------------------------------------------
+
+
+def weight_samples(case: Case, count: int, seed: int) -> Tensor:
+    """[count, rows, width] from N(mean, covariance), float64."""
+    assert isinstance(case.covariance, Tensor)
+    noise = normal(generator(seed), count, *case.mean.shape)
+    if case.covariance.dim() == 3:
+        return case.mean + torch.einsum("opq,soq->sop", torch.linalg.cholesky(case.covariance), noise)
+    factor = torch.linalg.cholesky(case.covariance)
+    return case.mean + (noise.flatten(1) @ factor.T).view_as(noise)
+
+
+def limit(case: Case, kind: str, chunks: int, size: int) -> tuple[Tensor, Tensor]:
+    """Moments over chunks x size weight samples, by the law of total variance."""
+    means, variances = [], []
+    for i in range(chunks):
+        mean, variance = ops.sampled_moments(case.features, case.targets, weight_samples(case, size, seed=i), kind=kind)
+        means.append(mean)
+        variances.append(variance)
+    mean = torch.stack(means).mean(0)
+    return mean, torch.stack(variances).mean(0) + torch.stack(means).var(0, unbiased=False)
+
+
+def hard_binary() -> Case:
+    """Logits with standard deviations up to 3.7: from half a probability to saturation and back. Beyond, 32 nodes lose
+    accuracy (2e-3 at worst for 4.5, 3e-2 for 8) and more nodes help."""
+    return binary(20, 6, 8, outputs=2, scale=0.7)
+
+
+def test_binary_against_samples() -> None:
+    case = hard_binary()
+    _, variance = ops.binary_moments(*case)
+    _, sampled = limit(case, "binary", 24, 100_000)  # 2.4 million: good to about 1e-3 itself
+    error = (variance / sampled - 1).abs()
+    assert error.mean() < 2e-3
+    few = ops.sampled_moments(case.features, case.targets, weight_samples(case, 512, seed=99), kind="binary")[1]
+    assert error.mean() < 0.1 * (few / sampled - 1).abs().mean()
+
+
+def test_binary_against_more_nodes() -> None:
+    case = hard_binary()
+    _, variance = ops.binary_moments(*case, nodes=32)
+    _, finer = ops.binary_moments(*case, nodes=128)
+    assert (variance / finer - 1).abs().max() < 1e-3
+
+
+def test_binary_float32_with_a_tight_posterior() -> None:
+    case = cast(binary(21, 16, 64, scale=1e-6), torch.float32)
+    want = ops.binary_moments(*cast(case, torch.float64))
+    got = ops.binary_moments(*case)
+    for a, b in zip(got, want):
+        assert ((a.double() - b).abs() <= 1e-4 * b.abs() + 1e-6 * b.abs().amax(-1, keepdim=True)).all()
+    assert (got[1].double() / want[1] - 1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("classes", "width", "scale"), [(3, 5, 1.0), (5, 32, 0.1), (10, 16, 0.1)])
+def test_multiclass_against_samples(classes: int, width: int, scale: float) -> None:
+    """Logits with standard deviations of about 2."""
+    case = multiclass(22, 8, width, classes=classes, scale=scale)
+    _, variance = ops.multiclass_moments(*case, num_points=256)
+    _, sampled = limit(case, "multiclass", 10, 20_000)
+    error = (variance / sampled - 1).abs()
+    assert error.mean() < 1.2e-2  # 1 % of its own, and what 200,000 samples leave open
+    _, finer = ops.multiclass_moments(*case, num_points=16384)
+    assert (variance / finer - 1).abs().mean() < 1e-2
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e2])
+def test_regression_equals_the_explicit_formula(scale: float) -> None:
+    """E[g g'] from all fourth moments of a Gaussian (Isserlis), as full [D, D] matrices, in float64."""
+    case = cast(regression(23, 7, 24, outputs=2, scale=scale), torch.float32)
+    h, y, m, s = (t.double() for t in case)  # type: ignore[union-attr]
+    w2 = s + torch.einsum("od,oe->ode", m, m)  # E[w w']
+    outer = torch.einsum("bd,be->bde", h, h)
+    mean = 2 * (torch.einsum("ode,be->bod", w2, h) - y[..., None] * m)
+    # E[w_d w_e (w.h)]  and  E[w_d w_e (w.h)^2] by pairing the factors of Gaussians with means
+    mh, sh = m @ h.T, torch.einsum("de,be->bd", s, h)  # [O, B], [B, D]
+    third = torch.einsum("ode,ob->bode", w2, mh)
+    third = third + torch.einsum("od,be->bode", m, sh) + torch.einsum("bd,oe->bode", sh, m)
+    v = torch.einsum("bde,de->b", outer, s)
+    fourth = torch.einsum("ode,bo->bode", w2, (mh**2).T + v[:, None])
+    cross = torch.einsum("od,be->bode", m, sh) + torch.einsum("bd,oe->bode", sh, m)
+    fourth = fourth + 2 * mh.T[..., None, None] * cross + 2 * torch.einsum("bd,be->bde", sh, sh)[:, None]
+    second = 4 * (y[..., None, None] ** 2 * w2 - 2 * y[..., None, None] * third + fourth)
+    variance = (second - torch.einsum("bod,boe->bode", mean, mean)).diagonal(dim1=-2, dim2=-1)
+    got = ops.regression_moments(*case)
+    for a, b in zip(got, (mean, variance)):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()
+    # Explicit second moments cancel by 1/scale: compare elements where float64 has digits left.
+    assert (got[1].double() / variance - 1).abs().max() < 1e-5 + 1e-15 / scale
+    # The residual m.h - y is rounded to float32 relative to its terms, not to itself.
+    terms = 2 * (m.abs() * (m.abs() @ h.abs().T + y.abs().T).T[..., None] + (s.abs() @ h.abs().T).T[:, None])
+    assert ((got[0].double() - mean).abs() <= 1e-6 * terms).all()
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_sampled_equals_the_literal_computation(kind: str) -> None:
+    case = binary(24, 16, 40, outputs=4) if kind == "binary" else multiclass(24, 16, 40, classes=4)
+    weights = weight_samples(case, 300, seed=3).float()
+    targets = case.targets.float() if kind == "binary" else case.targets
+    got = ops.sampled_moments(case.features.float(), targets, weights, kind=kind)
+    want = reference.sampled_moments(case.features.float().double(), case.targets, weights.double(), kind=kind)
+    for a, b in zip(got, want):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()
+    assert (got[1].double() / want[1] - 1).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_reference_compiles_to_the_same_numbers() -> None:
+    """Inductor once traced the quadrature's own eigenproblem, and got the moments wrong without a word."""
+    case = cast(binary(4, 4, 5), torch.float32)
+    compiled = torch.compile(reference.binary_moments, fullgraph=True)
+    for a, b in zip(compiled(*case), reference.binary_moments(*case)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+sizes = st.integers(1, 6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**16), batch=sizes, tasks=sizes, width=sizes, power=st.floats(0, 2))
+def test_precision_mean_properties(seed: int, batch: int, tasks: int, width: int, power: float) -> None:
+    g = generator(seed)
+    means, variances = normal(g, batch, tasks, width), normal(g, batch, tasks, width) ** 2 + 1e-3
+    out = ops.precision_mean(means, variances, power)
+    order = torch.randperm(tasks, generator=g)
+    torch.testing.assert_close(ops.precision_mean(means[:, order], variances[:, order], power), out)
+    torch.testing.assert_close(ops.precision_mean(3 * means, variances, power), 3 * out)
+    torch.testing.assert_close(ops.precision_mean(means, 7 * variances, power), out)  # a common scale drops out
+    twice = ops.precision_mean(means.repeat(1, 2, 1), variances.repeat(1, 2, 1), power)
+    torch.testing.assert_close(twice, out)
+    low, high = means.amin(1) / batch, means.amax(1) / batch  # a convex combination
+    assert ((out >= low - 1e-12) & (out <= high + 1e-12)).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**16), batch=sizes, width=sizes, scale=st.floats(1e-6, 0.5))
+def test_moments_properties(seed: int, batch: int, width: int, scale: float) -> None:
+    """Flipping the label and the weights' sign leaves a binary task as it is; two classes are one binary task, as far
+    as 32 nodes integrate (test_moments_accuracy)."""
+    case = binary(seed, batch, width, outputs=1, scale=scale)
+    mean, variance = ops.binary_moments(*case)
+    flipped = ops.binary_moments(case.features, 1 - case.targets, -case.mean, case.covariance)
+    torch.testing.assert_close(flipped[0], mean)
+    torch.testing.assert_close(flipped[1], variance)
+    assert (variance >= 0).all()
+    # Weights (0, w): the softmax over two classes is the logistic of the second's logit.
+    size = width + 1
+    joint = torch.zeros(2 * size, 2 * size, dtype=torch.float64)
+    joint[size:, size:] = case.covariance[0]  # type: ignore[index]
+    stacked = torch.stack([torch.zeros_like(case.mean[0]), case.mean[0]])
+    two = ops.multiclass_moments(case.features, case.targets[:, 0].long(), stacked, joint, num_points=4096)
+    spread = variance.sqrt().amax() + 1e-12
+    assert ((two[0] - mean).abs() <= 0.05 * spread).all()
+    assert ((two[1] - variance).abs() <= 0.1 * variance.amax() + 1e-12).all()

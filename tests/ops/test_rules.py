@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtlgrad import ops, reference
-from tests.support.gradient_cases import normal
+from tests.support.bounds import normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Rule = Callable[..., Tensor]

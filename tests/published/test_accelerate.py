@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import mtlgrad
 from mtlgrad.distributed import global_means
 from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_, unscale_jac_
+from tests.support.nets import Model
 from tests.support.ranks import Pool, environment
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -36,29 +37,28 @@ def accelerated(**settings: Any) -> Iterator[Accelerator]:
             GradientState._reset_state()
 
 
-class Model(nn.Module):
-    """Backbone, layer and two heads; what comes out are the heads' outputs and the features."""
+class Prepared(Model):
+    """With a layer; what comes out are the heads' outputs and the features."""
 
     def __init__(self, method: str) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.backbone = nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8))
-            self.age, self.kind = nn.Linear(8, 1), nn.Linear(8, 3)
+        super().__init__(
+            lambda: nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8)), heads=(1, 3)
+        )
         self.method = method
+        age, kind = self.heads
         if method == "aligned":
             self.layer = mtlgrad.AlignedMTL(2)
         elif method == "bayes":
-            self.layer = mtlgrad.BayesAgg([mtlgrad.Regression(self.age), mtlgrad.Multiclass(self.kind)])
+            self.layer = mtlgrad.BayesAgg([mtlgrad.Regression(age), mtlgrad.Multiclass(kind)])
 
-    def forward(self, x: Tensor, age: Tensor, kind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, age: Tensor, kind: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         features = views = self.backbone(x)
         if self.method == "aligned":
             views = self.layer(features)
         elif self.method == "bayes":
             views = self.layer(features, [age, kind])
         for_age, for_kind = views if isinstance(views, tuple) else (views, views)
-        return self.age(for_age), self.kind(for_kind), features
+        return self.heads[0](for_age), self.heads[1](for_kind), features
 
     def optimizer(self) -> torch.optim.Optimizer:
         if self.method == "adatask":
@@ -107,7 +107,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def fit(method: str, data: list[Batch], epochs: int = 1, **settings: Any) -> dict[str, Tensor]:
     with accelerated(**settings) as accelerator:
-        plain = Model(method)
+        plain = Prepared(method)
         model, optimizer = accelerator.prepare(plain, plain.optimizer())
         for _ in range(epochs):
             train(accelerator, model, optimizer, data)
@@ -118,7 +118,7 @@ def fit(method: str, data: list[Batch], epochs: int = 1, **settings: Any) -> dic
 
 def plainly(method: str, data: list[Batch], epochs: int, accumulate: int, dtype: torch.dtype | None) -> Any:
     """The loop that Accelerate stands for."""
-    model = Model(method)
+    model = Prepared(method)
     optimizer = model.optimizer()
     for _ in range(epochs):
         for start in range(0, len(data), accumulate):
@@ -239,7 +239,7 @@ def test_clipping_is_of_grad_alone() -> None:
 
 def test_features_that_were_made_float32_are_refused() -> None:
     with accelerated(mixed_precision="bf16") as accelerator:
-        model = accelerator.prepare(Model("adatask"))
+        model = accelerator.prepare(Prepared("adatask"))
         [batch] = batches([4])
         outputs = model(*batch)
         losses, shared = losses_of(outputs, *batch[1:]), model.backbone.parameters()
@@ -251,7 +251,7 @@ def test_features_that_were_made_float32_are_refused() -> None:
 def test_a_checkpoint_resumes(method: str, tmp_path: Path) -> None:
     data = batches([8] * 6)
     with accelerated() as accelerator:
-        plain = Model(method)
+        plain = Prepared(method)
         model, optimizer = accelerator.prepare(plain, plain.optimizer())
         train(accelerator, model, optimizer, data[:3])
         if method == "bayes":
@@ -260,7 +260,7 @@ def test_a_checkpoint_resumes(method: str, tmp_path: Path) -> None:
         train(accelerator, model, optimizer, data[3:])
         expected = weights(plain)
     with accelerated() as accelerator:
-        plain = Model(method)
+        plain = Prepared(method)
         model, optimizer = accelerator.prepare(plain, plain.optimizer())
         accelerator.load_state(str(tmp_path / "state"))
         train(accelerator, model, optimizer, data[3:])

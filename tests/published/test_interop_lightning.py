@@ -14,21 +14,10 @@ import mtlgrad
 from mtlgrad import rules
 from mtlgrad.interop.lightning import MultiTaskMonitor
 from mtlgrad.optim import AdaTaskAdam
-from tests.support.lightning_cases import (
-    AdaTask,
-    Aligned,
-    Batch,
-    Bayes,
-    Kept,
-    Model,
-    Shown,
-    batches,
-    fit,
-    values,
-)
+from tests.published.test_lightning import AdaTask, Aligned, Batch, Bayes, Kept, LitModel, Shown, batches, fit, values
 
 
-class Ruled(Model):
+class Ruled(LitModel):
     """Every rule, and one that is not used."""
 
     def __init__(self) -> None:
@@ -47,7 +36,7 @@ class Ruled(Model):
 
 
 @pytest.mark.parametrize("kind", [Aligned, Bayes, AdaTask])
-def test_what_is_logged_is_what_the_module_tells(kind: type[Model]) -> None:
+def test_what_is_logged_is_what_the_module_tells(kind: type[LitModel]) -> None:
     logger, shown = Kept(), Shown(values)
     fit(kind(), batches([8] * 7), MultiTaskMonitor(every_n_steps=2), shown, logger=logger, max_epochs=2)
     expected = [(step, told) for step, told in enumerate(shown.seen) if step % 2 == 1 and told]
@@ -172,14 +161,14 @@ def test_names() -> None:
         ({"task_names": ["a", "b", "c"]}, AdaTask, "task_names: expected 2, the tasks of AdaTaskAdam, found 3"),
         (
             {},
-            Model,
+            LitModel,
             r"pl_module: expected a rule \(AlignedMTL, UPGrad, ...\) or a BayesAgg among its modules, or an Ada",
         ),
         ({"task_names": ["age"]}, Ruled, "task_names: expected 2, the tasks of rules.IMTLG, found 1"),
         ({"every_n_steps": 0}, Aligned, "every_n_steps: expected at least 1, found 0"),
     ],
 )
-def test_refused(monitor: dict[str, Any], module: type[Model], message: str) -> None:
+def test_refused(monitor: dict[str, Any], module: type[LitModel], message: str) -> None:
     class Trains(module):  # type: ignore[misc, valid-type]
         def training_step(self, *_: Any) -> Any:
             raise AssertionError("training began")

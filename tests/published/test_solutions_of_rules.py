@@ -1,4 +1,4 @@
-"""Weights from a Gram matrix against solvers independent of the package (rules_oracles.py), and by the conditions
+"""Weights from a Gram matrix against solvers independent of the package (oracles.py), and by the conditions
 that a solution meets."""
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from mtlgrad import ops
 from mtlgrad.reference.rules import drawn_order
 from tests.ops.test_rules import found, update_error
-from tests.support import rules_oracles as oracles
-from tests.support.gradient_cases import normal
+from tests.support import oracles
+from tests.support.bounds import normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +41,7 @@ def per_rule(G: np.ndarray, M: np.ndarray) -> dict[str, np.ndarray | None]:
 
 def test_against_independent_solvers(device: str) -> None:
     worst: dict[str, float] = {}
-    for G in oracles.systems(60 if device == "cpu" else 25, seed=4):
+    for G in oracles.gradient_systems(60 if device == "cpu" else 25, seed=4):
         M = G.T @ G
         for name, want in per_rule(G, M).items():
             got = found(name, torch.tensor(M), device).cpu()
@@ -59,7 +59,7 @@ def test_against_independent_solvers(device: str) -> None:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(oracles.grams())
+@given(oracles.drawn_grams())
 def test_conditions(M: np.ndarray) -> None:
     gram, tasks = torch.tensor(M), len(M)
     u, squares = np.full(tasks, 1 / tasks), np.diag(M)

@@ -25,7 +25,7 @@ from transformers import BertConfig, BertModel, BertPreTrainedModel, Trainer, Tr
 
 import mtlgrad
 from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_
-from tests.support.lightning_cases import quiet
+from tests.published.test_lightning import quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

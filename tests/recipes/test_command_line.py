@@ -163,7 +163,7 @@ def test_a_run_without_a_terminal_is_quiet_not_silent(folder):
     assert found.stdout.splitlines()[-8:] == again.stdout.splitlines()[-8:]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_stopped_by_a_signal_then_resumed(number, folder):
     arguments = ["train", "--recipe", "slow.py", "--methods", "sum", "--seeds", "1", "--epochs", "3", "--name"]
     process = subprocess.Popen(command(*arguments, "x"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -214,6 +214,7 @@ def ends(processes):
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_stops_all_and_the_run_goes_on_as_if_nothing_had_been(folder):
     arguments = ["train", "--recipe", "slow.py", "--methods", "uncertainty", "--seeds", "1", "--name"]
     processes = begin(*arguments, "hurt")
@@ -236,6 +237,7 @@ def test_a_killed_rank_stops_all_and_the_run_goes_on_as_if_nothing_had_been(fold
     assert rows_of(folder / "runs/hurt/results.csv") == rows_of(folder / "runs/whole/results.csv")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(folder):
     processes = begin("train", "--recipe", "slow.py", "--methods", "sum", "--epochs", "500", "--name", "x")
     wait_for("runs/x/checkpoint.pt", processes)
@@ -247,6 +249,7 @@ def test_a_signal_to_one_rank_stops_all(folder):
     assert other == (130, "", "")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_everywhere_is_said_once(folder):
     os.makedirs("runs/x")
     for arguments, words in (

@@ -58,6 +58,7 @@ def test_no_point_of_a_grid_dominates_the_front(grid):
         assert not ((values < point - 1e-3).all(1)).any()
 
 
+@pytest.mark.slow
 def test_aligned_mtl_ends_at_the_preferences_optimum_from_every_start_and_the_sum_does_not():
     # Half of the published steps at twice the rate, and some more; see the comment at `descend`.
     chosen = [method for method in toy.methods((0.7, 0.3)) if method.preference == (0.7, 0.3)]

@@ -1,5 +1,5 @@
-# The CUDA sources, compiled for the host by the emulator (cuda_emu.h): once into _C, where the parity tests of
-# tests/test_*.py run them, and once for each sanitizer with the C++ drivers tests/simt/test_*.cpp.
+# The CUDA sources, compiled for the host by the emulator (cuda_emu.h): once into _C, without the CPU kernels, where the
+# parity tests run them; and once for each sanitizer, with the CPU kernels and the C++ drivers tests/simt/test_*.cpp.
 
 # A CUDA toolkit has all its headers in one folder; so have the wheels of NVIDIA's that mtlgrad[test] installs.
 find_path(MTLGRAD_CUDA_INCLUDE crt/host_defines.h
@@ -20,7 +20,7 @@ function(mtlgrad_emulate target)
   target_include_directories(${target} SYSTEM PUBLIC "${MTLGRAD_CUDA_INCLUDE}")
   target_compile_definitions(${target} PUBLIC MTLGRAD_EMULATE MTLGRAD_WITH_CUDA)
   # Fortified memcpy and longjmp do not know of the fibers' stacks.
-  target_compile_options(${target} PUBLIC ${MTLGRAD_CXX_OPTIONS} -Wno-unknown-pragmas -U_FORTIFY_SOURCE)
+  target_compile_options(${target} PUBLIC ${MTLGRAD_CXX_OPTIONS} -Wno-unknown-pragmas -U_FORTIFY_SOURCE -O1)
 endfunction()
 
 mtlgrad_emulate(_C)
@@ -29,15 +29,14 @@ target_compile_definitions(_C PRIVATE "MTLGRAD_CUDA_ARCHS=\"emulated\"" "MTLGRAD
 # The CPU kernels come along, so that they meet the sanitizers too; without OpenMP, whose library ThreadSanitizer does
 # not understand.
 file(GLOB MTLGRAD_DRIVERS CONFIGURE_DEPENDS tests/simt/test_*.cpp)
-set(MTLGRAD_SANITIZE_plain "")
 # Undefined behaviour ends the program too; the section is the emulator's shared memory, which gets red zones with it.
-set(MTLGRAD_SANITIZE_asan -fsanitize=address,undefined -fno-sanitize-recover=all -fsanitize-sections=emu_shared)
+set(MTLGRAD_SANITIZE_asan -fsanitize=address,undefined -fno-sanitize-recover=all -fsanitize-sections=emu_shared -O0)
 set(MTLGRAD_SANITIZE_tsan -fsanitize=thread)
-foreach(variant plain asan tsan)
+foreach(variant asan tsan)
   add_library(kernels_${variant} STATIC EXCLUDE_FROM_ALL ${MTLGRAD_CPU_SOURCES})
   mtlgrad_emulate(kernels_${variant})
   # -UNDEBUG: assertions in kernels hold here
-  target_compile_options(kernels_${variant} PUBLIC -g -O1 -UNDEBUG -fno-omit-frame-pointer ${MTLGRAD_SANITIZE_${variant}})
+  target_compile_options(kernels_${variant} PUBLIC -UNDEBUG -fno-omit-frame-pointer ${MTLGRAD_SANITIZE_${variant}})
   target_link_options(kernels_${variant} PUBLIC ${MTLGRAD_SANITIZE_${variant}})
   foreach(source ${MTLGRAD_DRIVERS})
     get_filename_component(name "${source}" NAME_WE)

@@ -1,4 +1,4 @@
-"""Runs the C++ drivers of tests/simt: the CUDA and CPU kernels on the host, plain and under the sanitizers."""
+"""Runs the C++ drivers of tests/simt: the CUDA and CPU kernels on the host, under the sanitizers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def _run(driver: str, variant: str, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_driver(driver: str, variant: str) -> None:
@@ -39,6 +40,7 @@ def test_driver(driver: str, variant: str) -> None:
     assert ", 0 failed" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "mistake", "report"),
     [

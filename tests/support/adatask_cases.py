@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtlgrad import ops, reference
-from tests.support.gradient_cases import TINY, UNIT, normal
+from tests.support.bounds import TINY, UNIT, normal
 
 #: Of parameters and moments.
 TYPES = [

@@ -1,4 +1,5 @@
-"""Several ranks on one machine: processes that stay, so that each test does not wait for imports.
+"""Several ranks on one machine: processes that stay, so that each test does not wait for imports; and data, models and
+parameters in the parts of the ranks.
 
 ``two_ranks(function, *arguments)`` and ``four_ranks(...)`` (fixtures in conftest.py) call ``function(*arguments)`` on
 every rank of a gloo group and return the ranks' results. Functions are those of a module in ``tests/``, found by name.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import math
 import multiprocessing
 import os
 import socket
@@ -16,14 +18,40 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+
+import mtlgrad
+from mtlgrad import BayesAgg
+from mtlgrad.distributed import global_means
+from mtlgrad.world.ranks import world_of
+from mtlgrad.world.shards import like_sharded, local
+from tests.support.bounds import assert_near, contents, hushed, normal
+from tests.support.nets import (
+    KINDS,
+    LAYERS,
+    Case,
+    HeadData,
+    Model,
+    NamedBatch,
+    Net,
+    head_data,
+    mean_loss,
+    new,
+    published_layer,
+)
 
 TIMEOUT = 120.0  # seconds for a call, on a busy machine
 
@@ -152,10 +180,337 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     return {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in own.items()}}
 
 
-def by_rank(values: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+def by_rank(values: Any, counts: Sequence[int]) -> list[Any]:
     """Rows of a batch, cut into the ranks' parts."""
     found, start = [], 0
     for count in counts:
         found.append(values[start : start + count])
         start += count
     return found
+
+
+# ---- three tasks with missing labels: the rules over the Gram matrix -------------------------------------------------
+
+WIDTH, CLASSES = 12, 4
+
+
+def own_draw(gram: Tensor) -> Tensor:
+    """A weighting that differs from rank to rank, where it is asked."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return gram.diagonal().rsqrt() * (1 + rank)
+
+
+RULES: dict[str, Callable[[], mtlgrad.GramRule]] = {
+    "min": lambda: mtlgrad.AlignedMTL(3, [1.0, 2.0, 0.5]),
+    "rmse": lambda: mtlgrad.AlignedMTL(3, [1.0, 2.0, 0.5], scale="rmse"),
+    "upgrad": lambda: mtlgrad.UPGrad(3, [1.0, 2.0, 0.5]),
+    "dualproj": lambda: mtlgrad.DualProj(3),
+    "mgda": lambda: mtlgrad.MGDA(3),
+    "cagrad": lambda: mtlgrad.CAGrad(3),
+    "nash": lambda: mtlgrad.NashMTL(3),
+    "fairgrad": lambda: mtlgrad.FairGrad(3),
+    "imtlg": lambda: mtlgrad.IMTLG(3),
+    "pcgrad": lambda: mtlgrad.PCGrad(3, seed=dist.get_rank() if dist.is_initialized() else 0),
+    "of one's own": lambda: mtlgrad.GramRule(3, own_draw),
+}
+
+
+def shown(rule: mtlgrad.GramRule) -> dict[str, Tensor]:
+    """What a rule tells of its latest use."""
+    values = {"weights": rule.weights, "singular values": getattr(rule, "singular_values", None)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+class Labelled(NamedTuple):
+    x: Tensor  # [B, 6]
+    level: Tensor  # [B], NaN: no label
+    kind: Tensor  # [B], -100: no label
+    flags: Tensor  # [B, 2], NaN: no label
+
+
+def labelled_net() -> Model:
+    """A backbone with LayerNorm, and heads for a level, a kind and two flags."""
+    return Model(with_layer_norm, heads=(1, CLASSES, 2), width=WIDTH)
+
+
+def with_layer_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, WIDTH), nn.Tanh())
+
+
+def labelled_batches(count: int, rows: int, seed: int = 1) -> list[Labelled]:
+    """Some labels are missing at random; the last batch is shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i in range(count):
+        n = rows if i < count - 1 else max(rows - 3, 1)
+        x = torch.randn(n, 6, generator=generator)
+        level = torch.where(torch.rand(n, generator=generator) < 0.2, torch.nan, x[:, 0] + 0.3 * x[:, 1] ** 2)
+        kind = torch.where(torch.rand(n, generator=generator) < 0.2, -100, (x[:, 1] > 0).long() + 2 * (x[:, 2] > 0))
+        flags = torch.stack([(x[:, 3] > 0), (x[:, 4] + x[:, 5] > 0)], 1).float()
+        flags[torch.rand(n, 2, generator=generator) < 0.2] = torch.nan
+        found.append(Labelled(x, level, kind, flags))
+    return found
+
+
+def cut_batch(batch: Labelled, counts: list[int], absent: dict[int, int] | None = None) -> list[Labelled]:
+    """The ranks' parts of a batch; `absent` says which task (0, 1, 2) has no label at all on which rank."""
+    parts = [Labelled(*row) for row in zip(*(by_rank(column, counts) for column in batch))]
+    for rank, task in (absent or {}).items():
+        value = -100 if task == 1 else torch.nan
+        columns = list(parts[rank])
+        columns[task + 1] = torch.full_like(columns[task + 1], value)
+        parts[rank] = Labelled(*columns)
+    return parts
+
+
+def joined_batch(parts: list[Labelled]) -> Labelled:
+    return Labelled(*(torch.cat(column) for column in zip(*parts)))
+
+
+def labelled_losses(net: Model, views: list[Tensor], batch: Labelled) -> list[Tensor]:
+    """Means over the labelled examples of all ranks; a task without any here is an empty tensor of its head."""
+    level = net.heads[0](views[0])[:, 0]
+    kind = net.heads[1](views[1])
+    flags = net.heads[2](views[2])
+    has_level, has_kind, has_flags = ~batch.level.isnan(), batch.kind != -100, ~batch.flags.isnan()
+    return global_means(
+        [
+            (level[has_level] - batch.level[has_level].to(level)) ** 2,
+            F.cross_entropy(kind[has_kind], batch.kind[has_kind], reduction="none"),
+            F.binary_cross_entropy_with_logits(flags[has_flags], batch.flags[has_flags].to(flags), reduction="none"),
+        ]
+    )
+
+
+# ---- shards, with .jac as one process would have it: optimizers under fully_shard ------------------------------------
+
+SHARDED_SHAPES = [(8, 3), (5, 2, 2), (1, 4), (3,)]  # shards of 2 and 4 ranks: even, uneven, empty
+HEADS = [(5, 2), (1,)]
+
+
+def narrow_net(seed: int = 0) -> Net:
+    """A backbone of 1 and 3 rows, which four ranks do not all have."""
+    backbone = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1), nn.Linear(1, 3), nn.Tanh())
+    net = Net(seed=seed, backbone=backbone, width=3)
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.6, generator=generator)
+    return net
+
+
+def sharded_net(seed: int = 0) -> Net:
+    net = narrow_net(seed)
+    backbone: Any = net.backbone
+    for layer in backbone:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(net)
+    return net
+
+
+def shards(parameters: Iterable[Tensor], hybrid: bool = False) -> list[Any]:
+    """Over all ranks; hybrid: over two, with replicas on the others."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size // 2, 2) if hybrid else (size,))
+    placements = [Replicate(), Shard(0)] if hybrid else [Shard(0)]
+    return [nn.Parameter(shard(p.detach(), mesh, *placements)) for p in parameters]
+
+
+def shard(tensor: Tensor, mesh: Any, *placements: Any) -> DTensor:
+    return distribute_tensor(tensor, mesh, placements or [Shard(0)], src_data_rank=None)
+
+
+def local_jac(whole: Tensor, p: Any) -> Tensor:
+    """This rank's part of .jac of a parameter."""
+    where = shard(torch.arange(p.numel()).view(p.shape), p.device_mesh, *p.placements)
+    return whole.flatten(1)[:, local(where).flatten()].view(len(whole), *local(p).shape)
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found.detach().clone()
+
+
+def unsharded_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{i} {key}": unsharded(v) for i, s in state.items() for key, v in s.items()}
+
+
+def give_jac(parameters: Sequence[Any], seed: int, tasks: int = 3, absent: int | None = None) -> None:
+    """.jac: all of it to ordinary parameters, this rank's part to shards."""
+    for i, p in enumerate(parameters):
+        jacobian = normal(1000 * seed + i, tasks, *p.shape) * 10.0 ** -torch.arange(tasks).view(-1, *[1] * p.dim())
+        if absent is not None:
+            jacobian[absent] = 0.0
+        jacobian = jacobian.to(p.dtype)
+        p.jac = like_sharded(local_jac(jacobian, p), p, tasks) if isinstance(p, DTensor) else jacobian
+
+
+def give_grad(parameters: Sequence[Any], seed: int) -> None:
+    for i, p in enumerate(parameters):
+        gradient = normal(1000 * seed + 500 + i, *p.shape).to(p.dtype)
+        p.grad = shard(gradient, p.device_mesh, *p.placements) if isinstance(p, DTensor) else gradient
+
+
+def shared_and_heads(dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Shared parameters and heads."""
+    found = [new(i, *shape, dtype=dtype) for i, shape in enumerate((*SHARDED_SHAPES, *HEADS))]
+    return found[: len(SHARDED_SHAPES)], found[len(SHARDED_SHAPES) :]
+
+
+# ---- batches of alphaVIL ---------------------------------------------------------------------------------------------
+
+#: How many rows of each batch a rank has: none, nearly as many as others, one.
+TRAIN: dict[int, list[tuple[int, ...]]] = {
+    2: [(16, 0), (9, 7), (15, 1)],
+    4: [(7, 5, 4, 0), (5, 4, 4, 3), (13, 1, 1, 1)],
+}
+DEV: dict[int, list[tuple[int, ...]]] = {2: [(20, 12), (31, 1)], 4: [(8, 8, 8, 8), (20, 10, 1, 1)]}
+
+
+def place() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def unlabelled(batch: NamedBatch, rows: int) -> NamedBatch:
+    """The first `rows` are without labels."""
+    y = batch.y.clone()
+    y[:rows] = -1 if y.dtype == torch.int64 else math.nan
+    return batch._replace(y=y)
+
+
+class Means:
+    """A task's loss over the labelled rows of all ranks; a rank without any takes part all the same."""
+
+    def __init__(self, task: str, process_group: Any = None):
+        self.task, self.process_group = task, process_group
+
+    def __call__(self, model: Any, batch: NamedBatch) -> Tensor:
+        row = batch.y if batch.y.dim() == 1 else batch.y[:, 0]
+        has = row >= 0 if row.dtype == torch.int64 else ~row.isnan()
+        out, y = model.heads[self.task](model(batch.x)[has]), batch.y[has]
+        if self.task == "size":
+            each = F.mse_loss(out.squeeze(1), y, reduction="none")
+        elif self.task == "kind":
+            each = F.cross_entropy(out, y, reduction="none")
+        else:
+            each = F.binary_cross_entropy_with_logits(out, y, reduction="none")
+        return global_means([each], process_group=self.process_group)[0]
+
+
+def batches_of_rank(batches: Any, cuts: Iterable[tuple[int, ...]], rank: int) -> list[NamedBatch]:
+    return [NamedBatch(b.number, by_rank(b.x, cut)[rank], by_rank(b.y, cut)[rank]) for b, cut in zip(batches, cuts)]
+
+
+def parted_case(
+    rank: int, size: int, seed: int = 0, *, disagree: bool = False, process_group: Any = None, **net: Any
+) -> Case:
+    """Three tasks; in batch 1, task "kind" has no labels on rank 0, nor the target in development batch 0 (2 ranks: its
+    labels are those of rows 20 to 31). `disagree`: ranks but the first would have the target become worse."""
+    case = Case(seed=seed, count=3, **net)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        case.model.norm = nn.LayerNorm(8)
+        nn.init.normal_(case.model.norm.weight, 1.0, 0.2)
+    for name, task in list(case.tasks.items()):
+        train: Any = list(task.train)
+        if name == "kind":
+            train[1] = unlabelled(train[1], 9)
+        dev: Any = None if task.dev is None else list(task.dev)
+        if dev is not None:
+            dev[0] = unlabelled(dev[0], 20)
+            if disagree:
+                dev[1].y[20:] *= -0.3
+        if size > 1:
+            train = batches_of_rank(train, TRAIN[size], rank)
+            dev = None if dev is None else batches_of_rank(dev, DEV[size], rank)
+        case.change(name, train=train, dev=dev, loss=Means(name, process_group))
+    return case
+
+
+def two_rounds(case: Case, **options: Any) -> dict[str, Any]:
+    vil, losses, said = case.vil(**options), [], []
+    with hushed():
+        for _ in range(2):
+            losses += [stage.loss for stage in vil.stages()]
+            assert vil.last is not None
+            losses += [*vil.last.losses, *vil.last.searched, vil.last.before, vil.last.start, vil.last.after]
+            said += [vil.last.kept, vil.last.sat_out]
+    numbers = {"losses": torch.tensor(losses), "weights": vil.task_weights, "alphas": vil.alphas}
+    return {**numbers, "moved": vil.alphas - 1, "said": said, **contents(case.model)}
+
+
+# ---- batches of BayesAgg ---------------------------------------------------------------------------------------------
+
+UNLABELLED = {"regression": math.nan, "binary": math.nan, "multiclass": -100}
+
+
+def dataset(examples: int, width: int = WIDTH, missing: float = 0.1) -> list[HeadData]:
+    data = [head_data(kind, examples, width, seed=i, missing=missing) for i, kind in enumerate(KINDS)]
+    for other in data[1:]:
+        other.features = data[0].features
+    return [d.to(torch.float32) for d in data]
+
+
+def parts_of(
+    data: Sequence[HeadData], at: int, counts: Sequence[int], without: dict[int, list[str]]
+) -> list[list[HeadData]]:
+    """The ranks' parts of the batch that starts at an example."""
+    whole = [d.rows(slice(at, at + sum(counts))) for d in data]
+    parts = []
+    for rank, rows in enumerate(by_rank(range(sum(counts)), counts)):
+        part = [d.rows(list(rows)) for d in whole]
+        for d in part:
+            if d.kind in without.get(rank, []):
+                d.targets = torch.full_like(d.targets, UNLABELLED[d.kind])
+        parts.append(part)
+    return parts
+
+
+def joined(parts: Sequence[Sequence[HeadData]]) -> list[HeadData]:
+    return [
+        HeadData(
+            same[0].kind, torch.cat([d.features for d in same]), torch.cat([d.targets for d in same]), same[0].weight
+        )
+        for same in zip(*parts)
+    ]
+
+
+def layers(data: Sequence[HeadData], **options: Any) -> tuple[list[nn.Linear], BayesAgg]:
+    heads = []
+    for d in data:
+        head = nn.Linear(d.features.shape[1], len(d.weight), dtype=d.features.dtype)
+        with torch.no_grad():
+            rows = d.weight.to(d.features)
+            head.weight.copy_(rows[:, : d.features.shape[1]])
+            head.bias.fill_(0.3)
+        heads.append(head)
+    return heads, published_layer([LAYERS[d.kind](head, gamma=0.3) for d, head in zip(data, heads)], **options)
+
+
+def see(layer: BayesAgg, batch: Sequence[HeadData], dtype: torch.dtype | None = None) -> Tensor:
+    features = batch[0].features.to(dtype).clone().requires_grad_()
+    out = layer(features, [d.targets for d in batch])
+    world = world_of(layer._group)
+    share = len(features) * world.size / float(world.sum_(torch.tensor([float(len(features))])))
+    losses = []
+    for d, head in zip(batch, layer.heads):
+        linear = head.layers[0]
+        assert isinstance(linear, nn.Linear)
+        losses.append(share * mean_loss(d, linear(out.to(linear.weight))))
+    layer.total(losses).backward()
+    assert features.grad is not None
+    return features.grad
+
+
+def see_quietly(layer: BayesAgg, batch: Sequence[HeadData]) -> None:
+    """A pass for the full-data posterior alone, as in the warm-up."""
+    known, layer._posteriors = layer._posteriors, None
+    layer(batch[0].features.clone().requires_grad_(), [d.targets for d in batch])
+    layer._posteriors = known
+
+
+def rows_agree(counts: list[list[int]], alone: list[Tensor], together: list[list[Tensor]], tolerance: float) -> None:
+    for sizes, expected, *found in zip(counts[1:], alone, *together):
+        for part, mine in zip(by_rank(expected, sizes), found):
+            assert_near(mine / len(sizes), part, tolerance * float(expected.abs().max() / part.abs().max()))

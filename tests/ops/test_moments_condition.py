@@ -17,15 +17,17 @@ from mtlgrad.bayesagg.heads import Outputs
 from mtlgrad.ops.moments import add_curvature, condition_on_batch, invert_at
 from mtlgrad.posterior import Posterior
 from mtlgrad.posterior.cholesky import checked_cholesky
-from tests.support.posterior_cases import CASES, Data, close, dense_of, make, posterior
+from tests.support.bounds import assert_near
+from tests.support.nets import POSTERIORS, HeadData, head_data, posterior
+from tests.support.oracles import dense_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDTH, OUTPUTS = 6, 3
-every_case = pytest.mark.parametrize(("kind", "structure"), CASES)
+every_case = pytest.mark.parametrize(("kind", "structure"), POSTERIORS)
 
 
-def outputs_of(data: Data) -> Outputs:
+def outputs_of(data: HeadData) -> Outputs:
     rows, width = len(data.weight), data.features.shape[1]
     layer = nn.Linear(width, rows)
     kinds = {"regression": partial(Regression, bias=False), "binary": Binary, "multiclass": Multiclass}
@@ -33,11 +35,11 @@ def outputs_of(data: Data) -> Outputs:
     return Outputs([kinds[data.kind](layer)], data.features, [data.targets], weight.double())
 
 
-def conditioned(prior: Posterior, data: Data) -> list[Conditioned]:
+def conditioned(prior: Posterior, data: HeadData) -> list[Conditioned]:
     return list(condition(prior, outputs_of(data), 0, "a name"))
 
 
-def of_batch(prior: Posterior, data: Data) -> Posterior:
+def of_batch(prior: Posterior, data: HeadData) -> Posterior:
     return batch_posterior(prior, outputs_of(data), 0)
 
 
@@ -77,17 +79,17 @@ def assembled(parts: list[Conditioned], rows: int) -> tuple[Tensor, Tensor, Tens
 @pytest.mark.parametrize("batch", [1, WIDTH - 1, WIDTH + 1, 40])
 @pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])
 def test_conditioning_is_the_batch_posterior(kind: str, structure: str, batch: int, missing: float) -> None:
-    prior = posterior(make(kind, width=WIDTH, seed=1), structure)
-    data = make(kind, batch, WIDTH, seed=2, missing=missing)
+    prior = posterior(head_data(kind, width=WIDTH, seed=1), structure)
+    data = head_data(kind, batch, WIDTH, seed=2, missing=missing)
     law, parts = of_batch(prior, data), conditioned(prior, data)
     mean, cross, spread = assembled(parts, OUTPUTS)
-    close(mean, law.mean)
+    assert_near(mean, law.mean, 1e-10)
     expected_cross, expected_spread = explicit(law, law.covariance(), data.hidden)
     if kind == "multiclass":  # the kernels see differences between classes only
         expected_cross, expected_spread = (differences(x, -3) for x in (expected_cross, expected_spread))
         cross, spread = differences(cross, -3), differences(spread, -3)
-    close(cross, expected_cross)
-    close(spread, expected_spread)
+    assert_near(cross, expected_cross, 1e-10)
+    assert_near(spread, expected_spread, 1e-10)
 
 
 def differences(covariances: Tensor, first: int) -> Tensor:
@@ -96,11 +98,11 @@ def differences(covariances: Tensor, first: int) -> Tensor:
     return rows - rows.mean(first + 1, keepdim=True)
 
 
-@pytest.mark.parametrize(("kind", "structure"), [case for case in CASES if case[1] in ("full", "block")])
+@pytest.mark.parametrize(("kind", "structure"), [case for case in POSTERIORS if case[1] in ("full", "block")])
 def test_few_examples_factorise_no_matrix_of_weights(
     kind: str, structure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prior = posterior(make(kind, width=WIDTH, seed=1), structure)
+    prior = posterior(head_data(kind, width=WIDTH, seed=1), structure)
     _ = prior.covariance(), prior.contrasts
     sizes = []
 
@@ -116,7 +118,7 @@ def test_few_examples_factorise_no_matrix_of_weights(
     monkeypatch.setattr(aggregation, "invert_at", None)
     monkeypatch.setattr(aggregation, "checked_cholesky", recorded)
     monkeypatch.setattr(aggregation, "condition_on_batch", on_host)
-    conditioned(prior, make(kind, 3, WIDTH))
+    conditioned(prior, head_data(kind, 3, WIDTH))
     assert set(sizes) == {3 * (OUTPUTS - 1 if kind == "multiclass" and structure == "full" else 1)}
 
 
@@ -125,7 +127,7 @@ def test_few_examples_factorise_no_matrix_of_weights(
 @pytest.mark.parametrize("batch", [4, 12])
 def test_regression_labels_missing_in_prior_and_batch(prior_labels: str, labels: str, batch: int) -> None:
     """One covariance for all outputs or one each, on either side."""
-    before, data = make("regression", width=WIDTH, seed=1), make("regression", batch, WIDTH)
+    before, data = head_data("regression", width=WIDTH, seed=1), head_data("regression", batch, WIDTH)
     if prior_labels == "some":
         before.targets[0, 1] = torch.nan
     if labels != "all":
@@ -133,17 +135,17 @@ def test_regression_labels_missing_in_prior_and_batch(prior_labels: str, labels:
     prior = posterior(before)
     law = of_batch(prior, data)
     mean, cross, spread = assembled(conditioned(prior, data), OUTPUTS)
-    close(mean, law.mean)
+    assert_near(mean, law.mean, 1e-10)
     expected = explicit(law, law.covariance(), data.hidden)
-    close(cross, expected[0])
-    close(spread, expected[1])
+    assert_near(cross, expected[0], 1e-10)
+    assert_near(spread, expected[1], 1e-10)
 
 
 def test_rows_in_one_piece_are_the_rows_one_by_one() -> None:
     """Devices take many outputs at a time, the host one: with and without curvature."""
     for kind in ("binary", "regression"):
-        data = make(kind, 4, WIDTH)
-        before = make(kind, width=WIDTH, seed=1, missing=0.2)
+        data = head_data(kind, 4, WIDTH)
+        before = head_data(kind, width=WIDTH, seed=1, missing=0.2)
         prior = posterior(before)
         blocks = prior.covariance()
         curvature = None if kind == "regression" else torch.rand(OUTPUTS, 4, dtype=torch.float64)
@@ -155,7 +157,7 @@ def test_rows_in_one_piece_are_the_rows_one_by_one() -> None:
             )
             assert one is not None
             for a, b in zip(together, one):
-                close(a[o : o + 1], b, 1e-13)
+                assert_near(a[o : o + 1], b, 1e-13)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5])
@@ -174,10 +176,10 @@ def test_factor_of_the_softmax_curvature(classes: int) -> None:
 
 
 def test_errors_name_the_task_on_every_path() -> None:
-    for kind, structure in CASES:
+    for kind, structure in POSTERIORS:
         for batch in (2, 40):
-            data = make(kind, batch, WIDTH)
-            prior = posterior(make(kind, width=WIDTH, seed=1), structure)
+            data = head_data(kind, batch, WIDTH)
+            prior = posterior(head_data(kind, width=WIDTH, seed=1), structure)
             data.features[:] = torch.nan
             if structure == "diag":
                 continue  # nothing to factorise: NaN goes on, and the layer refuses it
@@ -188,7 +190,7 @@ def test_errors_name_the_task_on_every_path() -> None:
 # ---- float32
 
 
-def errors(prior: Posterior, data: Data, narrow_prior: Posterior) -> list[float]:
+def errors(prior: Posterior, data: HeadData, narrow_prior: Posterior) -> list[float]:
     """Of a float32 batch against float64 for the same rounded batch: of the mean in standard deviations, of the
     variances, and of Cov(w, z) against the standard deviations of w and z, which bound it."""
     narrow = data.to(torch.float32)
@@ -203,10 +205,10 @@ def errors(prior: Posterior, data: Data, narrow_prior: Posterior) -> list[float]
     return [float(x.abs().max()) for x in relative]
 
 
-def hard_case(kind: str, scale: float, repeated: bool, unseen: bool, batch: int) -> tuple[Data, Data]:
+def hard_case(kind: str, scale: float, repeated: bool, unseen: bool, batch: int) -> tuple[HeadData, HeadData]:
     """What the prior saw, and a batch; weights such that the logits are of order one."""
     width = 24
-    before, data = make(kind, 60, width, seed=1), make(kind, batch, width, seed=2)
+    before, data = head_data(kind, 60, width, seed=1), head_data(kind, batch, width, seed=2)
     for part in (before, data):
         part.features *= scale
         part.weight[:, :width] /= scale * width**0.5
@@ -236,7 +238,7 @@ def test_float32_keeps_its_digits(
         assert max(found) < 1e-7 * aggregation.LARGEST_TRACE, found
 
 
-@pytest.mark.parametrize(("kind", "structure"), [case for case in CASES if case[1] != "diag"])
+@pytest.mark.parametrize(("kind", "structure"), [case for case in POSTERIORS if case[1] != "diag"])
 def test_without_float64_those_digits_would_be_lost(kind: str, structure: str) -> None:
     """That the cases above are hard."""
     before, data = hard_case(kind, 1e2, kind != "regression", True, 20)  # the batch settles all that was unseen
@@ -249,7 +251,7 @@ def test_without_float64_those_digits_would_be_lost(kind: str, structure: str) -
     assert not max(found) < 1e-7 * aggregation.LARGEST_TRACE, found
 
 
-@pytest.mark.parametrize(("kind", "structure"), [case for case in CASES if case[1] in ("full", "block")])
+@pytest.mark.parametrize(("kind", "structure"), [case for case in POSTERIORS if case[1] in ("full", "block")])
 def test_an_ordinary_batch_stays_in_float32(kind: str, structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float64 costs time: it must be the exception."""
     answers = []
@@ -260,7 +262,7 @@ def test_an_ordinary_batch_stays_in_float32(kind: str, structure: str, monkeypat
         return answers[-1]
 
     monkeypatch.setattr(aggregation, "_wants_float64", recorded)
-    before, data = make(kind, 300, 48, seed=1), make(kind, 32, 48, seed=2)
+    before, data = head_data(kind, 300, 48, seed=1), head_data(kind, 32, 48, seed=2)
     prior = posterior(before, structure, gamma=0.005)
     conditioned(prior.to(data.features.float()), data.to(torch.float32))
     assert answers
@@ -281,17 +283,17 @@ def test_precision_summed_and_inverted(rows: int, batch: int, width: int, dtype:
     sums = before.clone()
     add_curvature(sums, wide, curvature)
     expected = torch.einsum("rb,bv,bw->rvw", curvature, wide, wide)
-    close(sums, before + expected, 1e-13)
+    assert_near(sums, before + expected, 1e-13)
     shared = before.new_zeros(1, width, width)
     add_curvature(shared, wide, None)
-    close(shared[0], wide.T @ wide, 1e-13)
+    assert_near(shared[0], wide.T @ wide, 1e-13)
     prior = 0.1 * torch.eye(width, dtype=torch.float64)[None]
     found = invert_at(prior, sums, hidden)
     assert found is not None
     covariance = torch.linalg.inv(prior + sums)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-10
-    close(found[0], (wide @ covariance).to(dtype), tolerance)
-    close(found[1], covariance.diagonal(dim1=1, dim2=2).to(dtype), tolerance)
+    assert_near(found[0], (wide @ covariance).to(dtype), tolerance)
+    assert_near(found[1], covariance.diagonal(dim1=1, dim2=2).to(dtype), tolerance)
 
 
 @pytest.mark.parametrize("value", [-1.0, torch.nan])
@@ -335,7 +337,7 @@ def test_regressions_with_the_same_rows_share_one_covariance(
         monkeypatch.setattr(aggregation, name, counted)
     found = apart.aggregate(x[:batch], [y[:batch, :1], y[:batch, 1:]])
     assert len(calls) == (2 if missing == "apart" else 1)
-    close(found, together.aggregate(x[:batch], [y[:batch]]), 1e-6)
+    assert_near(found, together.aggregate(x[:batch], [y[:batch]]), 1e-6)
 
 
 @pytest.mark.parametrize("batch", [12, 80])
@@ -365,7 +367,7 @@ def test_regressions_that_differ_share_nothing(batch: int) -> None:
             weight = torch.where(moments.second[:, 0] < torch.inf, moments.second[:, 0].clamp(min=1e-8) ** -0.05, 0.0)
             numerator += weight * moments.first[:, 0]
             denominator += weight
-        close(found, numerator / denominator / batch * together._balance, 1e-5)
+        assert_near(found, numerator / denominator / batch * together._balance, 1e-5)
 
 
 @pytest.mark.parametrize("batch", [12, 80])
@@ -395,4 +397,4 @@ def test_many_outputs_of_one_head_are_as_many_heads(batch: int) -> None:
         losses = nn.functional.binary_cross_entropy_with_logits(logits, y[:batch], reduction="none").mean(0)
         (losses * torch.arange(1.0, outputs + 1.0)).sum().backward()
         found.append(h.grad)
-    close(*found, 1e-5)  # type: ignore[arg-type, misc]
+    assert_near(*found, 1e-5)  # type: ignore[arg-type, misc]
