@@ -78,8 +78,8 @@ part info 30 280 20 "$python" -c 'import mtlgrad; [print(*item) for item in mtlg
 # need packages that a lent machine does not have.
 part parity 100 250 4 "$python" -m pytest -q -p no:cacheprovider -k "cuda and not emulated" \
   tests/ops tests/methods
-part graphs 45 230 4 "$python" -m pytest -q -p no:cacheprovider tests/contracts/test_cuda_graphs.py tests/contracts/test_aligned_uses.py -k "graph"
-part streams 30 215 4 "$python" -m pytest -q -p no:cacheprovider tests/contracts/test_cuda_streams.py
+part graphs 45 230 4 "$python" -m pytest -q -p no:cacheprovider tests/contracts/test_graphs.py -k "not stream"
+part streams 30 215 4 "$python" -m pytest -q -p no:cacheprovider tests/contracts/test_graphs.py -k stream
 if [[ $capability =~ ^(80|90)$ ]]; then
   part resources 60 240 2 "$python" -m bench.resources --arch "sm_$capability" --results "$out/kernels"
 else

@@ -174,21 +174,23 @@ def build(archs: Sequence[str]) -> str:
     if not log.exists():
         import pybind11
 
+        ptx = BUILD / "ptx"
         shutil.rmtree(BUILD, ignore_errors=True)
-        (BUILD / "ptx").mkdir(parents=True)
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        ptx.mkdir(parents=True)
+        tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         configure = [
             *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=None"),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_CUDA_COMPILER={nvcc}",
             f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(arch.replace('sm_', '') + '-real' for arch in archs)}",
-            f"-DCMAKE_CUDA_FLAGS=-Xptxas=-v --keep --keep-dir={BUILD / 'ptx'}",
+            f'-DCMAKE_CUDA_FLAGS=-Xptxas=-v --keep --keep-dir="{ptx}"',
         ]
+        one_report_at_a_time = os.environ.get("NVCC_APPEND_FLAGS", "") + " --threads=1"
         for command in (configure, ["cmake", "--build", str(BUILD)]):
             done = subprocess.run(
-                [shutil.which("cmake", path=path) or "cmake", *command[1:]],
-                env={**os.environ, "PATH": path, "NVCC_APPEND_FLAGS": "--threads=1"},
+                [shutil.which("cmake", path=tools) or "cmake", *command[1:]],
+                env={**os.environ, "PATH": tools, "NVCC_APPEND_FLAGS": one_report_at_a_time},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

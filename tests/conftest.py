@@ -7,13 +7,16 @@ import importlib.util
 from collections.abc import Iterator
 from importlib.machinery import ExtensionFileLoader
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from mtlgrad.ops import _native
 from tests.simt.build import build
-from tests.support.ranks import Pool
+
+if TYPE_CHECKING:
+    from tests.support.ranks import Pool
 
 HAS_GPU = torch.cuda.is_available() and _native.KERNELS["cuda"] is not None
 
@@ -52,15 +55,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def two_ranks() -> Iterator[Pool]:
-    pool = Pool(2)
+def _pool(size: int) -> Iterator[Pool]:
+    from tests.support.ranks import Pool  # with all of torch.distributed, which most tests do without
+
+    pool = Pool(size)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Pool]:
+    yield from _pool(2)
 
 
 @pytest.fixture(scope="session")
 def four_ranks() -> Iterator[Pool]:
-    pool = Pool(4)
-    yield pool
-    pool.close()
+    yield from _pool(4)

@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["adatask_ops", "align", "combine_ops", "displace_ops", "moments_ops", "rules"]
+TESTS = ["adatask", "align", "combine", "contract", "displace", "moments", "rules"]
 # auditwheel looks for patchelf on PATH; of Python's own variables PYTHONPATH above all must not get through.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

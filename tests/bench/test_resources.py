@@ -66,8 +66,7 @@ def complaints(kernels: Sequence[Kernel]) -> list[str]:
 @needs_nvcc
 @pytest.mark.slow
 def test_extension(tmp_path: Path) -> None:
-    """One test, since all it asks is of one build: no kernel spills, none is left out, and what they are linked into can be
-    imported."""
+    """One test for one build: no kernel spills, none is left out, and what they are linked into can be imported."""
     command = [sys.executable, "-m", "bench.resources", "--results", str(tmp_path)]
     done = subprocess.run(command, cwd=resources.ROOT, capture_output=True, text=True)
     everything = resources.collect()

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import mtlgrad
 from mtlgrad import AlignedMTL, BayesAgg, Binary, Multiclass, Regression
 from tests.support.bounds import contents, near
-from tests.support.nets import METHODS, Batch, Bayes, Case, Model, batch, epoch
+from tests.support.nets import METHODS, PAIRS, Batch, Bayes, Case, Model, batch, epoch
 from tests.support.oracles import procrustes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 # ---- activation checkpointing ----------------------------------------------------------------------------------------
 
 #: Whose gradients are taken by autograd.grad on the way from the losses to the features.
-BY_GRAD = ["aligned merge", "aligned weigh", *(name for name in METHODS if name.endswith("through features"))]
+BY_GRAD = ["aligned merge", "aligned weigh", *(name for name in METHODS if name in {f"adatask {rule}" for rule in PAIRS})]
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

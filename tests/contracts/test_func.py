@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 import mtlgrad
 from mtlgrad import AlignedMTL, ops, reference
 from tests.support.bounds import near
-from tests.support.moments_cases import multiclass
+from tests.ops.test_moments import multiclass
 from tests.support.nets import METHODS, Bayes, Layer, Model, batch
 
 pytestmark = [
@@ -93,7 +93,7 @@ def test_task_backward_of_given_parameters() -> None:
     assert all(p.grad is not None for p in given.values())
 
 
-@pytest.mark.parametrize("method", ["aligned merge", "adam through features"])
+@pytest.mark.parametrize("method", ["aligned merge", "adatask adam"])
 def test_jacobians_of_jacrev(method: str) -> None:
     """Whatever makes the rows: put into .jac they are merged, and AdaTask steps by them."""
     trainers: list[Any] = [METHODS[method](Model()) for _ in range(2)]

@@ -65,8 +65,11 @@ def test_ten_steps_of_the_published_rule(through: bool) -> None:
             assert near(optimizer.state[p][f"exp_avg_sq_{t}"], second[t], 1e-12)
 
 
-@pytest.mark.parametrize(("name", "case"), OPTIMIZER_CASES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("name", "case", "dtype"),
+    [*((*case, torch.float64) for case in OPTIMIZER_CASES), *((name, 1, torch.float32) for name in PAIRS)],
+    ids=str,
+)
 def test_the_sum_of_what_each_task_would_do_alone(name: str, case: int, dtype: torch.dtype) -> None:
     settings, parameters = SETTINGS[name][case], several(dtype)
     weights = [1.0, 0.25, 3.0] if case else None
@@ -100,9 +103,9 @@ def test_the_sum_of_what_each_task_would_do_alone(name: str, case: int, dtype: t
 
 
 @pytest.mark.parametrize(("name", "case"), OPTIMIZER_CASES)
-@pytest.mark.parametrize("foreach", [None, True, False])
-def test_one_task_is_torch(name: str, case: int, foreach: bool | None) -> None:
-    settings, parameters = SETTINGS[name][case], several()
+def test_one_task_is_torch(name: str, case: int) -> None:
+    """Whatever `foreach` is: each optimizer's settings take turns with it."""
+    settings, parameters, foreach = SETTINGS[name][case], several(), (None, True, False)[case % 3]
     other = [nn.Parameter(p.detach().clone()) for p in parameters]
     optimizer = make_adatask(name, parameters, 1, foreach=foreach, **settings)
     ordinary: Any = PAIRS[name][1](other, foreach=foreach, **settings)  # type: ignore[call-arg]
@@ -136,10 +139,9 @@ def test_one_task_with_a_weight(weight: float) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), OPTIMIZER_CASES)
-@pytest.mark.parametrize("grouped", [False, True])
-def test_heads_take_torchs_own_steps(name: str, case: int, grouped: bool) -> None:
+def test_heads_take_torchs_own_steps(name: str, case: int) -> None:
     """Beside parameters with .jac, in one group or in several, whatever `foreach` and `lr` are."""
-    settings = SETTINGS[name][case]
+    settings, grouped = SETTINGS[name][case], bool(case % 2)
     for foreach in (None, True, False):
         for tensor_lr in (False, True):
             if tensor_lr and foreach:
@@ -218,7 +220,7 @@ def loud_losses(net: Net, step: int) -> list[Tensor]:
     return [found[0], 100.0 * found[1], found[2]]
 
 
-@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("seed", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_loud_task_does_not_dominate(seed: int) -> None:
     """Plain Adam follows it in the layer below the heads; AdaTask follows all."""
     net, steps = loud_net(seed), range(1, 151)
@@ -367,13 +369,15 @@ def test_memory(name: str, settings: dict[str, Any], size: Any, dtype: torch.dty
             }
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_bfloat16_moments_train_about_as_well(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps"), [("adam", 60), *(pytest.param(name, 150, marks=pytest.mark.slow) for name in PAIRS)]
+)
+def test_bfloat16_moments_train_about_as_well(name: str, steps: int) -> None:
     found = {}
     for moments, stochastic in ((None, True), ("bfloat16", True), ("bfloat16", False)):
         net = Net(seed=1)
         options = {"moments_dtype": moments, "stochastic_rounding": stochastic, "lr": 0.01}
-        losses = train(net, make_adatask(name, net.parameters(), **options), 150)
+        losses = train(net, make_adatask(name, net.parameters(), **options), steps)
         found[moments, stochastic] = sum(losses[-20:]) / 20
         assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
         start = losses[0]

@@ -29,83 +29,6 @@ def expected(rows: Tensor, options: dict[str, Any]) -> Any:
     return procrustes(rows, p, options.get("scale", "min"), options.get("rtol"))
 
 
-# ---- step after step: what the layer keeps from one to the next ------------------------------------------------------
-
-
-def forms_of_gradients() -> dict[str, list[Tensor]]:
-    """As they may follow one another."""
-    rows = list(normal(1, 3, 6, 8))
-    strided = [g.mT.contiguous().mT for g in normal(2, 3, 6, 8)]
-    return {
-        "first": rows,
-        "again": list(normal(3, 3, 6, 8)),
-        "more examples": list(normal(4, 3, 9, 8)),
-        "as many numbers": list(normal(5, 3, 8, 9)),
-        "float32": [g.float() for g in normal(6, 3, 8, 9)],
-        "bfloat16": [g.bfloat16() for g in normal(6, 3, 8, 9)],
-        "strided": strided,
-        "expanded": [g.expand(6, 8) for g in normal(7, 3, 6, 1)],
-        "one strided": [rows[0], strided[1], rows[2]],
-        "none": [g[:0] for g in rows],
-        "long": list(normal(8, 3, 4096)),
-        "first again": rows,
-    }
-
-
-@pytest.mark.parametrize("preference", [None, [0.5, 0.0, 2.0]])
-def test_the_layer_again_and_again(preference: list[float] | None, device: str) -> None:
-    aligned = AlignedMTL(3, preference).to(device)
-    settings: list[dict[str, Any]] = [{"scale": "min", "rtol": None}, {"scale": "rmse", "rtol": 0.3}]
-    for i, (form, rows) in enumerate(forms_of_gradients().items()):
-        for j in range(4):  # a second time with all as it was, then with other settings
-            own = settings[j // 2]
-            aligned.scale, aligned.rtol = own["scale"], own["rtol"]
-            given = [(g * (1.0 + i + j)).to(g.dtype) if g.is_contiguous() else g for g in rows]
-            given = [g.to(device) for g in given]
-            features = torch.zeros(given[0].shape, dtype=given[0].dtype, device=device, requires_grad=True)
-            torch.autograd.backward(aligned(features), given)
-            want, result = ops.merge(given, preference, **own)
-            assert features.grad is not None
-            assert torch.equal(features.grad, want), (form, j)  # type: ignore[arg-type]
-            for name in ("weights", "singular_values", "rank"):
-                assert torch.equal(getattr(aligned, name), getattr(result, name)), (form, j, name)
-
-
-def test_a_task_more_than_a_kernel_takes() -> None:
-    aligned, rows = AlignedMTL(65), list(normal(1, 65, 2, 40))
-    for _ in range(3):
-        features = torch.zeros(2, 40, dtype=torch.float64, requires_grad=True)
-        torch.autograd.backward(aligned(features), rows)
-        assert torch.equal(features.grad, ops.merge(rows)[0])  # type: ignore[arg-type]
-
-
-def test_gradients_of_a_refused_dtype_are_refused_each_time() -> None:
-    result = ops.align(torch.eye(2))
-    merge, rows = ops.TaskMerge(result, None), [torch.ones(3, dtype=torch.int32)] * 2
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="merge: rows: expected float32"):
-            merge(rows, "min", None)
-    for bad in ({"scale": "max"}, {"rtol": 2.0}):
-        for _ in range(2):
-            with pytest.raises(ValueError, match="merge: "):
-                merge([torch.ones(3)] * 2, **{"scale": "min", "rtol": None, **bad})  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="in row 1"):
-        merge([torch.ones(3), torch.ones(4)], "min", None)
-
-
-def test_what_was_saved_of_a_result_is_known_to_be_written() -> None:
-    aligned, rows = AlignedMTL(2), list(normal(1, 2, 5))
-    for _ in range(2):
-        features = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-        torch.autograd.backward(aligned(features), rows)
-    factor = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    total = (factor * aligned._result.weights).sum()
-    features = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    torch.autograd.backward(aligned(features), rows)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
-
-
 # ---- the three forms -------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +154,7 @@ def test_heads_can_be_scaled_by_their_weights(heads_first: bool) -> None:
         aligned(net.backbone(x))
 
 
-@pytest.mark.parametrize("factor", [2.0**-30, 2.0**16, 3e-12, 7e9])
+@pytest.mark.parametrize("factor", [2.0**-30, 7e9])
 def test_a_loss_scale_goes_through(factor: float) -> None:
     net, x = Net(), inputs()
     aligned = AlignedMTL(3)
@@ -241,9 +164,6 @@ def test_a_loss_scale_goes_through(factor: float) -> None:
     (factor * sum(net.losses(aligned(net.backbone(x))))).backward()
     all_near([g / factor for g in gradients(net.shared)], want)  # type: ignore[operator]
     assert near(aligned.weights, weights, 1e-5)  # type: ignore[arg-type]
-
-
-# ---- not finite ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -285,6 +205,83 @@ def test_nan_and_infinity(form: str, bad: float) -> None:
         assert int(aligned.rank) == -1  # type: ignore[arg-type]
 
 
+# ---- step after step: what the layer keeps from one to the next ------------------------------------------------------
+
+
+def forms_of_gradients() -> dict[str, list[Tensor]]:
+    """As they may follow one another."""
+    rows = list(normal(1, 3, 6, 8))
+    strided = [g.mT.contiguous().mT for g in normal(2, 3, 6, 8)]
+    return {
+        "first": rows,
+        "again": list(normal(3, 3, 6, 8)),
+        "more examples": list(normal(4, 3, 9, 8)),
+        "as many numbers": list(normal(5, 3, 8, 9)),
+        "float32": [g.float() for g in normal(6, 3, 8, 9)],
+        "bfloat16": [g.bfloat16() for g in normal(6, 3, 8, 9)],
+        "strided": strided,
+        "expanded": [g.expand(6, 8) for g in normal(7, 3, 6, 1)],
+        "one strided": [rows[0], strided[1], rows[2]],
+        "none": [g[:0] for g in rows],
+        "long": list(normal(8, 3, 4096)),
+        "first again": rows,
+    }
+
+
+@pytest.mark.parametrize("preference", [None, [0.5, 0.0, 2.0]])
+def test_the_layer_again_and_again(preference: list[float] | None, device: str) -> None:
+    aligned = AlignedMTL(3, preference).to(device)
+    settings: list[dict[str, Any]] = [{"scale": "min", "rtol": None}, {"scale": "rmse", "rtol": 0.3}]
+    for i, (form, rows) in enumerate(forms_of_gradients().items()):
+        for j in range(4):  # a second time with all as it was, then with other settings
+            own = settings[j // 2]
+            aligned.scale, aligned.rtol = own["scale"], own["rtol"]
+            given = [(g * (1.0 + i + j)).to(g.dtype) if g.is_contiguous() else g for g in rows]
+            given = [g.to(device) for g in given]
+            features = torch.zeros(given[0].shape, dtype=given[0].dtype, device=device, requires_grad=True)
+            torch.autograd.backward(aligned(features), given)
+            want, result = ops.merge(given, preference, **own)
+            assert features.grad is not None
+            assert torch.equal(features.grad, want), (form, j)  # type: ignore[arg-type]
+            for name in ("weights", "singular_values", "rank"):
+                assert torch.equal(getattr(aligned, name), getattr(result, name)), (form, j, name)
+
+
+def test_a_task_more_than_a_kernel_takes() -> None:
+    aligned, rows = AlignedMTL(65), list(normal(1, 65, 2, 40))
+    for _ in range(3):
+        features = torch.zeros(2, 40, dtype=torch.float64, requires_grad=True)
+        torch.autograd.backward(aligned(features), rows)
+        assert torch.equal(features.grad, ops.merge(rows)[0])  # type: ignore[arg-type]
+
+
+def test_gradients_of_a_refused_dtype_are_refused_each_time() -> None:
+    result = ops.align(torch.eye(2))
+    merge, rows = ops.TaskMerge(result, None), [torch.ones(3, dtype=torch.int32)] * 2
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="merge: rows: expected float32"):
+            merge(rows, "min", None)
+    for bad in ({"scale": "max"}, {"rtol": 2.0}):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="merge: "):
+                merge([torch.ones(3)] * 2, **{"scale": "min", "rtol": None, **bad})  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="in row 1"):
+        merge([torch.ones(3), torch.ones(4)], "min", None)
+
+
+def test_what_was_saved_of_a_result_is_known_to_be_written() -> None:
+    aligned, rows = AlignedMTL(2), list(normal(1, 2, 5))
+    for _ in range(2):
+        features = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+        torch.autograd.backward(aligned(features), rows)
+    factor = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    total = (factor * aligned._result.weights).sum()
+    features = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    torch.autograd.backward(aligned(features), rows)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -324,13 +321,12 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], str]]:
     }
 
 
-@pytest.mark.parametrize("name", list(bad_calls()))
-def test_errors_name_argument_expected_and_found(name: str) -> None:
-    call, message = bad_calls()[name]
-    with pytest.raises((RuntimeError, ValueError, TypeError), match=message) as error:
-        call()
-    assert "\n" not in str(error.value)
-    assert str(error.value).startswith("AlignedMTL")
+def test_errors_name_argument_expected_and_found() -> None:
+    for name, (call, message) in bad_calls().items():
+        with pytest.raises((RuntimeError, ValueError, TypeError), match=message) as error:
+            call()
+        assert "\n" not in str(error.value), name
+        assert str(error.value).startswith("AlignedMTL"), name
 
 
 def test_a_refused_merge_changes_nothing() -> None:

@@ -110,8 +110,9 @@ def test_statistics_against_linalg():
     assert [tuple(value.shape) for value in found[:5]] == [(), (4,), (4, 4), (4, 4), (4,)]
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1e-20), (torch.float64, 1.0), (torch.bfloat16, 1e15)], ids=str
+)
 def test_update_cosine_against_the_update(dtype, scale):
     rows = gradients() * torch.tensor([[1.0], [-3.0], [1e-3], [40.0]])
     rows[1] -= 0.4 * rows[3]
@@ -189,7 +190,7 @@ def test_one_gram_and_nothing_read_by_the_host():
     assert "aten._local_scalar_dense.default" not in called
 
 
-@pytest.mark.parametrize("scale", [1e-24, 1e-15, 1e-3, 1e6, 1e18])
+@pytest.mark.parametrize("scale", [1e-24, 1e-3, 1e18])
 def test_a_common_factor_changes_lengths_alone(scale):
     rows = gradients()
     expected, found = gradient_statistics(rows), gradient_statistics(rows * scale)

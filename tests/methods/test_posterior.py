@@ -73,7 +73,7 @@ def test_prior_adds_its_own_quadratic(kind: str) -> None:
     assert_near(law.mean.flatten(), at.flatten() - torch.linalg.solve(precision, downhill), 1e-10)
 
 
-@pytest.mark.parametrize("gamma", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("gamma", [1e-3, 1e3])
 @pytest.mark.parametrize("examples", [3, 40])  # fewer and more than weights
 def test_regression_is_ridge_regression(gamma: float, examples: int) -> None:
     data = head_data("regression", examples=examples, width=5)
@@ -159,7 +159,7 @@ def test_batches_add_up_to_one(kind: str, structure: str, missing: float) -> Non
 LABELS = {"all": [], "rows": [(1, 0), (1, 1), (1, 2), (4, 0), (4, 1), (4, 2)], "some": [(0, 0), (1, 2), (3, 2)]}
 
 
-@pytest.mark.parametrize("orders", [(a, b, c) for a in LABELS for b in LABELS for c in LABELS])
+@pytest.mark.parametrize("orders", [(a, b, a) for a in LABELS for b in LABELS])
 @pytest.mark.parametrize("chained", [False, True])
 def test_regression_outputs_part_ways_only_where_labels_do(orders: tuple[str, ...], chained: bool) -> None:
     """Labels missing for no example, for whole examples, and for single outputs, in any order: every output's posterior
@@ -301,13 +301,13 @@ def test_float32_agrees_with_float64(kind: str, structure: str) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_features_are_computed_in_float32(kind: str, structure: str, dtype: torch.dtype) -> None:
-    half = head_data(kind, missing=0.2).to(dtype)
-    expected = posterior(half.to(torch.float32), structure)
-    assert same_bits(posterior(half, structure), expected)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_half_precision_features_are_computed_in_float32(kind: str, structure: str) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        half = head_data(kind, missing=0.2).to(dtype)
+        expected = posterior(half.to(torch.float32), structure)
         assert same_bits(posterior(half, structure), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same_bits(posterior(half, structure), expected)
 
 
 @every_case

@@ -19,7 +19,7 @@ def batches(x: Tensor, y: Tensor, size: int = 32) -> list[Batch]:
 
 
 @pytest.mark.filterwarnings("ignore:AlphaVIL. target:RuntimeWarning")
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_a_planted_noise_task_ends_with_the_least_weight(seed: int) -> None:
     """The target has few labels, a helper that asks for nearly the same has many, and another has the helper's labels
     shuffled."""

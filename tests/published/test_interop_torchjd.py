@@ -229,7 +229,7 @@ def test_rotation_of_parameters_rotates_the_result(mode):
     close(aggregator(matrix @ rotation), aggregator(matrix) @ rotation, 1e-12)
 
 
-@pytest.mark.parametrize("scale", [1e-24, 1e-15, 1e-3, 1e6, 1e18])
+@pytest.mark.parametrize("scale", [1e-24, 1e-3, 1e18])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_common_factor_goes_through(scale, mode):
     matrix = rows(4, 50, dtype=torch.float32)
@@ -292,17 +292,12 @@ def test_errors(make, words):
         make()(rows(3, 7))
 
 
-def python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
 def test_torchjd_is_imported_by_none_but_the_module_that_needs_it():
-    result = python("import sys, mtlgrad, mtlgrad.interop; print('torchjd' in sys.modules)")
+    """And that one says so where there is none."""
+    code = "import sys, mtlgrad, mtlgrad.interop; print('torchjd' in sys.modules)"
+    code += "; sys.modules['torchjd'] = None; import mtlgrad.interop.torchjd"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
-
-
-def test_without_torchjd():
-    result = python("import sys; sys.modules['torchjd'] = None; import mtlgrad.interop.torchjd")
     assert result.stderr.strip().splitlines()[-1] == (
         "ImportError: mtlgrad.interop.torchjd: expected the package TorchJD, found none; pip install torchjd"
     )

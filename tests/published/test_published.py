@@ -169,9 +169,7 @@ def make_layer(problems: list[Problem], moments: str) -> mtlgrad.BayesAgg:
     return layer
 
 
-@pytest.mark.parametrize(
-    "kinds", [("regression",), ("binary",), ("multiclass",), ("regression", "binary", "multiclass"), KINDS[::-1]]
-)
+@pytest.mark.parametrize("kinds", [("regression",), ("binary",), ("multiclass",), KINDS[::-1]])
 @pytest.mark.parametrize("batch", [1, BATCH, EXAMPLES])  # fewer and more examples than weights
 def test_aggregate(kinds: tuple[str, ...], batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = [Problem(kind) for kind in kinds]

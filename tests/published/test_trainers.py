@@ -3,6 +3,7 @@ middle, equal a plain loop: a small BERT with two heads, in transformers.Trainer
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from tests.published.test_lightning import quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-METHODS = ["aligned", "bayes", "moving", "adatask"]
+METHODS = ["aligned", "bayes", pytest.param("moving", marks=pytest.mark.slow), "adatask"]
 every_method = pytest.mark.parametrize("method", METHODS)
 STEPS, EPOCH, MICRO, CLIP, DECAY, LR = 20, 10, 2, 0.5, 0.9, 1e-3  # steps in all and in an epoch, batches in a step
 Batch = dict[str, Tensor]
@@ -116,6 +117,7 @@ def averaging(model: nn.Module) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
 
 
+@functools.cache
 def plainly(method: str) -> tuple[Weights, Weights]:
     """Return the weights, and their average, after all steps in one go."""
     model = model_of(method)

@@ -56,7 +56,7 @@
 #define EMU_UNPAREN(...) __VA_ARGS__
 #define KERNEL_LAUNCH(kernel, grid, block, smem, stream, ...)                                         \
   ((void)(stream), emu::launch(reinterpret_cast<const void*>(+EMU_UNPAREN kernel), grid, block, smem, \
-                               [&] { EMU_UNPAREN kernel(__VA_ARGS__); }))
+                               [&]() EMU_INTERNAL { EMU_UNPAREN kernel(__VA_ARGS__); }))
 
 #if defined(__SANITIZE_THREAD__)
 #define EMU_INTERNAL __attribute__((no_sanitize("thread")))  // the emulator's own data, not the kernel's

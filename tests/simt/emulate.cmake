@@ -24,6 +24,7 @@ function(mtlgrad_emulate target)
 endfunction()
 
 mtlgrad_emulate(_C)
+target_sources(_C PRIVATE csrc/cpu/moments_multiclass.cpp)  # multiclass_workspace
 target_compile_definitions(_C PRIVATE "MTLGRAD_CUDA_ARCHS=\"emulated\"" "MTLGRAD_NVCC=\"\"")
 
 # The CPU kernels come along, so that they meet the sanitizers too; without OpenMP, whose library ThreadSanitizer does

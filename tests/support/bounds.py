@@ -71,6 +71,17 @@ def same_values(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bo
     )
 
 
+def alike(first: Any, second: Any) -> bool:
+    """Bit for bit, with types, whatever is nested in what; NaN is NaN."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return isinstance(first, Tensor) and isinstance(second, Tensor) and same_values({"": first}, {"": second})
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(alike(value, second[name]) for name, value in first.items())
+    if isinstance(first, (list, tuple)):
+        return type(first) is type(second) and len(first) == len(second) and all(map(alike, first, second))
+    return bool(first == second or (first != first and second != second))
+
+
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ class Bug(NamedTuple):
 
 _ADATASK, _ALIGN, _COMBINE = (f"tests/ops/test_{stem}.py" for stem in ("adatask", "align", "combine"))
 _MOMENTS, _RULES = "tests/ops/test_moments.py", "tests/ops/test_rules.py"
+_RANKS = "tests/contracts/test_ranks.py"
 
 _KERNELS = (
     # ---- formulas of both kinds of kernels
@@ -291,28 +292,28 @@ _OPERATIONS = (
         "torch.cat([part[:count] for part, count in zip(every, counts)])",
         "torch.cat(list(every))",
         "of ranks with fewer examples the padding is gathered, too",
-        "tests/contracts -k test_collectives",
+        f"{_RANKS} -k test_collectives",
     ),
     Bug(
         "python/mtlgrad/world/ranks.py",
         "return self.sum_(values).div_(self.size) if self.size > 1 else values",
         "return self.sum_(values)",
         "alphaVIL's losses and gradients of alpha are sums over the ranks, not means",
-        "tests/contracts -k closures_give_the_mean_loss",
+        f"{_RANKS} -k closures_give_the_mean_loss",
     ),
     Bug(
         "python/mtlgrad/world/jacobians.py",
         'getattr(jacobian, "_averaged", None) == (group.group_name, jacobian._version)',
         'getattr(jacobian, "_averaged", (None,))[0] == group.group_name',
         ".jac that a rank wrote into after the average passes for the mean",
-        "tests/contracts -k a_mean_that_was_written_into",
+        f"{_RANKS} -k a_mean_that_was_written_into",
     ),
     Bug(
         "python/mtlgrad/world/shards.py",
         "return key + (number << 32)",
         "return key",
         "stochastic rounding: all shards of a parameter have the same random bits",
-        "tests/contracts -k test_random_bits",
+        "tests/contracts/test_fsdp.py -k random_bits",
     ),
 )
 
@@ -323,21 +324,21 @@ _METHODS = (
         "            if not world.is_rank0:\n                self._weights.zero_()\n",
         "",
         "a rule that draws weighs by the sum over the ranks of their weights, not by the first one's",
-        "tests/contracts -k 'test_every_rule and pcgrad'",
+        f"{_RANKS} -k 'one_process and aligned-merge-2'",
     ),
     Bug(
         "python/mtlgrad/rules/pcgrad.py",
         'self.register_buffer("draws", torch.zeros((), dtype=torch.int64))',
         'self.register_buffer("draws", torch.zeros((), dtype=torch.int64), persistent=False)',
         "PCGrad's state is not saved: a resumed run draws the first orders again",
-        "tests/methods/test_gram_rule.py -k pcgrad_draws_anew",
+        "tests/methods/test_rules.py -k pcgrad_draws_anew",
     ),
     Bug(
         "python/mtlgrad/rules/aligned.py",
         "if isinstance(rows, list) and not self.check_finite:",
         "if isinstance(rows, list):",
         "AlignedMTL's layer lets NaN through in spite of check_finite",
-        "tests/methods/test_gram_rule.py -k nan_is_named",
+        "tests/methods/test_aligned.py -k nan_and_infinity",
     ),
     # ---- gradients a task
     Bug(
@@ -374,7 +375,7 @@ _METHODS = (
         "factors = world.size / counts.clamp(min=1.0)",
         "factors = 1.0 / counts.clamp(min=1.0)",
         "global_means forgets that gradients are averaged over the ranks afterwards",
-        "tests/contracts -k test_global_means",
+        f"{_RANKS} -k test_global_means",
     ),
     # ---- BayesAgg
     Bug(
@@ -410,7 +411,7 @@ _METHODS = (
         "with_prior=world.is_rank0)",
         "with_prior=True)",
         "several ranks count the prior as often as there are ranks",
-        "tests/methods -k two_ranks_equal_one_process",
+        f"{_RANKS} -k 'one_process and bayesagg-full-stored'",
     ),
     # ---- posteriors
     Bug(
@@ -483,7 +484,7 @@ _METHODS = (
         "self.merged[name] = torch.maximum(self.merged[name], b)",
         "self.merged[name] = b.clone()",
         "counters of batches are the last task's, not the largest",
-        "tests/methods/test_alphavil.py -k the_rule_of_means",
+        "tests/methods/test_alphavil.py -k the_rules_of_buffers",
     ),
     Bug(
         "python/mtlgrad/alphavil/search.py",
@@ -505,7 +506,7 @@ _METHODS = (
         "(step + 1) % self._every(trainer)",
         "step % self._every(trainer)",
         "Lightning: values are logged one step off those of self.log",
-        "tests/published/test_interop_lightning.py -k steps_are_those_of_self_log",
+        "tests/published/test_lightning.py -k steps_are_those_of_self_log",
     ),
 )
 

@@ -13,15 +13,17 @@ import io
 import math
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -38,7 +40,7 @@ from mtlgrad import BayesAgg
 from mtlgrad.distributed import global_means
 from mtlgrad.world.ranks import world_of
 from mtlgrad.world.shards import like_sharded, local
-from tests.support.bounds import assert_near, contents, hushed, normal
+from tests.support.bounds import assert_near, contents, hushed, normal, one_line
 from tests.support.nets import (
     KINDS,
     LAYERS,
@@ -124,7 +126,9 @@ class Pool:
         return [answer for _, answer in answers]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Ranks are forked from one process that has imported what takes seconds, and done nothing else.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "tests.support.oracles", "torch._dynamo"])
         folder = tempfile.mkdtemp()
         store = str(Path(folder) / "store")
         before = list(sys.path)
@@ -148,23 +152,23 @@ class Pool:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """Bytes that this rank gives to collectives called from Python, by collective (DDP's own are called from C++)."""
-    found: dict[str, int] = {}
+def collectives() -> Iterator[list[tuple[str, int]]]:
+    """Collectives that are called from Python (DDP's own are called from C++): the name, and the bytes that this rank
+    gives."""
+    found: list[tuple[str, int]] = []
+    kinds = ("all_", "broadcast", "reduce", "gather", "scatter", "barrier", "send", "recv", "isend", "irecv", "batch_")
 
-    def wrap(name: str, position: int) -> Callable[..., Any]:
-        original = getattr(torch.distributed, name)
-
+    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **settings: Any) -> Any:
-            given = arguments[position]
-            found[name] = found.get(name, 0) + given.numel() * given.element_size()
+            found.append((name, sum(v.numel() * v.element_size() for v in arguments if isinstance(v, Tensor))))
             return original(*arguments, **settings)
 
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, position in (("all_reduce", 0), ("all_gather", 1), ("broadcast", 0)):
-            patch.setattr(torch.distributed, name, wrap(name, position))
+        for name, function in list(vars(dist).items()):
+            if name.startswith(kinds) and type(function) is FunctionType:
+                patch.setattr(dist, name, wrap(name, function))
         yield found
 
 
@@ -187,6 +191,64 @@ def by_rank(values: Any, counts: Sequence[int]) -> list[Any]:
         found.append(values[start : start + count])
         start += count
     return found
+
+
+def part_here(parts: Sequence[Any], join: Callable[[Any], Any]) -> Any:
+    """This rank's part of a batch; one process has all of them, joined."""
+    return parts[dist.get_rank()] if dist.is_initialized() else join(parts)
+
+
+def of_all_ranks(rows: Any, group: Any = None) -> Tensor:
+    """The gradient at a whole batch from those at the ranks' rows: of losses that are averaged over W ranks they are W
+    times as large."""
+    size = dist.get_world_size(group) if dist.is_initialized() else 1
+    every = [rows] * size
+    if size > 1:
+        dist.all_gather_object(every, rows, group)
+    found: Tensor = torch.cat(every) / size
+    return found
+
+
+def agree(found: Sequence[dict[str, Any]], expected: dict[str, Any], bound: float = 1e-6, **bounds: float) -> None:
+    """All ranks have the same bits, and of tensors what one process has within a bound, of anything else the same."""
+    assert all(one.keys() == expected.keys() for one in found)
+    for name, value in expected.items():
+        if not isinstance(value, Tensor) and not (isinstance(value, list) and value and isinstance(value[0], Tensor)):
+            assert all(one[name] == value for one in found), name
+            continue
+        tensors, *others = (list(one[name]) if isinstance(value, list) else [one[name]] for one in (expected, *found))
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(other, others[0], strict=True)), f"{name}: ranks differ"
+        for got, want in zip(others[0], tensors, strict=True):
+            assert_near(got, want, bounds.get(name.split()[-1], bound))
+
+
+def told(attempt: Callable[[], Any], kind: type[Exception], *parts: str) -> str:
+    """What is said of an attempt, in one line."""
+    with pytest.raises(kind) as error:
+        attempt()
+    one_line(error.value, *parts)
+    return str(error.value)
+
+
+def all_told(found: Sequence[list[str]], words: Sequence[str]) -> None:
+    """All ranks were told the same, which begins with these words."""
+    assert all(messages == found[0] for messages in found)
+    for message, expected in zip(found[0], words, strict=True):
+        assert re.match(expected, message), message
+
+
+class Asked(NamedTuple):
+    """What every rank does, and one process, and the bounds of :func:`agree`."""
+
+    what: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...]
+    size: int = 2
+    bounds: Mapping[str, float] = MappingProxyType({})
+
+    def check(self, request: pytest.FixtureRequest) -> None:
+        pool = request.getfixturevalue("two_ranks" if self.size == 2 else "four_ranks")
+        agree(pool(self.what, *self.arguments), self.what(*self.arguments), **self.bounds)
 
 
 # ---- three tasks with missing labels: the rules over the Gram matrix -------------------------------------------------
@@ -488,6 +550,79 @@ def layers(data: Sequence[HeadData], **options: Any) -> tuple[list[nn.Linear], B
     return heads, published_layer([LAYERS[d.kind](head, gamma=0.3) for d, head in zip(data, heads)], **options)
 
 
+#: What a rank has of a batch: examples, by rank; kinds without any label there. None is a refresh.
+Plan = Sequence["tuple[list[int], dict[int, list[str]]] | None"]
+
+
+class Layered(Model):
+    """A backbone, a head of each kind, and the layer between."""
+
+    def __init__(self, data: Sequence[HeadData], noise: float | str = 1.0, bias: bool = False, **options: Any):
+        width = data[0].features.shape[1]
+        super().__init__(
+            lambda: nn.Sequential(nn.Linear(width, 10), nn.Tanh(), nn.Linear(10, width)),
+            heads=[len(d.weight) for d in data],
+            width=width,
+        )
+        powers = {"regression": 0.5, "binary": 1.0, "multiclass": 0.7}
+        more: dict[str, dict[str, Any]] = {"regression": {"noise": noise, "bias": bias}}
+        wrapped = [
+            LAYERS[d.kind](head, gamma=0.3, power=powers[d.kind], **more.get(d.kind, {}))
+            for d, head in zip(data, self.heads)
+        ]
+        self.layer = published_layer(wrapped, **options)
+
+    def forward(self, inputs: Tensor, data: list[HeadData]) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
+        """The features, and the losses of each head's labelled examples."""
+        features = self.backbone(inputs)
+        if features.requires_grad:
+            features.retain_grad()
+        out = self.layer(features, [d.targets for d in data])
+        found = []
+        for d, head in zip(data, self.heads):
+            z, y = head(out)[d.labelled], d.targets[d.labelled]
+            if d.kind == "multiclass":
+                found.append(F.cross_entropy(z, y, reduction="none"))
+            elif d.kind == "binary":
+                found.append(F.binary_cross_entropy_with_logits(z, y, reduction="none"))
+            else:
+                found.append((z - y).square())
+        return features, found
+
+
+def trained_layer(
+    plan: Plan, options: dict[str, Any], wrap: Callable[[Any], Any] | None = None, width: int = WIDTH
+) -> dict[str, Any]:
+    """What a training through the plan leaves, on ranks (`wrap`: in DDP, or what shards the model) or one process."""
+    data = dataset(sum(sum(step[0]) for step in plan if step), width)
+    net: Any = Layered(data, **options)
+    layer = net.layer
+    if dist.is_initialized() and wrap is not None:
+        net = wrap(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    gradients, at = [], 0
+    for step in plan:
+        if step is None:
+            layer.refresh()
+            continue
+        batch = part_here(parts_of(data, at, *step), joined)
+        at += sum(step[0])
+        optimizer.zero_grad()
+        features, values = net(batch[0].features, batch)
+        (layer.total(global_means(values)) * 0.5).backward()
+        optimizer.step()
+        gradients.append(of_all_ranks(features.grad))
+    assert [z.shape[1] for z in layer.predict(batch[0].features)] == [3, 3, 3]
+    return {"features": gradients, "parameters": [unsharded(p) for p in net.parameters()], **laws(layer)}
+
+
+def laws(layer: BayesAgg) -> dict[str, list[Tensor]]:
+    """The means and covariances of the full-data posteriors."""
+    found = list(layer.posteriors or ())
+    matrices = [m if isinstance(m, tuple) else (m,) for m in (p.covariance() for p in found)]
+    return {"means": [p.mean for p in found], "covariances": [matrix for m in matrices for matrix in m]}
+
+
 def see(layer: BayesAgg, batch: Sequence[HeadData], dtype: torch.dtype | None = None) -> Tensor:
     features = batch[0].features.to(dtype).clone().requires_grad_()
     out = layer(features, [d.targets for d in batch])
@@ -508,9 +643,3 @@ def see_quietly(layer: BayesAgg, batch: Sequence[HeadData]) -> None:
     known, layer._posteriors = layer._posteriors, None
     layer(batch[0].features.clone().requires_grad_(), [d.targets for d in batch])
     layer._posteriors = known
-
-
-def rows_agree(counts: list[list[int]], alone: list[Tensor], together: list[list[Tensor]], tolerance: float) -> None:
-    for sizes, expected, *found in zip(counts[1:], alone, *together):
-        for part, mine in zip(by_rank(expected, sizes), found):
-            assert_near(mine / len(sizes), part, tolerance * float(expected.abs().max() / part.abs().max()))

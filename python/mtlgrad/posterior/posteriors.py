@@ -193,7 +193,7 @@ class Posterior(ABC):
             RuntimeError, ValueError: as the function that made it; ``ValueError`` for a ``weight`` of a regression.
         """
         if weight is not None and self.likelihood.is_exact:
-            raise ValueError("update: weight: expected none, a regression posterior is exact wherever expanded")
+            raise ValueError("update: weight: expected none, a regression posterior is exact anywhere, found one")
         targets = self.likelihood.check("update", features, targets, self.anchor.shape, weight)
         check_same_device("update", "posterior", posterior=self.anchor, features=features)
         return self.add(features, targets, weight)

@@ -26,7 +26,9 @@ def inverse_norms(gram: Tensor) -> Tensor:
 
 
 P = [0.2, 0.5, 0.3]
+
 P64 = torch.tensor(P, dtype=torch.float64)
+
 RULES: dict[str, tuple[Callable[..., GramRule], Callable[[Tensor], Tensor]]] = {
     "UPGrad": (mtlgrad.UPGrad, reference.upgrad),
     "UPGrad preference": (lambda n, **o: mtlgrad.UPGrad(n, P, **o), lambda m: reference.upgrad(m, P64)),
@@ -49,7 +51,10 @@ RULES: dict[str, tuple[Callable[..., GramRule], Callable[[Tensor], Tensor]]] = {
     "PCGrad": (mtlgrad.PCGrad, lambda m: reference.pcgrad(m, 0, torch.tensor(0))),
     "of one's own": (lambda n, **o: GramRule(n, inverse_norms, **o), inverse_norms),
 }
+
 every_rule = pytest.mark.parametrize("name", list(RULES))
+#: One that prefers, one that does not, one that draws, one in Python: what does not depend on the rule.
+several = pytest.mark.parametrize("name", ["UPGrad preference", "IMTLG", "PCGrad", "of one's own"])
 COMMUTING = [name for name in RULES if name not in ("NashMTL published", "of one's own")]  #: with a common factor
 
 
@@ -96,7 +101,7 @@ def test_merge(name: str) -> None:
     assert not any(hasattr(p, "jac") for p in net.shared)
 
 
-@every_rule
+@several
 def test_merge_scales_heads_where_it_is_told_them(name: str) -> None:
     net, x, rule = Net(), inputs(), made(name)
     task_backward(net.from_features(net.backbone(x)), net.shared)
@@ -120,7 +125,7 @@ def test_weigh(name: str, shared: str) -> None:
     assert near(found, weights, 1e-5)
 
 
-@every_rule
+@several
 def test_three_micro_batches_add_up(name: str) -> None:
     net, rule = Net(), made(name)
     want = [torch.zeros_like(p) for p in net.shared]
@@ -164,7 +169,7 @@ def test_a_loss_scale_goes_through(name: str) -> None:
     all_near(found[1], found[0])
 
 
-@every_rule
+@several
 def test_evaluation_mode_gives_views(name: str) -> None:
     net, rule = Net(), made(name).eval()
     features = net.backbone(inputs())
@@ -176,7 +181,7 @@ def test_evaluation_mode_gives_views(name: str) -> None:
     all_near(gradients(net.shared), gradients(plain.shared))
 
 
-@every_rule
+@several
 def test_complex_features_are_pairs_of_reals(name: str) -> None:
     rows = torch.view_as_complex(normal(2, 3, 10, 2))
     features = torch.zeros(10, dtype=torch.complex128, requires_grad=True)
@@ -186,7 +191,7 @@ def test_complex_features_are_pairs_of_reals(name: str) -> None:
     assert near(torch.view_as_real(features.grad).flatten(), update, 1e-9)
 
 
-@every_rule
+@several
 def test_made_under_another_default_device(name: str) -> None:
     net, x = Net(), inputs()
     torch.set_default_device("meta")
@@ -203,7 +208,7 @@ def test_made_under_another_default_device(name: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@every_rule
+@several
 def test_under_checkpointing(name: str, reentrant: bool) -> None:
     """Of the backbone alone: a second forward of it does not count as a use."""
     net, rule, want = Net(), made(name), Net()
@@ -214,7 +219,7 @@ def test_under_checkpointing(name: str, reentrant: bool) -> None:
     all_near(gradients(net.shared), gradients(want.shared), 1e-6)
 
 
-@every_rule
+@several
 def test_nan_is_named_where_asked_for(name: str) -> None:
     rows = normal(1, 3, 20)
     rows[2, 7] = torch.nan
@@ -230,7 +235,7 @@ def test_nan_is_named_where_asked_for(name: str) -> None:
             assert features.grad.isnan().any()
 
 
-@every_rule
+@several
 def test_copies_and_pickles_are_rules_of_their_own(name: str) -> None:
     x, rule = inputs(), made(name)
     step(Net(), rule, x)
@@ -351,9 +356,6 @@ def test_torchjds_weightings_over_the_gradients_are_refused() -> None:
     for weighting in (aggregation.ExcessMTLWeighting(), aggregation.MoDoWeighting(), aggregation.SDMGradWeighting()):
         with pytest.raises(TypeError, match="expected one over the Gram matrix, found TorchJD's"):
             GramRule(3, weighting)
-
-
-# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def test_options_that_cannot_be_are_refused() -> None:

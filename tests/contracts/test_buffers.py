@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mtlgrad import AlphaVIL
 from mtlgrad.alphavil import Task
+from tests.support.bounds import contents, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,22 +27,29 @@ def vil_of(
     return AlphaVIL(model, tasks, target, **options)
 
 
-def everything(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
-
-
 def check_rounds(model: nn.Module, vil: AlphaVIL) -> None:
     """Before the last stage of a round all is as before it."""
     for _ in range(2):
-        before = everything(model)
+        before = contents(model)
         for stage in vil.stages():
             if stage.kind != "move":
-                now = everything(model)
-                assert all(torch.equal(now[name], value) for name, value in before.items()), stage
+                assert same(contents(model), before), stage
 
 
-@pytest.mark.parametrize("layers", [2, 8])
-def test_spectral_norm(layers: int) -> None:
+def trained_alone(
+    model: Any, loss: Any, parts: Sequence[str], steps: int = 5, lr: float = 0.05, weight: float = 1.0
+) -> Any:
+    """A copy of the model after a task's own training of some of its parts."""
+    alone = copy.deepcopy(model).train()
+    opt = torch.optim.SGD([p for part in parts for p in alone.get_submodule(part).parameters()], lr=lr)
+    for _ in range(steps):
+        opt.zero_grad()
+        (weight * loss(alone, 0)).backward()
+        opt.step()
+    return alone
+
+
+def test_alphavil_spectral_norm() -> None:
     """The loss at alpha = 1 is that at theta plus the sum of the deltas with the vectors of the target's training,
     which the next one's power iteration brings up to date; with a mean of vectors it is many times as large."""
     torch.manual_seed(0)
@@ -52,14 +60,12 @@ def test_spectral_norm(layers: int) -> None:
         nn.init.orthogonal_(linear.weight)
         return nn.utils.parametrizations.spectral_norm(linear, n_power_iterations=4)
 
-    model = nn.ModuleDict(
-        {"b": nn.Sequential(*[layer() for _ in range(layers)]), **{h: nn.Linear(16, 4) for h in "acd"}}
-    )
+    model = nn.ModuleDict({"b": nn.Sequential(*[layer() for _ in range(8)]), **{h: nn.Linear(16, 4) for h in "acd"}})
 
     def loss(h: str) -> Callable[[Any, Any], Tensor]:
         return lambda m, _: (m[h](m["b"](x)) - x @ out[h]).square().mean()
 
-    start = everything(model)
+    start = contents(model)
     vil = vil_of(model, {h: loss(h) for h in "acd"}, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.02), batches=20)
     seen = {}
     for stage in vil.stages():
@@ -67,16 +73,8 @@ def test_spectral_norm(layers: int) -> None:
         if stage.kind == "evaluate":
             break
     exact = copy.deepcopy(model)
-    ends: list[dict[str, Tensor]] = []
-    for h in "acd":
-        one = copy.deepcopy(model).train()
-        one.load_state_dict(start)
-        opt = torch.optim.SGD([*one["b"].parameters(), *one[h].parameters()], lr=0.02)
-        for _ in range(20):
-            opt.zero_grad()
-            loss(h)(one, 0).backward()
-            opt.step()
-        ends.append(everything(one))
+    model.load_state_dict(start)
+    ends = [contents(trained_alone(model, loss(h), "b" + h, 20, 0.02)) for h in "acd"]
     with torch.no_grad():
         for name, p in exact.named_parameters():
             p.copy_(start[name] + sum(end[name] - start[name] for end in ends))
@@ -111,7 +109,7 @@ class Teacher(nn.Module):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_teacher(in_place: bool) -> None:
+def test_alphavil_a_teacher(in_place: bool) -> None:
     torch.manual_seed(0)
     model, x, y = Teacher(in_place), torch.randn(32, 6), torch.randn(32, 1)
 
@@ -125,12 +123,7 @@ def test_a_teacher(in_place: bool) -> None:
     check_rounds(model, vil_of(model, {h: loss(h) for h in "ac"}))
     start = model.k.weight.clone()
     vil = vil_of(model, {h: loss(h) for h in "ac"})
-    alone = copy.deepcopy(model)
-    opt = torch.optim.SGD([*alone.q.parameters(), *alone.a.parameters()], lr=0.05)
-    for _ in range(5):
-        opt.zero_grad()
-        loss("a")(alone.train(), 0).backward()
-        opt.step()
+    alone = trained_alone(model, loss("a"), "qa")
     if vil.epoch().kept != "none":  # the teacher is then that of the target's own training
         torch.testing.assert_close(model.k.weight, alone.k.weight)
         assert not torch.equal(model.k.weight, start)
@@ -154,19 +147,14 @@ class Queue(nn.Module):
         return z
 
 
-def test_a_queue_and_its_pointer_are_of_one_training() -> None:
+def test_alphavil_a_queue_and_its_pointer_are_of_one_training() -> None:
     torch.manual_seed(0)
     model, xs, y = Queue(), {"a": torch.randn(3, 4), "c": torch.randn(5, 4)}, 1.0
 
     def loss(h: str) -> Callable[[Any, Any], Tensor]:
         return lambda m, _: (m.heads[h](m(xs[h])) - y).square().mean()
 
-    alone = copy.deepcopy(model)
-    opt = torch.optim.SGD([*alone.line.parameters(), *alone.heads["a"].parameters()], lr=0.05)
-    for _ in range(5):
-        opt.zero_grad()
-        loss("a")(alone.train(), 0).backward()
-        opt.step()
+    alone = trained_alone(model, loss("a"), ["line", "heads.a"])
     vil = vil_of(model, {h: loss(h) for h in "ac"})
     assert vil.epoch().kept != "none"
     torch.testing.assert_close(model.bank, alone.bank)
@@ -183,7 +171,7 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize("lengths", [(3, 7), (7, 3)])
-def test_a_buffer_that_forward_makes_and_grows(lengths: tuple[int, int]) -> None:
+def test_alphavil_a_buffer_that_forward_makes_and_grows(lengths: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"p": Positions(), "l": nn.Linear(4, 8), "a": nn.Linear(8, 1), "c": nn.Linear(8, 1)})
     xs = {h: torch.randn(8, n, 4) for h, n in zip("ac", lengths)}
@@ -197,7 +185,7 @@ def test_a_buffer_that_forward_makes_and_grows(lengths: tuple[int, int]) -> None
     assert float(loss("a")(model, 0).detach()) == pytest.approx(losses[2], rel=1e-5)
 
 
-def test_an_embedding_that_forward_scales_down() -> None:
+def test_alphavil_an_embedding_that_forward_scales_down() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"e": nn.Embedding(9, 4, max_norm=0.5), "a": nn.Linear(4, 1), "c": nn.Linear(4, 1)})
     words = torch.arange(9)
@@ -246,7 +234,7 @@ class Observer(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:AlphaVIL. target 'a'. expected the search to lower")
 @pytest.mark.parametrize("make", [Codebook, Observer])
-def test_statistics_that_go_together_are_of_the_targets_training(make: Callable[[], nn.Module]) -> None:
+def test_alphavil_statistics_that_go_together_are_of_the_targets_training(make: Callable[[], nn.Module]) -> None:
     """In every round: those that its own training from the same start comes to."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"l": nn.Linear(4, 3), "v": make(), "a": nn.Linear(3, 1), "c": nn.Linear(3, 1)})
@@ -258,12 +246,7 @@ def test_statistics_that_go_together_are_of_the_targets_training(make: Callable[
     model["v"].train()(model["l"](xs["a"]))  # what has no size yet is no statistic yet
     vil = vil_of(model, {h: loss(h) for h in "ac"})
     for _ in range(2):
-        alone = copy.deepcopy(model)
-        opt = torch.optim.SGD([*alone["l"].parameters(), *alone["a"].parameters()], lr=0.05)
-        for _ in range(5):
-            opt.zero_grad()
-            (vil.task_weights[0].item() * loss("a")(alone.train(), 0)).backward()
-            opt.step()
+        alone = trained_alone(model, loss("a"), "la", weight=vil.task_weights[0].item())
         assert vil.epoch().kept != "none"
         for (name, found), expected in zip(model["v"].named_buffers(), alone["v"].buffers(), strict=True):
             torch.testing.assert_close(found, expected, msg=lambda text: f"{name}: {text}")  # noqa: B023
