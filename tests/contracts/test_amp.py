@@ -109,9 +109,9 @@ def distance(backbone: str, method: str, dtype: torch.dtype, device: str) -> flo
     return float((found - exact).norm() / exact.norm())
 
 
+@each_device
 @pytest.mark.parametrize(("backbone", "dtype"), [*((b, BF16) for b in BACKBONES), ("layer norm", F16)], ids=str)
 @each_way
-@each_device
 def test_trains_as_in_float32(device: str, backbone: str, method: str, dtype: torch.dtype) -> None:
     """A method loses of the gradient about what plain summation does; and it learns as well as in float32."""
     assert distance(backbone, method, dtype, device) <= 2.0 * distance(backbone, "sum", dtype, device)

@@ -43,7 +43,11 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 # ---- activation checkpointing ----------------------------------------------------------------------------------------
 
 #: Whose gradients are taken by autograd.grad on the way from the losses to the features.
-BY_GRAD = ["aligned merge", "aligned weigh", *(name for name in METHODS if name in {f"adatask {rule}" for rule in PAIRS})]
+BY_GRAD = [
+    "aligned merge",
+    "aligned weigh",
+    *(name for name in METHODS if name in {f"adatask {rule}" for rule in PAIRS}),
+]
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -68,6 +72,13 @@ def test_checkpoints_change_no_bit(method: str, where: str, reentrant: bool) -> 
 @pytest.mark.parametrize(
     ("how", "times"),
     [("layer", 2), ("weigh features", 2), ("weigh parameters", 5), ("task_backward", 4), ("through features", 4)],
+    ids=[
+        "aligned layer",
+        "aligned weigh",
+        "aligned weigh parameters",
+        "adatask whole graph",
+        "adatask through features",
+    ],
 )
 def test_how_often_a_checkpointed_backbone_runs(how: str, times: int) -> None:
     """Once, and again for each backward pass through it."""
@@ -186,7 +197,7 @@ def rows_at_features(model: Model, data: Batch) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("form", ["layer", "weigh"])
-def test_a_layer_aligns_each_micro_batch(form: str) -> None:
+def test_aligned_layers_align_each_micro_batch(form: str) -> None:
     """The sum of the micro-batches' aligned gradients, each by its own weights; not the whole batch's, which is what
     merge makes of accumulated .jac."""
     model, data, aligned = Model(), batch(), AlignedMTL(3)

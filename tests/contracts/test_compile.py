@@ -118,7 +118,7 @@ def test_backbone_and_heads(method: str) -> None:
     assert compiler.counter.frame_count in (range(1, 9) if is_vil else [4])
 
 
-@pytest.mark.parametrize("method", ["aligned merge", pytest.param("adatask rmsprop", marks=slow)])
+@pytest.mark.parametrize("method", ["adatask rmsprop", pytest.param("aligned merge", marks=slow)])
 def test_inductors_backward_runs_once_a_task(method: str) -> None:
     with torch._functorch.config.patch(donated_buffer=False):
         found = trained(method, Compiler("inductor"), heads=False, steps=4)
@@ -456,22 +456,23 @@ def test_more_than_the_views(method: str, form: Form) -> None:
             run(Net(method), [form], plain)
 
 
+EACH_OWN = [
+    ("aligned", {}, ["features beside"], True),
+    ("bayesagg", {"statistics": "streaming"}, ["logged total"], True),
+]
+SEVERAL = ["features beside", "logged total", "views of views"]
+
+
 @pytest.mark.parametrize(
-    ("names", "dynamic"),
-    [
-        (["features beside"], True),
-        pytest.param(["features beside", "logged total", "views of views"], None, marks=slow),
-    ],
-    ids=["one", "several"],
+    ("method", "options", "forms", "dynamic"),
+    [*EACH_OWN, *(pytest.param(*row[:2], SEVERAL, None, marks=slow) for row in EACH_OWN)],
+    ids=[*LAYERS, *(f"{method}, several" for method in LAYERS)],
 )
-@pytest.mark.parametrize(
-    ("method", "options"), [("aligned", {}), ("bayesagg", {"statistics": "streaming"})], ids=LAYERS
-)
-def test_inductor(method: str, options: dict[str, Any], names: list[str], dynamic: bool | None) -> None:
+def test_inductor(method: str, options: dict[str, Any], forms: list[str], dynamic: bool | None) -> None:
     """What compiled code may reuse is not kept."""
-    forms = [FORMS[name] for name in names]
-    found = run(Net(method, **options), forms, Compiler("inductor", dynamic), SIZES[:2])
-    assert_same(found, run(Net(method, **options), forms, plain, SIZES[:2]))
+    chosen = [FORMS[form] for form in forms]
+    found = run(Net(method, **options), chosen, Compiler("inductor", dynamic), SIZES[:2])
+    assert_same(found, run(Net(method, **options), chosen, plain, SIZES[:2]))
 
 
 with_inductor = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
@@ -633,6 +634,7 @@ def test_aligned_weights_that_are_looked_at_in_a_region(backend: str) -> None:
 
         compiled, w = compiler(step), normal(0, 4).requires_grad_()
         results = [compiled(normal(i, 6, 4), w) for i in range(3)]
+        assert not torch.equal(results[0][1], results[1][1])
         return [
             {"gradient": torch.autograd.grad(total, w)[0], **{str(i): v.detach() for i, v in enumerate(shown)}}
             for *shown, total in results

@@ -12,8 +12,8 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import mtlgrad
 from mtlgrad import AlignedMTL, ops, reference
-from tests.support.bounds import near
 from tests.ops.test_moments import multiclass
+from tests.support.bounds import near
 from tests.support.nets import METHODS, Bayes, Layer, Model, batch
 
 pytestmark = [
@@ -59,8 +59,8 @@ def trained(method: str) -> Any:
 LAYERS = pytest.mark.parametrize("method", ["aligned layer", "bayesagg"])
 
 
-@LAYERS
 @pytest.mark.parametrize("how", ["backward", "autograd.grad"])
+@LAYERS
 def test_functional_call(method: str, how: str) -> None:
     """The aligned, the aggregated gradient arrives at the parameters that were given, and none at the module's own."""
     whole, data = Total(trained(method)), batch(seed=9)
@@ -78,7 +78,7 @@ def test_functional_call(method: str, how: str) -> None:
     assert all(p.grad is None for p in whole.parameters())
 
 
-def test_task_backward_of_given_parameters() -> None:
+def test_aligned_at_given_parameters() -> None:
     model, data, aligned = Model(), batch(), AlignedMTL(3)
     features = model.backbone(data.x)
     mtlgrad.task_backward(model.losses(features, data.y), model.shared, features=features)
@@ -115,7 +115,7 @@ def test_jacobians_of_jacrev(method: str) -> None:
     assert all(near(p.detach(), q.detach(), 1e-5) for p, q in pairs)
 
 
-def test_forward_alone() -> None:
+def test_aligned_forward_alone() -> None:
     """Without gradients the layers are not there: vmap over examples, jvp of the sum of the losses."""
     trainer, data = trained("aligned layer"), batch()
     model, aligned = trainer.model, trainer.aligned
@@ -147,11 +147,8 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Any], Callable[[Parameter
 }
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["aligned layer", "bayesagg"],
-)
 @pytest.mark.parametrize("transform", TRANSFORMS)
+@LAYERS
 def test_transforms_of_the_backward_are_refused(method: str, transform: str) -> None:
     """They would differentiate a function, and the layers' backward is not that of one; the words say what to use."""
     whole, data = Total(trained(method)), batch(seed=9)
@@ -197,7 +194,7 @@ def test_second_derivatives_are_refused_by_backward(method: str) -> None:
         torch.stack([g.square().sum() for g in first]).sum().backward()
 
 
-def test_a_rule_that_a_transform_was_the_first_to_ask_for() -> None:
+def test_a_bayesagg_quadrature_that_a_transform_was_the_first_to_ask_for() -> None:
     case = multiclass(2, 6, 4)
 
     def total(features: Tensor) -> Tensor:
@@ -209,7 +206,7 @@ def test_a_rule_that_a_transform_was_the_first_to_ask_for() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch 2.15, of operators without a batched form
-def test_align_under_vmap() -> None:
+def test_aligned_gram_matrices_under_vmap() -> None:
     """The T x T part takes a batch of Gram matrices."""
     rows = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
     grams = rows @ rows.mT

@@ -678,7 +678,10 @@ def test_refused(start: Callable[[], Any], words: str, calls: list[Callable[[Any
         refuses(used, words, lambda call=call: call(used))
 
 
-@pytest.mark.parametrize("start", [Aligned, Bayes, Laws, AdaTask, Vil], ids=lambda s: s.__name__.lower())
+STARTS = [Aligned, Bayes, Laws, AdaTask, Vil]
+
+
+@pytest.mark.parametrize("start", STARTS, ids=["aligned", "bayesagg", "bayesagg posteriors", "adatask", "alphavil"])
 def test_the_next_use_is_as_if_nothing_had_been_refused(start: Callable[[], Any]) -> None:
     tables = {Aligned: ALIGNED, Bayes: BAYESAGG, Laws: POSTERIORS, AdaTask: ADATASK, Vil: ALPHAVIL}
     ends = []

@@ -446,23 +446,24 @@ def test_aligned_preference_belongs_to_names() -> None:
 
 @EVERY_OPTIMIZER
 def test_the_optimizer_clips_in_its_step(name: str) -> None:
-    """As clipping by hand does, tasks by clip_task_grad_norm_ and the heads by torch's; two groups are one."""
+    """As clipping by hand does, tasks by clip_task_grad_norm_ and the heads by torch's; two groups are one. What is
+    shorter is left as it is."""
     for max_norm in (0.05, 1.0, 1e6):
         ends = []
-        for by_hand in (True, False):
+        for clips in ("by hand", "in its step", *(["not at all"] if max_norm == 1e6 else [])):
             net, batches = start()
             groups = [{"params": net.shared[:2]}, {"params": [*net.shared[2:], *net.heads.parameters()]}]
-            opt = PAIRS[name][0](groups, lr=1e-2, num_tasks=2, max_norm=None if by_hand else max_norm)
+            opt = PAIRS[name][0](groups, lr=1e-2, num_tasks=2, max_norm=max_norm if clips == "in its step" else None)
             for x in batches:
                 opt.zero_grad()
                 z = features(net, x)
                 task_backward(net.from_features(z), net.shared, features=z)
-                if by_hand:
+                if clips == "by hand":
                     clip_task_grad_norm_(net.shared, max_norm)
                     nn.utils.clip_grad_norm_(net.heads.parameters(), max_norm)
                 opt.step()
             ends.append(values(net.parameters()))
-        assert same(*ends)
+        assert all(same(ends[0], end) for end in ends[1:])
 
 
 def flat_norm(tensors: Any) -> Tensor:
@@ -1268,7 +1269,8 @@ def test_alphavil_loaders_with_workers(own: bool) -> None:
             vil = case.vil(subset=2, alpha_epochs=1)
             case.model.load_state_dict(model)
             vil.load_state_dict(state)
-        epoch(vil)
+        for _ in range(1 + own):
+            epoch(vil)
         ends.append((contents(case.model), random_state()))
     for theta, state in ends[1:]:
         assert same_values(theta, ends[0][0])

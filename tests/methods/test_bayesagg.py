@@ -64,7 +64,6 @@ def test_warm_up_is_plain_summation_to_the_bit(missing: float) -> None:
     with_layer = m.see(slice(0, 8))
     features = m.data[0].features[:8].clone().requires_grad_()
     torch.stack(m.losses(features, slice(0, 8))).sum().backward()
-    assert features.grad is not None
     assert torch.equal(with_layer, features.grad)
 
 
@@ -87,7 +86,7 @@ def test_where_nothing_trains_the_layer_is_absent(how: str) -> None:
         total.backward()
         plain = m.data[0].features.clone().requires_grad_()
         torch.stack(m.losses(plain)).sum().backward()
-        assert torch.equal(features.grad, plain.grad)  # type: ignore[arg-type]
+        assert torch.equal(features.grad, plain.grad)
 
 
 # ---- the aggregated gradient -----------------------------------------------------------------------------------------
@@ -162,7 +161,7 @@ def test_heads_get_their_ordinary_gradients() -> None:
         alone.zero_grad()
         mean_loss(data.rows(slice(0, 9)), alone(data.features[:9])).backward()
         for mine, theirs in zip(head.parameters(), alone.parameters()):
-            assert_near(mine.grad, theirs.grad, 1e-14)  # type: ignore[arg-type]
+            assert_near(mine.grad, theirs.grad, 1e-14)
 
 
 def test_statistics_are_of_one_epoch() -> None:
@@ -193,8 +192,6 @@ def test_streaming_expands_where_each_batch_met_the_weights() -> None:
     batches = [data.rows(slice(0, 20)), data.rows(slice(20, 40))]
     streamed = binary_posterior(batches[0].features, batches[0].targets, first, gamma=GAMMAS["binary"])
     streamed.update(batches[1].features, batches[1].targets, last)
-    assert by_storing.layer.posteriors is not None
-    assert by_streaming.layer.posteriors is not None
     assert_near(by_storing.layer.posteriors[0].mean, stored.mean, 1e-10)
     assert_near(by_streaming.layer.posteriors[0].mean, streamed.mean, 1e-10)
     assert not torch.allclose(stored.mean, streamed.mean)
@@ -226,7 +223,7 @@ def test_a_task_without_labels_in_the_batch() -> None:
         part.layer.refresh()
     # The same heads and posteriors for the two that stay, by their states.
     state = unpacked(m.layer.get_extra_state())
-    fewer.layer._posteriors = [m.layer.posteriors[i] for i in (0, 2)]  # type: ignore[index]
+    fewer.layer._posteriors = [m.layer.posteriors[i] for i in (0, 2)]
     with torch.no_grad():
         for mine, theirs in zip(fewer.heads, (m.heads[0], m.heads[2])):
             mine.load_state_dict(theirs.state_dict())
@@ -234,11 +231,9 @@ def test_a_task_without_labels_in_the_batch() -> None:
     assert state["number"] == 1
     assert_near(m.see(slice(0, 9)), fewer.see(slice(0, 9)), 1e-12)
     weights = m.layer.task_weights
-    assert weights is not None
     assert (weights[3:6] == 0).all()
     assert weights.sum().item() == pytest.approx(1.0)
     variances = m.layer.gradient_variance
-    assert variances is not None
     assert variances[3:6].isnan().all()
     assert variances[[0, 1, 2, 6]].isfinite().all()
 
@@ -324,7 +319,7 @@ def test_one_size_in_the_warm_up_and_after(kind: str) -> None:
             loss.backward()
             return loss
 
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
         with torch.no_grad():
             head.weight.copy_(m.heads[0].weight)
             head.bias.copy_(m.heads[0].bias)
@@ -350,8 +345,6 @@ def test_task_weights_and_gradient_variance(missing: float, moments_of: str) -> 
     m.layer.refresh()
     m.see()
     weights, variances = m.layer.task_weights, m.layer.gradient_variance
-    assert weights is not None
-    assert variances is not None
     parts = [moments(data, data) for data in m.data]
     powers = [POWERS[data.kind] for data in m.data]
     variance = torch.cat([v for _, v in parts], 1)  # [B, T, D]
@@ -380,7 +373,7 @@ def test_what_the_layer_tells_is_of_the_step_that_was_made() -> None:
     with torch.no_grad():  # the optimizer's step, before anyone reads
         for head in m.heads:
             head.weight.add_(1.0)
-    assert torch.equal(m.layer.task_weights, other.layer.task_weights)  # type: ignore[arg-type]
+    assert torch.equal(m.layer.task_weights, other.layer.task_weights)
 
 
 def test_predict() -> None:
@@ -418,7 +411,6 @@ def arrives(m: Problem, loss: Callable[[Tensor, list[Tensor]], Tensor], rows: sl
     features = m.data[0].features[rows].clone().requires_grad_()
     out = m.layer(features, m.targets(rows))
     loss(out, m.losses(out, rows)).backward()
-    assert features.grad is not None
     return features.grad
 
 
@@ -444,7 +436,6 @@ def test_loss_weights(weights: Sequence[float], by_total: bool) -> None:
         return m.layer.total(weighted) if by_total else torch.stack(weighted).sum()
 
     all_near(arrives(m, loss), expected(m, weights), 1e-6)
-    assert m.layer.loss_weights is not None
     repeated = [w for w, head in zip(weights, m.layer.heads) for _ in range(head.num_tasks)]
     by_task = torch.tensor(repeated, dtype=torch.float64)
     assert (m.layer.loss_weights - by_task).abs().max() <= 1e-9 * max(map(abs, weights))
@@ -463,7 +454,7 @@ class Reverse(torch.autograd.Function):
 @pytest.mark.parametrize("how", ["reversal", "detach", "hook"])
 def test_between_the_layer_and_a_head(how: str) -> None:
     m = ready()
-    change: Callable[[Tensor], Tensor] = Reverse.apply if how == "reversal" else Tensor.detach  # type: ignore[assignment]
+    change: Callable[[Tensor], Tensor] = Reverse.apply if how == "reversal" else Tensor.detach
 
     def loss(out: Tensor, losses: list[Tensor]) -> Tensor:
         if how == "hook":
@@ -570,7 +561,6 @@ def test_a_second_layer_above() -> None:
     (below.layer.total(below.losses(out, ROWS)) + mean_loss(data.rows(ROWS), above.heads[0](top))).backward()
     inputs = below.data[0].features[ROWS].clone().requires_grad_()
     (own,) = torch.autograd.grad(block(inputs), inputs, between.grad)
-    assert features.grad is not None
     all_near(features.grad, expected(below, [1.0]) + own, 1e-8)
 
 
@@ -603,7 +593,6 @@ def test_under_autocast() -> None:
     (own,) = torch.autograd.grad(10 * features.square().mean(), backbone[0].weight)
     assert (gradient(10.0) - gradient(0.0) - own).norm() < 0.02 * own.norm()
     gradient(0.0, (10.0, 0.1, 2.0))
-    assert layer.loss_weights is not None
     wanted = torch.tensor([10.0, 0.1, 2.0, 2.0]).double()
     assert ((layer.loss_weights - wanted).abs() <= 0.02 * wanted + 0.01).all()
 
@@ -662,7 +651,6 @@ def test_another_loss_goes_on_as_it_is_and_is_named_once(name: str) -> None:
         leaf = features[rows].clone().requires_grad_()
         out = layer(leaf, [t[rows] for t in targets], count=False)
         layer.total([f(head(out), t[rows]) for f, head, t in zip(chosen, heads, targets)]).backward()
-        assert leaf.grad is not None
         return leaf.grad
 
     kind = layer.heads[index].likelihood
@@ -679,7 +667,6 @@ def test_another_loss_goes_on_as_it_is_and_is_named_once(name: str) -> None:
     leaf = features[ROWS].clone().requires_grad_()
     (own,) = torch.autograd.grad(other(heads[index](leaf), targets[index][ROWS]), leaf)
     all_near(first, alone.aggregate(features[ROWS], [targets[i][ROWS] for i in others]) + own, 1e-8)
-    assert layer.loss_weights is not None
     weights = torch.cat([torch.full((h.num_tasks,), float(i != index)) for i, h in enumerate(layer.heads)]).double()
     all_near(layer.loss_weights, weights, 1e-8)
 
@@ -699,7 +686,6 @@ def test_another_layer_is_named(index: int, how: str) -> None:
     assert len(caught) == 1
     leaf_plain = features.clone().requires_grad_()
     (own,) = torch.autograd.grad(PLAIN[index](used[index](leaf_plain), targets[index]), leaf_plain)
-    assert leaf.grad is not None
     left = leaf.grad - own  # the others' aggregate, up to a scale that the other layer's gradient tilts
     assert left.norm() < 3 * own.norm()
 
@@ -735,7 +721,6 @@ def test_plain_losses_are_never_taken_for_others(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (tasks + penalty * out.square().mean()).backward()
-    assert leaf.grad is not None
     assert leaf.grad.isfinite().all()
 
 
@@ -765,7 +750,6 @@ def test_a_call_a_task() -> None:
         out = m.layer(features, targets)
         m.losses(out, ROWS)[index].backward()
         alone = Problem([m.data[index]], [m.heads[index]], m.layer)
-        assert features.grad is not None
         all_near(features.grad, expected(alone, [1.0]), 1e-8)
 
 
@@ -779,7 +763,7 @@ def test_positions_are_examples(shape: tuple[int, ...]) -> None:
     if len(shape) == 3:
         with torch.no_grad():
             conv.weight.copy_(heads[2].weight[:, :, None, None])
-            conv.bias.copy_(heads[2].bias)  # type: ignore[union-attr]
+            conv.bias.copy_(heads[2].bias)
     last = conv if len(shape) == 3 else heads[2]
     flat = BayesAgg([Regression(heads[0], power=0.5), Binary(heads[1]), Multiclass(heads[2])])
     deep = BayesAgg([Regression(heads[0], power=0.5), Binary(heads[1]), Multiclass(last)])
@@ -810,7 +794,6 @@ def test_positions_are_examples(shape: tuple[int, ...]) -> None:
             functional.cross_entropy(heads[2](rows), targets[2], reduction="sum") / count,
         ]
         layer.total(losses).backward()
-        assert leaf.grad is not None
         return leaf.grad
 
     for layer, fold in ((flat, lambda x: x), (deep, folded)):
@@ -902,7 +885,6 @@ def test_logits_in_the_hundreds_with_a_weak_prior(gamma: float) -> None:
         leaf = features.clone().requires_grad_()
         functional.binary_cross_entropy_with_logits(head(layer(leaf, [targets])), targets).backward()
         layer.refresh()
-    assert leaf.grad is not None
     assert leaf.grad.isfinite().all()
 
 
@@ -915,7 +897,6 @@ BATCHES = [slice(i, i + 5) for i in range(0, 40, 5)]
 def passed(m: Problem, rows: slice) -> Tensor:
     features = m.data[0].features[rows].clone().requires_grad_()
     torch.stack(m.losses(m.layer(features, m.targets(rows)), rows)).sum().backward()
-    assert features.grad is not None
     return features.grad
 
 
@@ -949,7 +930,6 @@ def test_sums_that_decay(kind: str, half_life: float) -> None:
         # After half_life batches, and then after every fourth of it, of the batches before.
         first = 3 if half_life == 2.0 else 5
         assert (m.layer.posteriors is not None) == (i + 1 >= first)
-    assert m.layer.posteriors is not None
     found = dense_of(m.layer.posteriors[0], m.layer.posteriors[0].precision)
     all_near(found, expected_precision(m, 0, 0.5 ** (1 / half_life), len(BATCHES) - 1, 1.0), 1e-10)
 
@@ -961,7 +941,6 @@ def test_refresh_tells_how_many_examples_an_epoch_has() -> None:
     m.layer.refresh()
     decay = 0.5**0.5
     weight = 5 * sum(decay**i for i in range(len(BATCHES)))
-    assert m.layer.posteriors is not None
     found = dense_of(m.layer.posteriors[0], m.layer.posteriors[0].precision)
     all_near(found, expected_precision(m, 0, decay, len(BATCHES), 40 / weight), 1e-10)
     passed(m, BATCHES[0])  # and goes on with them
@@ -1005,7 +984,6 @@ def test_the_noise_of_sums_that_decay() -> None:
     root = weight.sqrt()[:, None]
     solution = torch.linalg.lstsq(root * data.features, root * data.targets).solution
     residuals = (weight[:, None] * (data.targets - data.features @ solution).square()).sum(0)
-    assert layer.noise is not None
     all_near(layer.noise, residuals / (40 - data.features.shape[1]), 1e-5)
 
 
@@ -1085,7 +1063,6 @@ def test_estimated_noise(statistics: str, missing: bool, batch: int) -> None:
         see(bayes, features[rows], targets[rows])
     bayes.refresh()
     noise = exact_noise(features, targets)
-    assert bayes.noise is not None
     all_near(bayes.noise, noise, 1e-10)
     assert (noise.sqrt() / torch.tensor([0.05, 0.5, 2.0]) - 1.0).abs().max() < 0.5  # the prior draws small ones away
     found = bayes.aggregate(features[:batch], [targets[:batch]])
@@ -1098,7 +1075,6 @@ def test_given_noise(noise: float) -> None:
     bayes = noisy_layer(noise)
     see(bayes, features, targets)
     bayes.refresh()
-    assert bayes.noise is not None
     all_near(bayes.noise, torch.full((3,), noise, dtype=torch.float64), 1e-12)
     all_near(bayes.aggregate(features[:5], [targets[:5]]), expected_of_noise(features, targets, bayes.noise, 5), 1e-8)
 
@@ -1109,13 +1085,11 @@ def test_the_backward_sends_back_the_aggregate_and_the_step_after_knows_new_nois
     for factor in (1.0, 7.0):  # the second epoch's targets are larger
         see(bayes, features, factor * targets)
         bayes.refresh()
-        assert bayes.noise is not None
         first = bayes.noise if first is None else first
         all_near(bayes.noise, factor**2 * exact_noise(features, targets), 1e-10)
         leaf = features[:6].clone().requires_grad_()
         loss = (bayes.heads[0].predict(bayes(leaf, [factor * targets[:6]])) - factor * targets[:6]).square().sum() / 6
         loss.backward()
-        assert leaf.grad is not None
         all_near(leaf.grad, expected_of_noise(features, factor * targets, bayes.noise, 6, first), 1e-8)
         for full_data in bayes._full_data:
             full_data.end_epoch()
@@ -1144,7 +1118,6 @@ def test_beside_other_heads_float32_and_published() -> None:
         given = [t if wide else t.float() for t in (features, targets)]
         see(bayes, given[0], given[1], marks.to(given[0]))
         bayes.refresh()
-        assert bayes.noise is not None
         return bayes.aggregate(given[0][:9], [given[1][:9], marks[:9].to(given[0])]), bayes.noise
 
     for noise in ("estimated", 0.3, 1.0):
@@ -1167,7 +1140,6 @@ def test_a_floor_and_targets_that_tell_nothing() -> None:
     bayes = BayesAgg([Regression(nn.Linear(4, 3).double(), gamma=1e9, bias=False)])
     see(bayes, features, targets)
     bayes.refresh()
-    assert bayes.noise is not None
     all_near([bayes.noise[0]], [1e-6 * targets[:, 0].square().mean()], 1e-6)
     assert bayes.noise[1] == 1.0
     assert bayes.aggregate(features[:5], [targets[:5]]).isfinite().all()
@@ -1177,7 +1149,6 @@ def test_a_floor_and_targets_that_tell_nothing() -> None:
     bayes = noisy_layer("estimated")
     see(bayes, features, few)
     bayes.refresh()
-    assert bayes.noise is not None
     assert bayes.noise[2] == 1.0
     assert (bayes.noise > 0.0).all()
     assert bayes.aggregate(features[:5], [few[:5]]).isfinite().all()
@@ -1198,7 +1169,7 @@ def test_state_of_the_noise(statistics: str) -> None:
     assert torch.equal(bayes.aggregate(*batch), resumed.aggregate(*batch))
     bayes.refresh()
     resumed.refresh()
-    assert torch.equal(bayes.noise, resumed.noise)  # type: ignore[arg-type]
+    assert torch.equal(bayes.noise, resumed.noise)
     assert torch.equal(bayes.aggregate(*batch), resumed.aggregate(*batch))
     with pytest.raises(ValueError, match=r"expected a state of regression 4 -> 3, covariance.*noise estimated"):
         noisy_layer(1.0, statistics=statistics).load_state_dict(bayes.state_dict())
@@ -1226,7 +1197,6 @@ def on_ranks(statistics: str, missing: bool, size: int, rank: int) -> list[Tenso
             see(bayes, features[rows], (1.0 + epoch) * targets[rows])
             bayes._posteriors = known
         bayes.refresh()
-        assert bayes.noise is not None
         batch = (
             slice(0, 7) if rank < 0 else slice(0, 2) if rank == 0 else slice(2, 7) if rank == size - 1 else slice(2, 2)
         )

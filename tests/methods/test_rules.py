@@ -83,7 +83,6 @@ def test_layer(name: str) -> None:
     step(net, rule, x)
     all_near(gradients(net.shared), backbone)
     all_near(gradients(net.heads.parameters()), [h.sum(0) for h in heads])
-    assert rule.weights is not None
     assert near(rule.weights, weights, 1e-5)
 
 
@@ -96,7 +95,6 @@ def test_merge(name: str) -> None:
     task_backward(net.from_features(net.backbone(x)), net.shared)
     rule.merge(net.shared)
     assert near(flat(p.grad for p in net.shared if p.grad is not None), update, 1e-5)
-    assert rule.weights is not None
     assert near(rule.weights, weights, 1e-5)
     assert not any(hasattr(p, "jac") for p in net.shared)
 
@@ -107,7 +105,6 @@ def test_merge_scales_heads_where_it_is_told_them(name: str) -> None:
     task_backward(net.from_features(net.backbone(x)), net.shared)
     before = gradients(net.heads.parameters())
     rule.merge(net.shared, heads=[head.parameters() for head in net.heads])
-    assert rule.weights is not None
     factors = [w for w, head in zip(rule.weights, net.heads) for _ in head.parameters()]
     all_near(gradients(net.heads.parameters()), [w.float() * b for w, b in zip(factors, before) if b is not None])
 
@@ -132,11 +129,11 @@ def test_three_micro_batches_add_up(name: str) -> None:
     for seed in range(3):
         other = made(name)
         if name == "PCGrad":
-            other.draws += seed  # type: ignore[operator]
+            other.draws += seed
         alone = Net()
         step(alone, other, inputs(seed=seed))
         for w, p in zip(want, alone.shared):
-            w += p.grad  # type: ignore[arg-type]
+            w += p.grad
         step(net, rule, inputs(seed=seed))
     all_near(gradients(net.shared), want)
 
@@ -164,8 +161,8 @@ def test_a_loss_scale_goes_through(name: str) -> None:
     x, found = inputs(), []
     for scale in (1.0, 2.0**16):
         net = Net()
-        (sum(net.losses(made(name)(net.backbone(x)))) * scale).backward()  # type: ignore[operator]
-        found.append([p.grad / scale for p in net.shared])  # type: ignore[operator]
+        (sum(net.losses(made(name)(net.backbone(x)))) * scale).backward()
+        found.append([p.grad / scale for p in net.shared])
     all_near(found[1], found[0])
 
 
@@ -175,9 +172,9 @@ def test_evaluation_mode_gives_views(name: str) -> None:
     features = net.backbone(inputs())
     views = rule(features)
     assert all(view._base is features or view._base is features._base for view in views)
-    sum(net.losses(views)).backward()  # type: ignore[attr-defined]
+    sum(net.losses(views)).backward()
     plain = Net()
-    sum(plain.from_features(plain.backbone(inputs()))).backward()  # type: ignore[attr-defined]
+    sum(plain.from_features(plain.backbone(inputs()))).backward()
     all_near(gradients(net.shared), gradients(plain.shared))
 
 
@@ -187,7 +184,6 @@ def test_complex_features_are_pairs_of_reals(name: str) -> None:
     features = torch.zeros(10, dtype=torch.complex128, requires_grad=True)
     torch.autograd.backward(made(name)(features), list(rows))
     _, update = expected(name, torch.view_as_real(rows).flatten(1))
-    assert features.grad is not None
     assert near(torch.view_as_real(features.grad).flatten(), update, 1e-9)
 
 
@@ -203,7 +199,6 @@ def test_made_under_another_default_device(name: str) -> None:
     want = Net()
     step(want, made(name), x)
     all_near(gradients(net.shared), gradients(want.shared), 0.0)
-    assert rule.weights is not None
     assert rule.weights.device == x.device
 
 
@@ -214,7 +209,7 @@ def test_under_checkpointing(name: str, reentrant: bool) -> None:
     net, rule, want = Net(), made(name), Net()
     x = inputs().requires_grad_()
     features = checkpoint(net.backbone, x, use_reentrant=reentrant)
-    sum(net.losses(rule(features))).backward()  # type: ignore[attr-defined]
+    sum(net.losses(rule(features))).backward()
     step(want, made(name), inputs())
     all_near(gradients(net.shared), gradients(want.shared), 1e-6)
 
@@ -231,7 +226,6 @@ def test_nan_is_named_where_asked_for(name: str) -> None:
                 torch.autograd.backward(rule(features), list(rows))
         else:
             torch.autograd.backward(rule(features), list(rows))
-            assert features.grad is not None
             assert features.grad.isnan().any()
 
 
@@ -257,10 +251,9 @@ def test_a_compiled_copy_asks_its_own_weighting() -> None:
         features = torch.ones(3, requires_grad=True)
 
         def through(z: Tensor, module: GramRule = module) -> Tensor:
-            return sum(view.sum() for view in module(z))  # type: ignore[return-value]
+            return sum(view.sum() for view in module(z))
 
         torch.compile(through, backend="aot_eager", fullgraph=True)(features).backward()
-        assert features.grad is not None
         assert features.grad.tolist() == [factor] * 3
     torch.compiler.reset()
 
@@ -279,7 +272,7 @@ def drawn(rule: mtlgrad.PCGrad, count: int) -> list[Tensor]:
         features = torch.zeros(4, dtype=torch.float64, requires_grad=True)
         torch.autograd.backward(rule(features), list(conflicts(7)))
         found.append(features.grad)
-    return found  # type: ignore[return-value]
+    return found
 
 
 def test_pcgrad_draws_anew_each_time_and_a_resumed_run_repeats() -> None:
@@ -304,17 +297,16 @@ def test_no_other_rule_has_state() -> None:
 
 def test_what_is_no_weighting_is_refused() -> None:
     with pytest.raises(TypeError, match=r"GramRule: weighting: expected a function of the Gram matrix.* found list"):
-        GramRule(2, [0.5, 0.5])  # type: ignore[arg-type]
+        GramRule(2, [0.5, 0.5])
     for wrong in (lambda gram: gram, lambda gram: [1.0, 1.0]):
         with pytest.raises(ValueError, match=r"GramRule: weighting: expected to return a tensor \[2\], found"):
-            GramRule(2, wrong).weigh([(x := torch.ones(2, requires_grad=True)).sum(), x.prod()], x)  # type: ignore[arg-type]
+            GramRule(2, wrong).weigh([(x := torch.ones(2, requires_grad=True)).sum(), x.prod()], x)
 
 
 def test_a_weighting_cannot_change_the_gram_matrix_it_is_given() -> None:
     rule = GramRule(2, lambda gram: gram.zero_().diagonal() + 1.0)
     features = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     torch.autograd.backward(rule(features), list(normal(1, 2, 3)))
-    assert features.grad is not None
     assert near(features.grad, normal(1, 2, 3).sum(0), 1e-15)
 
 
@@ -344,7 +336,6 @@ def test_torchjds_weightings_as_they_are() -> None:
         _, rows = at_features(net, x)
         gram = rows.double() @ rows.double().mT
         step(net, rule, x)
-        assert rule.weights is not None
         if ours is None:
             assert rule.weights.isfinite().all(), name
         else:

@@ -204,7 +204,6 @@ def test_gradient_that_reaches_the_backbone() -> None:
     features = problem.features.clone().requires_grad_()
     loss = (head(layer(features, [problem.targets])) - problem.targets).square().mean()
     layer.total([loss]).backward()
-    assert features.grad is not None
     close(features.grad, expected)
 
 

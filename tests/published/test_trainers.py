@@ -37,13 +37,13 @@ Batch = dict[str, Tensor]
 Weights = dict[str, Tensor]
 
 
-class Config(BertConfig):  # type: ignore[misc]
+class Config(BertConfig):
     def __init__(self, method: str = "aligned", **options: Any) -> None:
         super().__init__(**options)
         self.method = method
 
 
-class Bert(BertPreTrainedModel):  # type: ignore[misc]
+class Bert(BertPreTrainedModel):
     """Two heads on the pooled output: a number, NaN where unknown, and one of three kinds."""
 
     config_class = Config
@@ -106,7 +106,7 @@ def examples() -> list[Batch]:
 
 
 def loader() -> DataLoader[Batch]:
-    return DataLoader(examples(), batch_size=8)  # type: ignore[arg-type]
+    return DataLoader(examples(), batch_size=8)
 
 
 def weights(model: nn.Module) -> Weights:
@@ -148,7 +148,7 @@ def assert_same(found: Weights, expected: Weights) -> None:
         assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max().clamp(min=0.1), name
 
 
-class Refresh(TrainerCallback):  # type: ignore[misc]
+class Refresh(TrainerCallback):
     def on_epoch_end(self, *_: Any, model: Any = None, **__: Any) -> None:
         if model.config.method == "bayes":
             model.layer.refresh()
@@ -157,13 +157,13 @@ class Refresh(TrainerCallback):  # type: ignore[misc]
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
-class AdaTaskTrainer(Trainer):  # type: ignore[misc]
+class AdaTaskTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Batch, *_: Any) -> Tensor:
         model.train()
         return self.accelerator.unwrap_model(model).task_backward(self._prepare_inputs(inputs))
 
 
-class Average(TrainerCallback):  # type: ignore[misc]
+class Average(TrainerCallback):
     def __init__(self, average: AveragedModel) -> None:
         self.average = average
 
@@ -245,7 +245,7 @@ def fit(module: Module, folder: Path, epochs: int, resume: Path | None = None) -
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     trainer.fit(module, loader(), ckpt_path=resume)
     return Path(saving.best_model_path)

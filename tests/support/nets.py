@@ -7,7 +7,6 @@ and linear heads.
 
 from __future__ import annotations
 
-import copy
 import io
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,14 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import mtlgrad
 from mtlgrad import AlignedMTL, AlphaVIL, BayesAgg, Binary, Multiclass, Regression
 from mtlgrad.alphavil import Round, Task
 from mtlgrad.optim import AdaTaskAdagrad, AdaTaskAdam, AdaTaskAdamW, AdaTaskRMSprop
 from mtlgrad.posterior import Posterior, binary_posterior, multiclass_posterior, regression_posterior
-from tests.support.bounds import contents, hushed, normal, seed_everything
+from tests.support.bounds import hushed, normal, seed_everything
 
 # ---- a smooth net with T regression heads ----------------------------------------------------------------------------
 
@@ -736,102 +734,3 @@ METHODS: dict[str, type[Trainer]] = {
     **{f"adatask {rule}": adatask(rule, True) for rule in PAIRS},
     **{f"adatask {rule}, whole graph": adatask(rule, False) for rule in ("adam", "rmsprop")},
 }
-
-
-# ---- training runs that are saved and go on --------------------------------------------------------------------------
-
-
-class Run:
-    """Parts that have a state_dict, and steps whose data depend on their number and the random state alone."""
-
-    own = "optimizer"  #: the part with the method's state
-    last = 6  #: steps of a whole run
-    said: Any = None  #: by the latest step
-
-    def __init__(self, **parts: Any):
-        self.done, self.parts = 0, parts
-
-    def step(self) -> None:
-        raise NotImplementedError
-
-    def go(self, until: int | None = None) -> None:
-        while self.done < (self.last if until is None else until):
-            self.step()
-            self.done += 1
-
-    def numbers(self) -> dict[str, Any]:
-        """Copies of all that another run must have alike."""
-        return copy.deepcopy(self.state())
-
-    def state(self) -> dict[str, Any]:
-        return {"done": self.done, **{name: part.state_dict() for name, part in self.parts.items()}}
-
-    def take(self, state: dict[str, Any]) -> None:
-        self.done = state["done"]
-        for name in self.parts.keys() & state.keys():
-            # torch.optim takes the tensors that it loads for its own.
-            self.parts[name].load_state_dict(state[name] if name == self.own else copy.deepcopy(state[name]))
-
-    def save(self) -> bytes:
-        file = io.BytesIO()
-        torch.save(self.state(), file)
-        return file.getvalue()
-
-    def load(self, saved: bytes) -> None:
-        self.take(torch.load(io.BytesIO(saved), weights_only=True))
-
-
-def as_a_new_process(model: nn.Module, seed: int) -> None:
-    """Other parameters, buffers and random numbers than those that are loaded; seed 0: as a run begins."""
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()) if seed else ():
-            tensor.add_(1)
-    seed_everything(seed)
-
-
-#: alphaVIL's options: data in every form, alpha optimizers with states of every kind, deltas in every storage.
-VIL_RUNS: dict[str, dict[str, Any]] = {
-    "lists": {"subset": 0.5},
-    "loaders": {"subset": 2},
-    "everything": {"subset": 2, "make_optimizer": ADAM, "alpha_optimizer": ALPHA["adam"], "clip_alpha": (0.5, 1.5)},
-    "lbfgs": {"delta_storage": "bfloat16", "include_heads": "none", "alpha_optimizer": ALPHA["lbfgs"]},
-    "momentum": {"delta_storage": "host", "include_heads": "all", "alpha_optimizer": MOMENTUM},
-}
-
-
-class VilRun(Run):
-    """Dropout, BatchNorm, noise of torch, numpy and Python in the losses, data that is shuffled. A step is a stage."""
-
-    own, last = "vil", 21
-
-    def __init__(self, kind: str = "everything", seed: int = 0, **options: Any):
-        self.case = Case(norm=True, dropout=0.3, noise=0.1, seed=0, also=True)
-
-        def generator(number: int) -> torch.Generator | None:
-            return None if kind == "loaders" else torch.Generator().manual_seed(seed + number)
-
-        if kind in ("loaders", "everything"):
-            for i, (name, task) in enumerate(list(self.case.tasks.items())):
-                rows: Any = task.train
-                loader: Any = DataLoader(rows, batch_size=None, shuffle=True, generator=generator(i))
-                self.case.change(name, train=loader)
-            dev: Any = self.case.tasks["size"].dev
-            sampler = BatchSampler(RandomSampler(dev, generator=generator(9)), 1, False)
-            self.case.change("size", dev=DataLoader(dev, batch_sampler=sampler, collate_fn=only))
-        self.vil = self.case.vil(**VIL_RUNS[kind], **options)
-        super().__init__(model=self.case.model, vil=self.vil)
-        as_a_new_process(self.case.model, seed)
-
-    def step(self) -> None:
-        with hushed():
-            self.said = next(self.vil.stages())
-
-    def numbers(self) -> dict[str, Any]:
-        """Without deltas: there are none yet of the tasks to come."""
-        state = {name: value for name, value in self.vil.state_dict().items() if name != "deltas"}
-        return copy.deepcopy({"values": contents(self.case.model), "alphas": self.vil.alphas, **state})
-
-
-def only(found: list[Any]) -> Any:
-    (one,) = found
-    return one
