@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,6 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
@@ -191,7 +192,8 @@ class AlignedRun(Run):
     own = "rule"
 
     def __init__(self, form: str, rule: Any = None, seed: int = 0):
-        self.trainer: Any = METHODS[f"aligned {form}"](Model())
+        make: Any = METHODS[f"aligned {form}"]
+        self.trainer = make(Model())
         self.trainer.aligned = self.trainer.aligned if rule is None else rule()
         super().__init__(model=self.trainer.model, optimizer=self.trainer.optimizer, rule=self.trainer.aligned)
         as_a_new_process(self.trainer.model, seed)
@@ -323,7 +325,7 @@ def test_every_way_to_carry_a_run_over(row: str) -> None:
         run = ROWS[row]()
         run.go(stop)
         state, numbers, drawn = run.state(), run.numbers(), random_state()
-        kept, ends = copy.deepcopy(state), []
+        kept, ends = copy.deepcopy(state), list[Any]()
 
         def goes_on(other: Run, stop: int = stop, numbers: Any = numbers, ends: list[Any] = ends) -> None:
             assert alike(other.numbers(), numbers)
@@ -457,7 +459,7 @@ def test_killed_and_resumed(method: str, tmp_path: Path) -> None:
 def state_of_bayesagg(order: Sequence[int] = (0, 1, 2), change: dict[str, Any] | None = None, **options: Any) -> Any:
     """After a batch."""
     net = BayesNet()
-    layer = BayesAgg([[Regression, Binary, Multiclass][i](net.heads[i]) for i in order], **options)  # type: ignore[arg-type]
+    layer = BayesAgg([[Regression, Binary, Multiclass][i](net.heads[i]) for i in order], **options)
     layer(net.data[0].features.clone().requires_grad_(), [net.data[i].targets for i in order])
     return {"_extra_state": packed({**unpacked(layer.get_extra_state()), **(change or {})})}
 
@@ -475,7 +477,7 @@ def state_of_optimizer(kind: Any, groups: int = 2, extra: int = 0, steps: int = 
 
 def state_of_vil(how: str) -> Any:
     """After a stage of another model or other tasks."""
-    case = Case(norm=True, **{"another target": {"target": "kind"}, "no heads": {"heads": False}}.get(how, {}))
+    case = Case(norm=True, target="kind" if how == "another target" else None, heads=how != "no heads")
     tasks = case.tasks
     if how == "fewer":
         del tasks["marks"]
@@ -554,7 +556,7 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], list[str]]] = {
         )
         for how in some
     },
-    **{f"alphavil: {some}": ("alphavil-lists", lambda some=some: some, [ANOTHER]) for some in ({}, [], None)},
+    **{f"alphavil: {some}": ("alphavil-lists", partial(eval, some), [ANOTHER]) for some in ("{}", "[]", "None")},
     "alphavil: a model": ("alphavil-lists", lambda: Case().model.state_dict(), [ANOTHER]),
     "alphavil: no random numbers": ("alphavil-lists", without_random_numbers, [ANOTHER]),
 }
@@ -816,7 +818,7 @@ def test_adatask_init_state(name: str, case: int) -> None:
     for extra in ({}, {"moments_dtype": "bfloat16"}, {"num_tasks": 1}, {"dominance_decay": None, "eps": 0.0}):
         settings = {"num_tasks": 3, **SETTINGS[name][case], **extra}
         tasks = settings.pop("num_tasks")
-        runs = []
+        runs = list[Any]()
         for early in (False, True):
             shared, heads = shared_and_heads()
             heads[1].data.fill_(-0.0)
@@ -869,7 +871,7 @@ def states(net: nn.Module, optimizer: Any, kind: str) -> dict[str, Any]:
 def load(net: Any, optimizer: Any, kind: str, path: str) -> None:
     optimizer.init_state(net.shared)
     state = states(net, optimizer, kind)
-    dcp.load(state, checkpoint_id=path)
+    dcp_load(state, checkpoint_id=path)
     if kind == "optimizer":
         net.load_state_dict(state["net"])
         set_optimizer_state_dict(net, optimizer, state["optimizer"])
@@ -906,7 +908,7 @@ def part_of_a_run(number: int, path: str, first: int, last: int) -> Any:
         optimizer.step()
         optimizer.zero_grad()
     if last < 4:
-        dcp.save(states(net, optimizer, kind), checkpoint_id=path)
+        dcp_save(states(net, optimizer, kind), checkpoint_id=path)
     return [unsharded(p) for p in net.parameters()], unsharded_state(optimizer), optimizer.dominance([net.shared])
 
 
@@ -917,7 +919,7 @@ def parts_of_runs(work: list[tuple[Any, ...]]) -> list[Any]:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads and writes, too
 def test_adatask_checkpoints_across_world_sizes(tmp_path: Path, two_ranks: Pool, four_ranks: Pool) -> None:
     """Written by two ranks, one process or four, read by the others; no run differs from an uninterrupted one."""
-    worlds = {1: lambda function, work: [function(work)], 2: two_ranks, 4: four_ranks}
+    worlds: dict[int, Any] = {1: lambda function, work: [function(work)], 2: two_ranks, 4: four_ranks}
     writing: dict[int, list[Any]] = {1: [], 2: [], 4: []}
     reading: dict[int, list[Any]] = {1: [], 2: [], 4: []}
     for number, (_, _, kind) in enumerate(CHECKPOINTED):
@@ -1049,7 +1051,7 @@ def test_alphavil_stages_go_on_with_their_numbers() -> None:
     for stage in run.vil.stages():
         if stage.number == 2:
             break
-    iterator = run.vil.stages()
+    iterator: Any = run.vil.stages()
     assert next(iterator).number == 3
     iterator.close()
     with pytest.raises(OSError, match="mine"):  # noqa: PT012
@@ -1079,7 +1081,8 @@ class Bomb:
     """Raises when it is asked the n-th time: before and after calls and batches."""
 
     def __init__(self) -> None:
-        self.count, self.at, self.error = 0, -1, Exception
+        self.count, self.at = 0, -1
+        self.error: type[BaseException] = Exception
 
     def tick(self) -> None:
         self.count += 1

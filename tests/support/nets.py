@@ -591,7 +591,8 @@ class BayesNet(Model):
             lambda: nn.Sequential(nn.Linear(HEAD_WIDTH, 8), nn.Tanh(), nn.Linear(8, HEAD_WIDTH)),
             heads=[linear(one) for one in self.data],
         )
-        regression, binary, multiclass = self.heads
+        heads: Any = self.heads
+        regression, binary, multiclass = heads
         self.layer = BayesAgg([Regression(regression), Binary(binary), Multiclass(multiclass)], **options)
 
     def loss(self, rows: Any) -> Tensor:
