@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.bugs import BUGS, Bug
+from tests.support.plant import BUGS, Bug
 
 ROOT = Path(__file__).resolve().parents[2]
 
