@@ -463,6 +463,7 @@ EACH_OWN = [
 SEVERAL = ["features beside", "logged total", "views of views"]
 
 
+@slow
 @pytest.mark.parametrize(
     ("method", "options", "forms", "dynamic"),
     [*EACH_OWN, *(pytest.param(*row[:2], SEVERAL, None, marks=slow) for row in EACH_OWN)],

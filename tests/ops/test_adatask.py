@@ -528,10 +528,11 @@ def unequal(count: int) -> list[tuple[int, ...]]:
     return chosen
 
 
-@pytest.mark.parametrize("count", [1, 10, 300])
+@pytest.mark.parametrize("count", [1, 10, 200])
 @EVERY_KIND
 def test_many_tensors_of_mixed_sizes_and_types(rule: str, count: int, device: str) -> None:
-    """In one call, and each by itself: the same bits, but for sums over a tensor."""
+    """In one call, and each by itself: the same bits, but for sums over a tensor. 200, of five types: more than a small
+    table of a CUDA kernel holds."""
     state = begin(RULES[rule], unequal(count), 3, TYPES)
     jacobians = gradients(state, 3)
     got = check(rule, state, jacobians, device, task_weights=weights_of(3)).to("cpu").named()
@@ -624,7 +625,7 @@ def test_thousand_small_steps(device: str) -> None:
         tensor.zero_()
     single = state.to(device)
     want = state
-    for k in range(1000):
+    for k in range(300 if emulated() else 1000):
         jacobians = gradients(state, tasks, seed=k % 13)
         want = exact(rule, want, jacobians, square_decay=0.95, lr=1e-5).state
         call(ops, rule, single, [j.to(device) for j in jacobians], square_decay=0.95, lr=1e-5)

@@ -127,9 +127,10 @@ def unequal(seed: int, tasks: int, count: int, dtypes: list[torch.dtype], device
     ]
 
 
-@pytest.mark.parametrize("count", [1, 10, 1000])
+@pytest.mark.parametrize("count", [1, 10, 600])
 @pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES], ids=["float32", "mixed"])
 def test_lists_of_tensors(count: int, dtypes: list[torch.dtype], device: str) -> None:
+    """600: more than a table of a CUDA kernel holds."""
     rows = unequal(3, 3, count, dtypes, device)
     weights = weights_for(3, device)
     result = check_all(rows, weights)

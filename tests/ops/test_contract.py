@@ -361,11 +361,13 @@ def test_opcheck(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above all that the traced version has the shapes, types and strides of the real one, and that nothing is changed
     but what the schema says."""
     quick = "test_schema", "test_faketensor"
-    thorough = *quick, "test_autograd_registration", "test_aot_dispatch_dynamic"
     first = row.of(row.types[0])
-    cases = [(row.of(types), quick) for types in row.types[1:]]
-    cases += [(laid_out(row, first, layout), quick) for layout in LAYOUTS]
-    for tensors, tests in [(first, thorough), (laid_out(row, first, "channels_last"), thorough), *cases]:
+    cases = [(row.of(types), quick) for types in row.types]
+    cases += [
+        (laid_out(row, first, layout), quick) for layout in (LAYOUTS if row.changed else ("transposed", "offset"))
+    ]
+    thorough = *quick, "test_autograd_registration", "test_aot_dispatch_dynamic"
+    for tensors, tests in [(laid_out(row, first, "channels_last"), thorough), *cases]:
         with recorded(monkeypatch) as calls:
             result = row.call(*tensors)
             if row.into:
@@ -492,9 +494,14 @@ def assert_compiles(region: Call, rows: Sequence[Row], sizes: Sequence[int], lay
         assert_alike(one, other, 1e-11)
 
 
-@every_row
-def test_compiles_wherever_the_region_ends(row: Row) -> None:
-    assert_compiles(within, [row], (6, 4), backend="aot_eager")
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "adatask_adagrad, adagrad"])
+def test_compiles_wherever_the_region_ends(name: str) -> None:
+    """For one size; for all, which takes three times as long, one form of a kind (opcheck does it with every row)."""
+    row = ROWS[name]
+    if name == "multiclass_moments, kron":  # whose derivative is in plain torch that of the other, at half the time
+        row = row._replace(derivative=False)
+    varies = name.endswith((", lists", ", adam", ", binary", ", decay")) or ", " not in name
+    assert_compiles(within, [row], (6, 4) if varies and name != "multiclass_moments" else (6,), backend="aot_eager")
 
 
 def family(name: str) -> str:
@@ -505,7 +512,7 @@ def family(name: str) -> str:
 @pytest.mark.parametrize("chosen", ["rows", "adatask", "others"])
 def test_under_inductor(chosen: str) -> None:
     """Many operations in one graph, with other work on the same tensors, in every layout."""
-    rows = [row for name, row in ROWS.items() if family(name) == chosen]
+    rows = [row for name, row in ROWS.items() if family(name) == chosen and not name.endswith("a tensor")]
     if chosen == "others":  # whose derivatives are those of plain torch
         rows = [row._replace(derivative=False) for row in rows]
     assert_compiles(ends_at_it, rows, (5,), list(LAYOUTS))
@@ -727,7 +734,7 @@ def test_derivatives(row: Row) -> None:
         return tuple(tree_leaves(row.call(*given)))
 
     rough = {"rtol": 1e-2, "atol": 1e-4} if row is ROWS["multiclass_moments"] else {}
-    for at in (floating, floating[:1], floating[-1:]):
+    for at in (floating, floating[-1:]):
         leaves = [sample[i].detach().clone().requires_grad_() for i in at]
         assert torch.autograd.gradcheck(lambda *some, at=at: call(*some, at=at), leaves, **rough)
 
