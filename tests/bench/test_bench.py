@@ -254,6 +254,7 @@ def test_rows_of_other_cases_are_kept_on_request(tmp_path: Path) -> None:
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 
 
+@pytest.mark.slow
 @LINUX
 def test_memory_is_measured_in_a_fresh_process() -> None:
     title = next(case.title for case in bench_moments.cases(True, CPU) if case.operation == "precision_mean")

@@ -107,6 +107,7 @@ def test_the_report_may_fail(tmp_path: Path) -> None:
     assert done.parts()["report"] == "FAILED: exit code 3"
 
 
+@pytest.mark.slow
 def test_what_hangs_is_stopped_and_costs_the_others_nothing(tmp_path: Path) -> None:
     done = run(tmp_path, seconds=26, HANG="bench adatask --device")
     assert done.code == 1

@@ -916,6 +916,7 @@ def parts_of_runs(work: list[tuple[Any, ...]]) -> list[Any]:
     return [part_of_a_run(*arguments) for arguments in work]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads and writes, too
 def test_adatask_checkpoints_across_world_sizes(tmp_path: Path, two_ranks: Pool, four_ranks: Pool) -> None:
     """Written by two ranks, one process or four, read by the others; no run differs from an uninterrupted one."""

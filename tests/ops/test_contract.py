@@ -509,7 +509,7 @@ def family(name: str) -> str:
     return next((key for key, start in starts.items() if name.startswith(start)), "others")
 
 
-@pytest.mark.parametrize("chosen", ["rows", "adatask", "others"])
+@pytest.mark.parametrize("chosen", [pytest.param("rows", marks=pytest.mark.slow), "adatask", "others"])
 def test_under_inductor(chosen: str) -> None:
     """Many operations in one graph, with other work on the same tensors, in every layout."""
     rows = [row for name, row in ROWS.items() if family(name) == chosen and not name.endswith("a tensor")]
@@ -562,6 +562,7 @@ def rule_to_parts(rows: Tensor, buffer: Tensor, weights: Tensor) -> list[Tensor]
 WRITERS: list[Call] = [align_twice, merge_to_parts, combine_to_parts, displace_to_parts, rule_to_parts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_results_that_are_written_to_under_inductor(writer: Call) -> None:
     torch.compiler.reset()

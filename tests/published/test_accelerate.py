@@ -169,6 +169,7 @@ def under_ddp() -> dict[str, dict[str, Tensor]]:
         return {method: fit(method, data, gradient_accumulation_steps=2) for method in ("aligned", "adatask")}
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(two_ranks: Pool) -> None:
     for every in two_ranks(under_ddp):
         for method, found in every.items():

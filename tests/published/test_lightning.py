@@ -325,6 +325,7 @@ def each_on_a_rank() -> list[tuple[dict[str, Tensor], int, list[Any], list[Any]]
     return [on_a_rank(*case) for case in ON_RANKS]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(two_ranks: Pool) -> None:
     for (kind, sharded), *ranks in zip(ON_RANKS, *two_ranks(each_on_a_rank), strict=True):
         shown = Shown(values)

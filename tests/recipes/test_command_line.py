@@ -138,6 +138,7 @@ def test_info(capsys):
         assert key in plain
 
 
+@pytest.mark.slow
 def test_the_template_runs_as_it_is(folder):
     (folder / "my_recipe.py").write_text(done("recipe").stdout)
     methods = ["sum", "logsum", "bayesagg", "aligned-ub"]

@@ -217,7 +217,9 @@ def test_a_table_breaks_between_columns_not_in_numbers(width):
     assert max(len(line) for line in text.splitlines()) <= width
 
 
-@pytest.mark.parametrize(("runs", "layers", "tasks"), [(1, 2, 2), (3, 2, 10), (1, 20, 10), (1, 1, 4)])
+@pytest.mark.parametrize(
+    ("runs", "layers", "tasks"), [(1, 2, 2), (3, 2, 10), pytest.param(1, 20, 10, marks=pytest.mark.slow), (1, 1, 4)]
+)
 def test_figures_grow_with_what_they_show(runs, layers, tasks):
     names, draw = [f"task {t}" for t in range(tasks)], torch.Generator().manual_seed(0)
     shares = {f"run {r}": torch.rand(4, layers, tasks, generator=draw).softmax(-1).tolist() for r in range(runs)}

@@ -74,6 +74,7 @@ def test_aligned_mtl_ends_at_the_preferences_optimum_from_every_start_and_the_su
     assert all(weighted[start].point[1] > 0 for start in stuck)  # still in their valleys
 
 
+@pytest.mark.slow
 def test_rules_end_on_the_front_and_those_that_go_for_an_optimum_there():
     starts = ((9.0, -1.0),)  # below the valleys, where all get on
     chosen = toy.methods((0.7, 0.3), [name for name in toy.RULES if name != "aligned"])
@@ -143,6 +144,7 @@ def test_a_short_run_leaves_a_figure_and_a_table(tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir("runs")) == ["x"]
 
 
+@pytest.mark.slow
 def test_rules_of_the_users_choice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = "cagrad upgrad cagrad mgda nash fairgrad imtl pcgrad dualproj"
