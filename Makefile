@@ -24,12 +24,12 @@ demo: $(VENV)/installed  ## Compare four methods on eight river flows (DEMO_ARGS
 
 test: $(VENV)/installed-dev  ## Run all tests but the slow ones, JOBS=2 at a time, CUDA kernels in the host emulator (TEST_ARGS="-k moments ...")
 	$(BIN)/python tests/simt/build.py _C
-	$(PYTEST) -m "not slow" $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
 
 test-all: $(VENV)/installed-dev  ## Run the slow ones, too: sanitizers, what nvcc makes of the CUDA kernels, the sdist
 	$(BIN)/python tests/simt/build.py all
 	! command -v nvcc >/dev/null || $(BIN)/python -m bench.resources >/dev/null
-	$(PYTEST) $(TEST_ARGS)
+	$(PYTEST) -m '' $(TEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## Check style and types
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COPY = Path(tempfile.gettempdir(), f"mtlgrad-planted-{os.getuid()}")
 RESULTS = Path(__file__).with_name("planted.csv")
 ENOUGH = 78
-SUITE = ("tests", "-m", "not slow", "-n", "2", "--dist", "worksteal")
+SUITE = ("tests", "-n", "2", "--dist", "worksteal")
 NAMED_LIMIT, SUITE_LIMIT = 900, 7200  #: seconds; a bug may have tests wait for ever
 #: Fails for every bug, for the text is not the file's any more.
 LEFT_OUT = "tests/docs/test_planted_bugs.py"
