@@ -151,7 +151,7 @@ def of_rows(name: str, form: Form) -> Iterator[tuple[str, Row]]:
     )
 
 
-def matrix(tasks: int, call: Call, *more: Tensor, fixed: Sequence[int] = (), align: bool = False) -> Row:
+def matrix(tasks: int, call: Call, *more: Tensor, fixed: Sequence[int] = ()) -> Row:
     """A function of a Gram matrix."""
     return Row(
         lambda n: [(rows := normal(n, tasks, 40)) @ rows.mT, *more],
@@ -784,10 +784,6 @@ REGRESSION, BINARY, CLASSES = regression(6, 4, 5), binary(6, 4, 5), multiclass(6
 SAMPLES = draw(generator(7), 7, 3, 6)
 
 
-def case(of: Any, **more: Any) -> dict[str, Any]:
-    return of._asdict() | more
-
-
 def put(tensor: Tensor, place: tuple[int, ...], value: float) -> Tensor:
     return tensor.index_put([torch.tensor(i) for i in place], torch.tensor(value, dtype=tensor.dtype))
 
@@ -809,10 +805,10 @@ GOOD: dict[str, tuple[Call, dict[str, Any]]] = {
         for kind in ("adam", "amsgrad", "centered", "momentum")
     },
     **{f"adatask_{adatask.RULES[kind].op}, {kind}": step_of(kind) for kind in ("centered, momentum", "adagrad")},
-    "regression_moments": (ops.regression_moments, case(REGRESSION)),
-    "binary_moments": (ops.binary_moments, case(BINARY)),
-    "multiclass_moments": (ops.multiclass_moments, case(CLASSES)),
-    "sampled_moments": (ops.sampled_moments, {**case(BINARY), "samples": SAMPLES, "kind": "binary"}),
+    "regression_moments": (ops.regression_moments, REGRESSION._asdict()),
+    "binary_moments": (ops.binary_moments, BINARY._asdict()),
+    "multiclass_moments": (ops.multiclass_moments, CLASSES._asdict()),
+    "sampled_moments": (ops.sampled_moments, {**BINARY._asdict(), "samples": SAMPLES, "kind": "binary"}),
     "precision_mean": (ops.precision_mean, {"means": SAMPLES, "variances": SAMPLES**2}),
 }
 for name in ("mean", "covariance"):
