@@ -202,8 +202,8 @@ static void check_all(bool device) {
 
 int main() {
   try {
-    check_all(false);
-    for (const auto order : {emu::Order::forward, emu::Order::backward, emu::Order::random}) {
+    if (!emu::kRacesAlone) check_all(false);
+    for (const auto order : emu::kOrders) {
       emu::options.order = order;
       check_all(true);
     }

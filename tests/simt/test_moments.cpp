@@ -216,7 +216,7 @@ void all() {
 
 int main() {
   try {
-    for (const auto order : {emu::Order::forward, emu::Order::backward, emu::Order::random}) {
+    for (const auto order : emu::kOrders) {
       emu::options.order = order;
       all<float>();
       all<double>();

@@ -81,6 +81,7 @@ void check(const std::vector<double>& gram, int64_t n, bool well_posed) {
 
 void check_all() {
   for (const int64_t n : {1, 2, 3, 8, 31, 33, 64}) {
+    if (n > 33 && emu::options.order != emu::Order::forward) continue;  // for time's sake
     check(gram_of(n, 2 * n, 1, 0.3), n, true);
     if (n <= 8) check(gram_of(n, 2 * n, 2, 0.0), n, true);
     if (n > 2 && n <= 33) check(gram_of(n, n / 2, 3, 0.1), n, false);  // several weights for one update
@@ -103,7 +104,7 @@ void check_all() {
 
 int main() {
   try {
-    for (const auto order : {emu::Order::forward, emu::Order::backward, emu::Order::random}) {
+    for (const auto order : emu::kOrders) {
       emu::options.order = order;
       check_all();
     }
