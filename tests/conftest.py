@@ -70,4 +70,11 @@ def two_ranks() -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def four_ranks() -> Iterator[Pool]:
+    """For tests that are slow: two ranks do for the others."""
     yield from _pool(4)
+
+
+@pytest.fixture(params=["two_ranks", pytest.param("four_ranks", marks=pytest.mark.slow)])
+def ranks(request: pytest.FixtureRequest) -> Pool:
+    pool: Pool = request.getfixturevalue(request.param)
+    return pool

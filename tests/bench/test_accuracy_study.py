@@ -88,6 +88,7 @@ def test_a_study_that_was_stopped_is_not_reported_before_its_baselines_are_there
     assert "aligned-ub" not in [column.method for column in accuracy.Found(part).columns]
 
 
+@pytest.mark.slow
 def test_the_variants_of_bayesagg(study, tmp_path, monkeypatch):
     monkeypatch.setattr(defaults, "FOLDER", tmp_path / "bayesagg")
     monkeypatch.setattr(defaults, "DATASETS", ("yeast",))
@@ -106,6 +107,7 @@ def test_the_variants_of_bayesagg(study, tmp_path, monkeypatch):
     assert f"{statistics.mean(delta):+.1f} ± {statistics.stdev(delta):.1f}" in found[names[1]]
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_csvs_say(tmp_path):
     accuracy.report(tmp_path / "accuracy.md")
     page = accuracy.Path(accuracy.__file__).parent.parent / "docs" / "accuracy.md"

@@ -121,7 +121,9 @@ def planted(name: str, patch: pytest.MonkeyPatch, problem: Problem) -> Contender
     return bench_step.contenders(problem)[name]
 
 
-@pytest.mark.parametrize("name", sorted(THREE))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (not n.startswith("mtlgrad"))) for n in sorted(THREE)]
+)
 def test_a_wrong_step_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = problem_of()
     contender = bench_step.contenders(right)[name]

@@ -100,12 +100,12 @@ def rounds(method: str, compiler: Function) -> Found:
     "method",
     [
         "aligned layer",
-        "aligned weigh",
+        pytest.param("aligned weigh", marks=slow),
         "bayesagg",
         "adatask adam",
         "alphavil model",
-        "alphavil loss",
-        "alphavil in place",
+        pytest.param("alphavil loss", marks=slow),
+        pytest.param("alphavil in place", marks=slow),
     ],
 )
 def test_backbone_and_heads(method: str) -> None:
@@ -118,7 +118,8 @@ def test_backbone_and_heads(method: str) -> None:
     assert compiler.counter.frame_count in (range(1, 9) if is_vil else [4])
 
 
-@pytest.mark.parametrize("method", ["adatask rmsprop", pytest.param("aligned merge", marks=slow)])
+@slow
+@pytest.mark.parametrize("method", ["adatask rmsprop", "aligned merge"])
 def test_inductors_backward_runs_once_a_task(method: str) -> None:
     with torch._functorch.config.patch(donated_buffer=False):
         found = trained(method, Compiler("inductor"), heads=False, steps=4)
@@ -269,8 +270,8 @@ def train(net: Net, region: tuple[int, int], compiler: Function = plain, sizes: 
     return net.train(lambda data: after(middle(before(*data), data.y), data.y), sizes)
 
 
-#: In the quick tests: it ends at the layer, or goes on; with what is before it, or without; the total alone.
-QUICK = {(0, 1), (1, 1), (1, 4), (4, 4)}
+#: In the quick tests: it ends at the layer, or begins there; the total alone.
+QUICK = {(0, 1), (1, 4), (4, 4)}
 
 
 def regions() -> Iterator[Any]:
@@ -299,18 +300,27 @@ def test_every_end_under_inductor(method: str, end: int) -> None:
     assert_same(found, train(Net(method), (0, end), sizes=SIZES[:2]))
 
 
-@pytest.mark.parametrize("method", [method for method in OWN if method not in LAYERS])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[slow] * (method in RULES[1:] or method == "aligned median"))
+        for method in OWN
+        if method not in LAYERS
+    ],
+)
 def test_every_other_layer(method: str) -> None:
     assert_same(train(Net(method), (0, 1), Compiler("aot_eager")), train(Net(method), (0, 1)))
 
 
-@pytest.mark.parametrize("end", [pytest.param("layer", marks=slow), "total"])
+@slow
+@pytest.mark.parametrize("end", ["layer", "total"])
 @each_layer
 def test_every_layer_under_dynamo_alone(method: str, end: str) -> None:
     region = (0, STAGES.index(end))
     assert_same(train(Net(method), region, Compiler("eager")), train(Net(method), region))
 
 
+@slow
 @pytest.mark.parametrize(
     "options",
     [{"statistics": "streaming", "covariance": "kron"}, {"moments": "sampled", "num_samples": 16}],
@@ -323,7 +333,9 @@ def test_options_of_bayesagg(options: dict[str, Any]) -> None:
     assert compiler.counter.frame_count == 2
 
 
-@pytest.mark.parametrize(("method", "sizes"), [("aligned", (6, 6, 6, 6)), ("bayesagg", SIZES)], ids=LAYERS)
+@pytest.mark.parametrize(
+    ("method", "sizes"), [("aligned", (6, 6, 6, 6)), pytest.param("bayesagg", SIZES, marks=slow)], ids=LAYERS
+)
 def test_the_whole_step_under_autocast(method: str, sizes: Sequence[int]) -> None:
     """Losses in bfloat16 and backward, the layer inside; only the optimizer is outside."""
 
@@ -357,7 +369,7 @@ def test_the_layer_itself(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "inside"),
-    [("bayesagg", False), ("bayesagg", True), pytest.param("aligned", True, marks=slow)],
+    [("bayesagg", False), pytest.param("bayesagg", True, marks=slow), pytest.param("aligned", True, marks=slow)],
     ids=lambda value: {False: "masks", True: "backward inside"}.get(value, value),
 )
 def test_graph_breaks_change_no_number(method: str, inside: bool, capfd: pytest.CaptureFixture[str]) -> None:
@@ -569,6 +581,7 @@ def test_two_passes_of_bayesagg_in_one_graph() -> None:
     assert torch.equal(*found)  # type: ignore[arg-type]
 
 
+@slow
 def test_copies_of_a_compiled_bayesagg_are_their_own() -> None:
     net = Net("bayesagg")
     compiled = Compiler("eager")(part(net, *ALL))

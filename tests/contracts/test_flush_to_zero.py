@@ -19,7 +19,9 @@ SUBNORMALS = (COUNTS.abs() - 2**15 * (COUNTS < 0)).to(torch.int16).view(torch.fl
 # Tasks: the kernels take rows by four and by eight.
 SHAPES = pytest.mark.parametrize("shape", [(1, 2046), (2, 1023), (6, 341), (66, 31)], ids=str)
 # One tensor is for the bodies of vectorised loops, tensors of one element each for what remains behind them.
-FORMS = pytest.mark.parametrize("single", [False, True], ids=["one tensor", "single elements"])
+FORMS = pytest.mark.parametrize(
+    "single", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one tensor", "single elements"]
+)
 
 
 @pytest.fixture

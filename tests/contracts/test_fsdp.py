@@ -287,7 +287,7 @@ EQUAL: dict[str, Asked] = {
 }
 
 
-@pytest.mark.parametrize("row", EQUAL)
+@Asked.each(EQUAL)
 def test_shards_equal_one_process(row: str, request: pytest.FixtureRequest) -> None:
     EQUAL[row].check(request)
 
@@ -583,7 +583,7 @@ def scaled(kind: str, bad: bool, explicit: bool) -> Any:
 
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "sharded"])
-def test_adatask_scalers(kind: str, explicit: bool, two_ranks: Pool, four_ranks: Pool) -> None:
+def test_adatask_scalers(kind: str, explicit: bool, ranks: Pool) -> None:
     """An infinity in a shard of one rank skips the step of all, which agree on the scale."""
     shared = shared_and_heads()[0]
     optimizer = AdaTaskAdam(shared, num_tasks=3)
@@ -591,8 +591,7 @@ def test_adatask_scalers(kind: str, explicit: bool, two_ranks: Pool, four_ranks:
     for p in shared:
         p.jac /= 8.0  # type: ignore[attr-defined]
     optimizer.step()
-    for pool in (two_ranks, four_ranks):
-        assert {scale for scale, _ in pool(scaled, kind, True, explicit)} == {4.0}
-        every = pool(scaled, kind, False, explicit)
-        assert {scale for scale, _ in every} == {8.0}
-        assert all(same(found, shared) for _, found in every)
+    assert {scale for scale, _ in ranks(scaled, kind, True, explicit)} == {4.0}
+    every = ranks(scaled, kind, False, explicit)
+    assert {scale for scale, _ in every} == {8.0}
+    assert all(same(found, shared) for _, found in every)

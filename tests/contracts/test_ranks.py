@@ -528,7 +528,7 @@ EQUAL: dict[str, Asked] = {
 }
 
 
-@pytest.mark.parametrize("row", EQUAL)
+@Asked.each(EQUAL)
 def test_ranks_equal_one_process(row: str, request: pytest.FixtureRequest) -> None:
     EQUAL[row].check(request)
 
@@ -618,6 +618,7 @@ def in_pairs(method: str) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
         return found, PAIRED[method](0, 0, 1, alone), sent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PAIRED)
 def test_a_part_of_the_ranks(method: str, four_ranks: Pool) -> None:
     """Two pairs, each on data of its own; a rank alone is one process, and sends nothing."""
@@ -656,6 +657,7 @@ def copied() -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_adatask_groups_are_in_copies_and_never_in_what_is_saved(four_ranks: Pool) -> None:
     assert four_ranks(copied) == [[0.5] * 4] * 2 + [[2.5] * 4] * 2
 
@@ -680,6 +682,7 @@ def groups() -> None:
     assert every.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
+@pytest.mark.slow
 def test_groups_are_of_the_packages_own(four_ranks: Pool) -> None:
     four_ranks(groups)
 
@@ -1595,9 +1598,8 @@ def rows() -> None:
         assert torch.equal(tensor, torch.full_like(tensor, (world.size - 1) / 2))
 
 
-def test_collectives(two_ranks: Pool, four_ranks: Pool) -> None:
-    two_ranks(rows)
-    four_ranks(rows)
+def test_collectives(ranks: Pool) -> None:
+    ranks(rows)
 
 
 def test_digests_are_of_the_whole_text() -> None:

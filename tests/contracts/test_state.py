@@ -291,8 +291,18 @@ ROWS: dict[str, Callable[..., Run]] = {
     },
     **{f"alphavil-{kind}": partial(VilRun, kind) for kind in VIL_RUNS},
 }
+QUICK = ("bayesagg-exact-full-moving", "alphavil-everything")
 #: A row for each kind of state, where types make no difference.
 KINDS_OF_STATE = pytest.mark.parametrize("row", [row for row in ROWS if "adatask" not in row or "-f32-" in row])
+#: Of what takes long, one row a method in the quick tests.
+A_ROW_A_METHOD = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=[pytest.mark.slow] * (row.startswith(("bayesagg", "alphavil")) and row not in QUICK))
+        for row in ROWS
+        if "adatask" not in row or "-f32-" in row
+    ],
+)
 
 
 def stops(row: str) -> Sequence[int]:
@@ -346,7 +356,7 @@ def test_every_way_to_carry_a_run_over(row: str) -> None:
         assert all(alike(end, run.numbers()) for end in ends)
 
 
-@KINDS_OF_STATE
+@A_ROW_A_METHOD
 def test_resumed_after_any_step(row: str) -> None:
     """From files: every step by a run of its own, in a random state that is none of theirs, and the rest in one."""
     run, trace = ROWS[row](), []

@@ -1226,6 +1226,7 @@ def test_two_ranks_equal_one_process(two_ranks: Pool) -> None:
                 all_near(found[i], 2.0 * want[i].split((2, 5))[rank], 1e-9)
 
 
+@pytest.mark.slow
 def test_four_ranks_equal_one_process(four_ranks: Pool) -> None:
     expected = each_on_ranks(4)
     for part in four_ranks(each_on_ranks, 4):

@@ -496,12 +496,20 @@ def assert_compiles(region: Call, rows: Sequence[Row], sizes: Sequence[int], lay
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "adatask_adagrad, adagrad"])
 def test_compiles_wherever_the_region_ends(name: str) -> None:
-    """For one size; for all, which takes three times as long, one form of a kind (opcheck does it with every row)."""
+    """For one size."""
     row = ROWS[name]
     if name == "multiclass_moments, kron":  # whose derivative is in plain torch that of the other, at half the time
         row = row._replace(derivative=False)
-    varies = name.endswith((", lists", ", adam", ", binary", ", decay")) or ", " not in name
-    assert_compiles(within, [row], (6, 4) if varies and name != "multiclass_moments" else (6,), backend="aot_eager")
+    assert_compiles(within, [row], (6,), backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [n for n in ROWS if n.endswith((", lists", ", adam", ", binary", ", decay")) or ", " not in n]
+)
+def test_compiles_for_all_sizes(name: str) -> None:
+    """One form of a kind (opcheck does it with every row)."""
+    assert_compiles(within, [ROWS[name]], (6, 4), backend="aot_eager")
 
 
 def family(name: str) -> str:
@@ -509,7 +517,8 @@ def family(name: str) -> str:
     return next((key for key, start in starts.items() if name.startswith(start)), "others")
 
 
-@pytest.mark.parametrize("chosen", [pytest.param("rows", marks=pytest.mark.slow), "adatask", "others"])
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["rows", "adatask", "others"])
 def test_under_inductor(chosen: str) -> None:
     """Many operations in one graph, with other work on the same tensors, in every layout."""
     rows = [row for name, row in ROWS.items() if family(name) == chosen and not name.endswith("a tensor")]

@@ -30,7 +30,7 @@ from tests.published.test_lightning import quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-METHODS = ["aligned", "bayes", pytest.param("moving", marks=pytest.mark.slow), "adatask"]
+METHODS = ["bayes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aligned", "moving")), "adatask"]
 every_method = pytest.mark.parametrize("method", METHODS)
 STEPS, EPOCH, MICRO, CLIP, DECAY, LR = 20, 10, 2, 0.5, 0.9, 1e-3  # steps in all and in an epoch, batches in a step
 Batch = dict[str, Tensor]

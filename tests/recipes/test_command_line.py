@@ -148,6 +148,7 @@ def test_the_template_runs_as_it_is(folder):
         assert words in found.stdout
 
 
+@pytest.mark.slow
 def test_a_run_without_a_terminal_is_quiet_not_silent(folder):
     arguments = ["--methods", "sum", "adatask", "--seeds", "1", "--lr", "1e-3", "1e-2", "--name", "x"]
     found = done(*MINE, *arguments)
@@ -164,7 +165,8 @@ def test_a_run_without_a_terminal_is_quiet_not_silent(folder):
     assert found.stdout.splitlines()[-8:] == again.stdout.splitlines()[-8:]
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal_then_resumed(number, folder):
     arguments = ["train", "--recipe", "slow.py", "--methods", "sum", "--seeds", "1", "--epochs", "3", "--name"]
     process = subprocess.Popen(command(*arguments, "x"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -188,6 +190,7 @@ def wait_for(path, processes):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback(folder):
     arguments = command(*MINE, "--methods", "sum")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -218,7 +218,8 @@ def test_a_table_breaks_between_columns_not_in_numbers(width):
 
 
 @pytest.mark.parametrize(
-    ("runs", "layers", "tasks"), [(1, 2, 2), (3, 2, 10), pytest.param(1, 20, 10, marks=pytest.mark.slow), (1, 1, 4)]
+    ("runs", "layers", "tasks"),
+    [(1, 2, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 2, 10), (1, 20, 10), (1, 1, 4)))],
 )
 def test_figures_grow_with_what_they_show(runs, layers, tasks):
     names, draw = [f"task {t}" for t in range(tasks)], torch.Generator().manual_seed(0)
@@ -257,7 +258,7 @@ def test_tensorboard_has_each_epoch_once_however_often_the_run_was_interrupted(r
 # ---- stopped, resumed, damaged
 
 
-@pytest.mark.parametrize("after", [3, 30, 47, 75])
+@pytest.mark.parametrize("after", [30, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 47, 75))])
 def test_stopped_and_resumed_run_equals_an_uninterrupted_one(run, after):
     whole = run("whole", methods=("sum", "bayesagg"), seeds=1, rates=(1e-3, 1e-2))
     assert whole.run(Watchers(), never)

@@ -25,7 +25,7 @@ def everything(part):
 
 
 @pytest.mark.parametrize("name", VENDORED)
-@pytest.mark.parametrize("method", ["sum", "aligned", "bayesagg"])
+@pytest.mark.parametrize("method", ["bayesagg", *(pytest.param(m, marks=pytest.mark.slow) for m in ("sum", "aligned"))])
 def test_methods_train(name, method):
     recipe = checked(recipe_class(name)(0))
     recipe.batch_size = 400
@@ -117,6 +117,7 @@ def digits():
         yield tuple(torch.from_numpy(array) for array in arrays)
 
 
+@pytest.mark.slow
 def test_an_image_is_its_two_digits_overlaid_pixel_by_pixel(digits):
     pixels, labels = multimnist.pairs()
     images = multimnist.overlaid(pixels[:, 0], pixels[:, 1])
@@ -139,6 +140,7 @@ def test_an_image_is_its_two_digits_overlaid_pixel_by_pixel(digits):
     assert len(set.union(*bytes_of)) == 4986
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [multimnist.Digits, multimnist.DigitAndImage])
 def test_multimnist_trains(digits, kind, monkeypatch):
     monkeypatch.setattr(multimnist, "PARTS", ((slice(0, 350), 600), (slice(350, 400), 60), (slice(400, 500), 60)))

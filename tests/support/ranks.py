@@ -246,6 +246,13 @@ class Asked(NamedTuple):
     size: int = 2
     bounds: Mapping[str, float] = MappingProxyType({})
 
+    @staticmethod
+    def each(rows: Mapping[str, Asked]) -> pytest.MarkDecorator:
+        """Parametrises with the names of rows; on four ranks, and compiled, they are slow."""
+        slow = [pytest.mark.slow]
+        named = [pytest.param(name, marks=slow * (row.size > 2 or "compile" in name)) for name, row in rows.items()]
+        return pytest.mark.parametrize("row", named)
+
     def check(self, request: pytest.FixtureRequest) -> None:
         pool = request.getfixturevalue("two_ranks" if self.size == 2 else "four_ranks")
         agree(pool(self.what, *self.arguments), self.what(*self.arguments), **self.bounds)
