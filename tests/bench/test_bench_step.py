@@ -121,9 +121,8 @@ def planted(name: str, patch: pytest.MonkeyPatch, problem: Problem) -> Contender
     return bench_step.contenders(problem)[name]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (not n.startswith("mtlgrad"))) for n in sorted(THREE)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(THREE))
 def test_a_wrong_step_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = problem_of()
     contender = bench_step.contenders(right)[name]
@@ -137,6 +136,7 @@ def test_a_wrong_step_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 FORMS = ("sum", "features", "weighed", "parameters", "upgrad", "adatask", "bayesagg", "bayesagg full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_differ_by_more_than_is_allowed(form: str) -> None:
     problem = problem_of()

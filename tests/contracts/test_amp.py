@@ -759,6 +759,7 @@ assert "__init_subclass__" not in vars(torch.amp.GradScaler)
 """
 
 
+@pytest.mark.slow
 def test_adatask_leaves_torch_as_it_is(tmp_path: Path) -> None:
     """And a scaler serves an optimizer that has only been unpickled."""
     (tmp_path / "optimizer").write_bytes(pickle.dumps(AdaTaskAdam([new(1, 5)], num_tasks=2)))

@@ -458,7 +458,13 @@ def run(net: Net, forms: Sequence[Form], compiler: Function, sizes: Sequence[int
     return net.train(step, sizes)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, id=name, marks=[slow] * (name not in ("features beside", "logged total")))
+        for name, form in FORMS.items()
+    ],
+)
 @each_layer
 def test_more_than_the_views(method: str, form: Form) -> None:
     instead = form._replace(region=form.plain or form.region)

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -291,18 +291,15 @@ ROWS: dict[str, Callable[..., Run]] = {
     },
     **{f"alphavil-{kind}": partial(VilRun, kind) for kind in VIL_RUNS},
 }
-QUICK = ("bayesagg-exact-full-moving", "alphavil-everything")
 #: A row for each kind of state, where types make no difference.
-KINDS_OF_STATE = pytest.mark.parametrize("row", [row for row in ROWS if "adatask" not in row or "-f32-" in row])
-#: Of what takes long, one row a method in the quick tests.
-A_ROW_A_METHOD = pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(row, marks=[pytest.mark.slow] * (row.startswith(("bayesagg", "alphavil")) and row not in QUICK))
-        for row in ROWS
-        if "adatask" not in row or "-f32-" in row
-    ],
-)
+KINDS_OF_STATE = [row for row in ROWS if "adatask" not in row or "-f32-" in row]
+QUICK = ("bayesagg-exact-full-moving", "alphavil-everything")
+
+
+def each(rows: Iterable[str], at_length: bool = False) -> pytest.MarkDecorator:
+    """What takes long, a row of BayesAgg and one of alphaVIL show in the quick tests."""
+    slow = [row for row in rows if at_length and row.startswith(("bayesagg", "alphavil")) and row not in QUICK]
+    return pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.slow] * (row in slow)) for row in rows])
 
 
 def stops(row: str) -> Sequence[int]:
@@ -328,7 +325,7 @@ def through_pickle(thing: Any) -> Any:
 # ---- carried over ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row != "alphavil-lbfgs"])  # torch cannot copy an LBFGS
+@each([row for row in ROWS if row != "alphavil-lbfgs"], at_length=True)  # torch cannot copy an LBFGS
 def test_every_way_to_carry_a_run_over(row: str) -> None:
     """States and copies of the whole: each goes on in the same bits, and none writes where it came from."""
     for stop in stops(row):
@@ -356,7 +353,7 @@ def test_every_way_to_carry_a_run_over(row: str) -> None:
         assert all(alike(end, run.numbers()) for end in ends)
 
 
-@A_ROW_A_METHOD
+@each(KINDS_OF_STATE, at_length=True)
 def test_resumed_after_any_step(row: str) -> None:
     """From files: every step by a run of its own, in a random state that is none of theirs, and the rest in one."""
     run, trace = ROWS[row](), []
@@ -378,7 +375,7 @@ def test_resumed_after_any_step(row: str) -> None:
             assert alike(other.numbers(), trace[-1][1]), stop
 
 
-@KINDS_OF_STATE
+@each(KINDS_OF_STATE)
 def test_back_to_a_saved_state(row: str) -> None:
     """Twice, from where later steps have led. What the method itself gives for a state is not written by these steps:
     a copy is made of the rest alone, and of alphaVIL's in the middle of a round."""

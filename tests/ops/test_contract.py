@@ -356,24 +356,31 @@ def test_no_operation_is_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
+def opcheck(row: Row, tensors: Sequence[Tensor], tests: Sequence[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch, recorded(patch) as calls:
+        result = row.call(*tensors)
+        if row.into:
+            row.call(*tensors, **row.into(result))
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
 @every_row
-def test_opcheck(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck(row: Row) -> None:
     """Above all that the traced version has the shapes, types and strides of the real one, and that nothing is changed
     but what the schema says."""
-    quick = "test_schema", "test_faketensor"
     first = row.of(row.types[0])
-    cases = [(row.of(types), quick) for types in row.types]
-    cases += [
-        (laid_out(row, first, layout), quick) for layout in (LAYOUTS if row.changed else ("transposed", "offset"))
-    ]
-    thorough = *quick, "test_autograd_registration", "test_aot_dispatch_dynamic"
-    for tensors, tests in [(laid_out(row, first, "channels_last"), thorough), *cases]:
-        with recorded(monkeypatch) as calls:
-            result = row.call(*tensors)
-            if row.into:
-                row.call(*tensors, **row.into(result))
-        for operator, arguments in calls:
-            torch.library.opcheck(operator, arguments, test_utils=tests)
+    cases = [row.of(types) for types in row.types]
+    cases += [laid_out(row, first, layout) for layout in (LAYOUTS if row.changed else ("transposed", "offset"))]
+    for tensors in cases:
+        opcheck(row, tensors, ("test_schema", "test_faketensor"))
+
+
+@pytest.mark.slow
+@every_row
+def test_opcheck_with_derivatives(row: Row) -> None:
+    tests = "test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"
+    opcheck(row, laid_out(row, row.of(row.types[0]), "channels_last"), tests)
 
 
 @every_row
@@ -494,7 +501,18 @@ def assert_compiles(region: Call, rows: Sequence[Row], sizes: Sequence[int], lay
         assert_alike(one, other, 1e-11)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "adatask_adagrad, adagrad"])
+#: One form of a kind.
+FORMS = [name for name in ROWS if name.endswith((", lists", ", adam", ", binary", ", decay")) or ", " not in name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in FORMS))
+        for name in ROWS
+        if name != "adatask_adagrad, adagrad"
+    ],
+)
 def test_compiles_wherever_the_region_ends(name: str) -> None:
     """For one size."""
     row = ROWS[name]
@@ -504,11 +522,9 @@ def test_compiles_wherever_the_region_ends(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [n for n in ROWS if n.endswith((", lists", ", adam", ", binary", ", decay")) or ", " not in n]
-)
+@pytest.mark.parametrize("name", FORMS)
 def test_compiles_for_all_sizes(name: str) -> None:
-    """One form of a kind (opcheck does it with every row)."""
+    """Opcheck does it with every row."""
     assert_compiles(within, [ROWS[name]], (6, 4), backend="aot_eager")
 
 

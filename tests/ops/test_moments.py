@@ -477,6 +477,7 @@ def hard_binary() -> Case:
     return binary(20, 6, 8, outputs=2, scale=0.7)
 
 
+@pytest.mark.slow
 def test_binary_against_samples() -> None:
     case = hard_binary()
     _, variance = ops.binary_moments(*case)
@@ -503,7 +504,10 @@ def test_binary_float32_with_a_tight_posterior() -> None:
     assert (got[1].double() / want[1] - 1).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("classes", "width", "scale"), [(3, 5, 1.0), (5, 32, 0.1), (10, 16, 0.1)])
+@pytest.mark.parametrize(
+    ("classes", "width", "scale"),
+    [(3, 5, 1.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, 32, 0.1), (10, 16, 0.1)))],
+)
 def test_multiclass_against_samples(classes: int, width: int, scale: float) -> None:
     """Logits with standard deviations of about 2."""
     case = multiclass(22, 8, width, classes=classes, scale=scale)

@@ -194,6 +194,7 @@ def trainer_of(model: Bert, folder: Path, steps: int, average: AveragedModel) ->
     return trainer
 
 
+@pytest.mark.slow
 @every_method
 def test_transformers(method: str, tmp_path: Path) -> None:
     model = model_of(method)
