@@ -71,7 +71,7 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed
 	@$(EDITABLE) '.[test,dev]'
 	@touch $@
 
-$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/installed
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/installed-dev
 	@echo "installing what the site needs"
 	@$(EDITABLE) '.[docs]'
 	@touch $@
