@@ -33,6 +33,7 @@ COPY = Path(tempfile.gettempdir(), f"mtlgrad-planted-{os.getuid()}")
 RESULTS = Path(__file__).with_name("planted.csv")
 ENOUGH = 78
 SUITE = ("tests", "-n", "2", "--dist", "worksteal")
+NAMED = ("-n", "0", "-m", "")  # slow ones, too
 NAMED_LIMIT, SUITE_LIMIT = 900, 7200  #: seconds; a bug may have tests wait for ever
 #: Fails for every bug, for the text is not the file's any more.
 LEFT_OUT = "tests/docs/test_planted_bugs.py"
@@ -740,12 +741,12 @@ class Copy:
     def find(self, bug: Bug, broken: list[str]) -> str:
         """Return what catches the bug, or "nothing". What fails without it, too, is added to ``broken``."""
         with self._planted(bug):
-            if found := self.failure("-n", "0", *shlex.split(bug.tests)):
+            if found := self.failure(*NAMED, *shlex.split(bug.tests)):
                 return found
         while True:
             with self._planted(bug):
                 found = self.failure(*SUITE, *(f"--deselect={test}" for test in broken), limit=SUITE_LIMIT)
-            if not found.startswith("tests/") or not self.failure("-n", "0", found):
+            if not found.startswith("tests/") or not self.failure(*NAMED, found):
                 return found or "nothing"
             broken.append(found)
 
@@ -772,7 +773,7 @@ def main(numbers: list[int]) -> int:
     if chosen := numbers or [n for n, bug in enumerate(BUGS, 1) if bug.mark not in rows]:
         copy = Copy()
         for tests in dict.fromkeys(BUGS[n - 1].tests for n in chosen):
-            if found := copy.failure("-n", "0", *shlex.split(tests)):
+            if found := copy.failure(*NAMED, *shlex.split(tests)):
                 raise SystemExit(f"without any bug: {found}")
     for n in chosen:
         bug, start = BUGS[n - 1], time.monotonic()
