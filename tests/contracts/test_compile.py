@@ -293,11 +293,12 @@ def test_every_region(method: str, region: tuple[int, int]) -> None:
 
 
 @slow
-@pytest.mark.parametrize("end", range(6), ids=STAGES)
+@pytest.mark.parametrize("end", ["layer", "total", "backward"])
 @each_layer
-def test_every_end_under_inductor(method: str, end: int) -> None:
-    found = train(Net(method), (0, end), Compiler("inductor", dynamic=True), SIZES[:2])
-    assert_same(found, train(Net(method), (0, end), sizes=SIZES[:2]))
+def test_ends_under_inductor(method: str, end: str) -> None:
+    region = (0, STAGES.index(end))
+    found = train(Net(method), region, Compiler("inductor", dynamic=True), SIZES[:2])
+    assert_same(found, train(Net(method), region, sizes=SIZES[:2]))
 
 
 @pytest.mark.parametrize(
@@ -472,6 +473,24 @@ def test_more_than_the_views(method: str, form: Form) -> None:
     if form.plain is not None:
         with pytest.raises(RuntimeError, match="modified inplace"):
             run(Net(method), [form], plain)
+
+
+@each_layer
+def test_two_layers_in_a_region_for_all_sizes(method: str) -> None:
+    def gradients(compiler: Function) -> list[Found]:
+        nets = Net(method), Net(method)
+
+        def both(x: Tensor, y: list[Tensor]) -> Tensor:
+            return part(nets[0], *ALL)(x, y) + 0.5 * part(nets[1], *ALL)(2.0 * x, y)  # type: ignore[no-any-return]
+
+        compiled, found = compiler(both), []
+        for i, size in enumerate(SIZES[:2]):
+            data = made(i, size)
+            parameters = [p for net in nets for p in net.model.parameters()]
+            found.append(dict(enumerate(torch.autograd.grad(compiled(*data), parameters))))
+        return found  # type: ignore[return-value]
+
+    assert_same(gradients(Compiler("aot_eager", dynamic=True)), gradients(plain))
 
 
 EACH_OWN = [

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.align import SCALES, AlignResult, Scale, empty_result
+from ..reference.align import EPS
 from ..world.ranks import ALONE, World
 from .gram_rule import GramRule
 
@@ -75,7 +76,7 @@ class AlignedMTL(GramRule):
         super().__init__(num_tasks, None, check_finite=check_finite, process_group=process_group)
         self.scale: Scale = scale
         self.scale_heads = scale_heads
-        self.rtol = rtol
+        self.rtol = num_tasks * EPS if rtol is None else rtol  # not T of a graph, which may be a symbol
         self._prefer(preference)
 
     def extra_repr(self) -> str:
