@@ -689,7 +689,12 @@ class Copy:
 
     def _build(self) -> None:
         folder, python = COPY / "build/cpu", f"-DPython_EXECUTABLE={self._python}"
-        options = (python, "-DMTLGRAD_CUDA=OFF", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+        options = (
+            python,
+            "-DMTLGRAD_CUDA=OFF",
+            "-DCMAKE_BUILD_TYPE=None",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        )
         for command in (
             ("cmake", "-S", COPY, "-B", folder, "-G", "Ninja", *options),
             ("cmake", "--build", folder, "--target", "_C"),
