@@ -1157,6 +1157,18 @@ def test_an_optimizer_that_moves_more_than_it_was_given() -> None:
     assert development_loss(case.model, case.tasks["size"]) <= vil.last.before
 
 
+def test_deltas_of_tasks_to_come_are_zeros() -> None:
+    """In the state of the first round: not what the memory held before."""
+    vil = Case(seed=0).vil()
+    torch.use_deterministic_algorithms(True)  # memory without values is filled with NaN
+    try:
+        assert next(vil.stages()).kind == "train"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for group in vil.state_dict()["deltas"]:
+        assert not any(delta.any() for row in group[1:] for delta in row)
+
+
 # ---- where the deltas are, and memory --------------------------------------------------------------------------------
 
 

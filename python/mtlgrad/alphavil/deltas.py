@@ -100,7 +100,7 @@ class Deltas:
     def take(self, task: int, theta: Copies) -> bool:
         """Keep delta_task = parameters - theta. False where the parameters are not finite."""
         if not self.rows:
-            self.rows = self._empty_rows()
+            self.rows = self._zeros()
         largest: list[Tensor] = []
         for group, rows, before in zip(self.groups, self.rows, theta, strict=True):
             if task not in group.tasks:
@@ -115,14 +115,14 @@ class Deltas:
         # Reads from the device, so that copies to the host have arrived, too.
         return not largest or bool(torch.stack(largest).isfinite().all())
 
-    def _empty_rows(self) -> list[list[list[Tensor]]]:
-        return [[[self._empty(p) for p in group.parameters] for _ in group.tasks] for group in self.groups]
+    def _zeros(self) -> list[list[list[Tensor]]]:
+        return [[[self._zero(p) for p in group.parameters] for _ in group.tasks] for group in self.groups]
 
-    def _empty(self, p: Tensor) -> Tensor:
+    def _zero(self, p: Tensor) -> Tensor:
         dtype = torch.bfloat16 if self.storage.endswith("bfloat16") else p.dtype
         if not self.storage.startswith("host"):
-            return torch.empty_like(p, dtype=dtype, requires_grad=False)
-        return torch.empty_like(p, dtype=dtype, device="cpu", pin_memory=p.device.type == "cuda", requires_grad=False)
+            return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        return torch.zeros_like(p, dtype=dtype, device="cpu", pin_memory=p.device.type == "cuda", requires_grad=False)
 
     def weigh(self, task: int, absent: Sequence[int]) -> bool:
         """Whether alpha makes a difference to a task's loss."""
@@ -158,7 +158,7 @@ class Deltas:
         return self.rows
 
     def load_state_dict(self, state: list[list[list[Tensor]]]) -> None:
-        rows = self._empty_rows() if state else []
+        rows = self._zeros() if state else []
         # [groups][tasks][parameters] of shapes
         own, saved = ([[[p.shape for p in row] for row in g] for g in some] for some in (rows, state))
         if own != saved:
