@@ -287,7 +287,7 @@ void run(bool device, const Case& c, bool orders = false) {
   runner.step(device, is);
   runner.compare(was, is);
   for (const auto order : emu::kOrders) {
-    if (!device || !orders) break;
+    if (!device || !orders || order == emu::Order::forward) continue;
     emu::options.order = order;
     State<S, M> again(was);
     runner.step(device, again);
