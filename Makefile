@@ -13,7 +13,7 @@ EDITABLE = $(INSTALL) --no-build-isolation --config-settings=build-dir=$(VENV)/b
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 C_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all lint format docs wheel clean
+.PHONY: help demo test test-all drivers resources lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -26,10 +26,14 @@ test: $(VENV)/installed-dev  ## Run all tests but the slow ones, JOBS=2 at a tim
 	$(BIN)/python tests/simt/build.py _C
 	$(PYTEST) $(TEST_ARGS)
 
-test-all: $(VENV)/installed-dev  ## Run the slow ones, too: sanitizers, what nvcc makes of the CUDA kernels, the sdist
-	$(BIN)/python tests/simt/build.py all
-	! command -v nvcc >/dev/null || $(BIN)/python -m bench.resources >/dev/null
+test-all: drivers resources  ## Run the slow ones, too: sanitizers, what nvcc makes of the CUDA kernels, the sdist
 	$(PYTEST) -m '' $(TEST_ARGS)
+
+drivers: $(VENV)/installed-dev
+	$(BIN)/python tests/simt/build.py all
+
+resources: $(VENV)/installed-dev
+	! command -v nvcc >/dev/null || $(BIN)/python -m bench.resources >/dev/null
 
 lint: $(VENV)/installed-dev  ## Check style and types
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from .. import ops
 from ..ops.align import SCALES, AlignResult, Scale, empty_result
 from ..reference.align import EPS
 from ..world.ranks import ALONE, World
-from .gram_rule import GramRule
+from .gram_rule import Constant, GramRule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,6 +60,8 @@ class AlignedMTL(GramRule):
         ValueError: ``num_tasks`` below 1; an unknown ``scale``; a ``preference`` that is not as above, or all zero.
     """
 
+    rtol = Constant()
+
     def __init__(
         self,
         num_tasks: int,
@@ -76,7 +78,7 @@ class AlignedMTL(GramRule):
         super().__init__(num_tasks, None, check_finite=check_finite, process_group=process_group)
         self.scale: Scale = scale
         self.scale_heads = scale_heads
-        self.rtol = num_tasks * EPS if rtol is None else rtol  # not T of a graph, which may be a symbol
+        self.rtol = num_tasks * EPS if rtol is None else rtol
         self._prefer(preference)
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .gram_rule import GramRule
+from .gram_rule import Constant, GramRule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,6 +36,8 @@ class CAGrad(GramRule):
         ValueError: ``num_tasks`` below 1; ``c`` below 0 or not finite.
     """
 
+    c = Constant()
+
     def __init__(
         self,
         num_tasks: int,
@@ -45,8 +47,8 @@ class CAGrad(GramRule):
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(num_tasks, None, check_finite=check_finite, process_group=process_group)
-        self.c = c
         ops.cagrad(torch.ones(1, 1, device="cpu"), c)  # refuses what c cannot be
+        self.c = c
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, c={self.c}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .gram_rule import GramRule
+from .gram_rule import Constant, GramRule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,6 +39,8 @@ class FairGrad(GramRule):
         ValueError: ``num_tasks`` below 1; ``alpha`` not above 0 or not finite.
     """
 
+    alpha = Constant()
+
     def __init__(
         self,
         num_tasks: int,
@@ -49,8 +51,8 @@ class FairGrad(GramRule):
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(num_tasks, None, check_finite=check_finite, process_group=process_group)
-        self.alpha, self.normalize = alpha, normalize
         ops.fairgrad(torch.ones(1, 1, device="cpu"), alpha)  # refuses what alpha cannot be
+        self.alpha, self.normalize = alpha, normalize
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, alpha={self.alpha}, normalize={self.normalize}"

@@ -27,6 +27,24 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+class Constant:
+    """A number of a rule, which ``torch.compile`` takes for a constant of the graph.
+
+    Kept as text: of a float, Dynamo makes an input where sizes are dynamic, which a second layer's backward in the same
+    region does not find.
+    """
+
+    def __set_name__(self, rule: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, rule: Any, owner: type) -> Any:
+        text = rule.__dict__[self._name]
+        return None if text is None else float(text)
+
+    def __set__(self, rule: Any, number: float | None) -> None:
+        rule.__dict__[self._name] = None if number is None else repr(float(number))
+
+
 class GramRule(NotScripted, nn.Module):
     r"""Any rule that weighs tasks by the Gram matrix of their gradients, in three forms.
 
