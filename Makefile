@@ -10,7 +10,8 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 CUDA = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo ON || echo OFF)
 EDITABLE = $(INSTALL) --no-build-isolation --config-settings=build-dir=$(VENV)/build \
   --config-settings=cmake.define.MTLGRAD_CUDA=$(CUDA) --editable
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+# In a fresh clone every process would compile our modules again, and inductor's compiler optimise what runs once.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= TORCHINDUCTOR_DEBUG_COMPILE=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 C_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test test-all drivers resources lint format docs wheel clean

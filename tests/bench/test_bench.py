@@ -19,6 +19,7 @@ from bench import bench_adatask, bench_moments, harness, memory, table
 from bench.bench_combine import RULES, uneven
 from bench.harness import Case, Contender, Options, Result, Work
 from mtlgrad import cli
+from tests.support.ranks import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -40,9 +41,9 @@ def raises() -> torch.Tensor:
 
 
 def run_quick(stem: str, tmp_path: Path) -> list[dict[str, str]]:
-    command = [sys.executable, "-m", "mtlgrad", "bench", stem, "--quick", "--device", "cpu", "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    options = ["--quick", "--device", "cpu", "--results", str(tmp_path)]
+    code, _, err = Program("-m", "mtlgrad", "bench", stem, *options, folder=ROOT).end()
+    assert code == 0, err
     with (tmp_path / f"{stem}_cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == table.COLUMNS

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from bench.harness import Contender
 from bench.peers import adatask_published, bayesagg_published, libmtl_loops, torchjd_merge
 from bench.step_problem import Problem, Shape
 from mtlgrad import reference
+from tests.support.ranks import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -35,9 +34,8 @@ SLOW = {"published bayesagg"}  # but for one case
 def test_quick_run_of_the_step_benchmark(tmp_path: Path) -> None:
     # One thread: two that wait for each other on a busy machine take ten times as long.
     options = ["--quick", "--device", "cpu", "--threads", "1", "--results", str(tmp_path)]
-    command = [sys.executable, "-m", "mtlgrad", "bench", "step", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    code, _, err = Program("-m", "mtlgrad", "bench", "step", *options, folder=ROOT).end(300)
+    assert code == 0, err
     with (tmp_path / "step_cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for network, heads in ("resnet-18", 3), ("resnet-50", 3), ("transformer", 3), ("resnet-18", 20):

@@ -1,21 +1,18 @@
 """The examples of README and of all pages run as they stand: a page's Python blocks, in their order, are one script.
 
-A page with the line ``<!-- ranks: 2 -->`` is started by torchrun, as that many processes on the CPU. Of a diff, what it
-leads to is run. The tutorials run when the site is built (`make docs`).
+A page with the line ``<!-- ranks: 2 -->`` is started as torchrun would, as that many processes on the CPU. Of a diff,
+what it leads to is run. The tutorials run when the site is built (`make docs`).
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.ranks import free_port
+from tests.support.ranks import Program, free_port, rank_variables
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,14 +36,6 @@ def script(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def command(page: Path, saved: Path) -> list[str]:
-    ranks = re.findall(r"^<!-- ranks: (\d+) -->$", page.read_text(), flags=re.M)
-    if not ranks:
-        return [sys.executable, str(saved)]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", ranks[0], "--master-port", str(free_port())]
-    return [sys.executable, *launch, str(saved)]
-
-
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -60,12 +49,14 @@ def examples() -> list[Any]:
 def test_examples_run(page: Path, tmp_path: Path) -> None:
     saved = tmp_path / f"{page.stem}_example.py"  # not accelerate.py, which would hide the package
     saved.write_text(script(page))
-    # The processes of torchrun find each other on this machine; without a GPU, as the pages' figures are.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
-    done = subprocess.run(
-        command(page, saved), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert done.returncode == 0, f"{page.name} (the line numbers are the page's):\n{done.stdout}\n{done.stderr}"
+    ranks = re.findall(r"^<!-- ranks: (\d+) -->$", page.read_text(), flags=re.M)
+    size, port = int(ranks[0]) if ranks else 1, free_port()
+    # Without a GPU, as the pages' figures are.
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+    each = [{**own, **(rank_variables(rank, size, port) if ranks else {})} for rank in range(size)]
+    programs = [Program(str(saved), folder=tmp_path, environment=environment) for environment in each]
+    for code, out, err in [program.end(TIMEOUT) for program in programs]:
+        assert code == 0, f"{page.name} (the line numbers are the page's):\n{out}\n{err}"
 
 
 def test_readme_is_short_and_begins_with_what_a_stranger_needs() -> None:

@@ -20,7 +20,7 @@ import mtlgrad
 from mtlgrad.distributed import global_means
 from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_, unscale_jac_
 from tests.support.nets import Model
-from tests.support.ranks import Pool, environment
+from tests.support.ranks import Pool, rank_variables
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -165,7 +165,7 @@ def under_ddp() -> dict[str, dict[str, Tensor]]:
         tuple(values[first : first + counts[rank]] for values in batch)
         for first, counts, batch in zip(start, COUNTS, whole())
     ]
-    with mock.patch.dict(os.environ, environment(rank, 2, 0)):
+    with mock.patch.dict(os.environ, rank_variables(rank, 2, 0)):
         return {method: fit(method, data, gradient_accumulation_steps=2) for method in ("aligned", "adatask")}
 
 

@@ -29,7 +29,7 @@ from mtlgrad import rules
 from mtlgrad.distributed import global_means
 from mtlgrad.interop.lightning import MultiTaskMonitor
 from mtlgrad.optim import AdaTaskAdam, clip_task_grad_norm_
-from tests.support.ranks import Pool, environment
+from tests.support.ranks import Pool, rank_variables
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -304,7 +304,7 @@ def on_a_rank(kind: type[LitModel], sharded: bool) -> tuple[dict[str, Tensor], i
         tuple(values[first : first + counts[rank]] for values in batch)
         for first, counts, batch in zip(start, COUNTS, whole())
     ]
-    launched = {**environment(rank, 2, 0), "TORCHELASTIC_RUN_ID": "pool", "GROUP_RANK": "0"}
+    launched = {**rank_variables(rank, 2, 0), "TORCHELASTIC_RUN_ID": "pool", "GROUP_RANK": "0"}
     logger, shown, monitor, reduced, at_end = Kept(), Shown(values), Watched(every_n_steps=1), Reduced(), Whole()
     callbacks = [shown, monitor, at_end, *[reduced] * (not sharded)]
     with mock.patch.dict(os.environ, launched):

@@ -13,7 +13,7 @@ import pytest
 from mtlgrad.cli import main
 from mtlgrad.recipes.methods import METHODS
 from tests.recipes.test_comparison import rows_of
-from tests.support.ranks import environment, free_port
+from tests.support.ranks import Program, free_port, rank_variables
 
 TEXT = """
 import time
@@ -160,32 +160,32 @@ def test_a_run_without_a_terminal_is_quiet_not_silent(folder):
     assert sorted(os.listdir("runs/x")) == [
         "checkpoint.pt", "dominance.png", "history.csv", "loss_curves.png", "results.csv", "task_weights.png",
     ]  # fmt: skip
-    again = done("train", "--resume", "runs/x")  # a finished run shows its table again
-    assert again.returncode == 0
-    assert found.stdout.splitlines()[-8:] == again.stdout.splitlines()[-8:]
+    [(code, out, _)] = ends(begin("train", "--resume", "runs/x", size=1))  # a finished run shows its table again
+    assert code == 0
+    assert found.stdout.splitlines()[-8:] == out.splitlines()[-8:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal_then_resumed(number, folder):
     arguments = ["train", "--recipe", "slow.py", "--methods", "sum", "--seeds", "1", "--epochs", "3", "--name"]
-    process = subprocess.Popen(command(*arguments, "x"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for("runs/x/results.csv", [process])  # of the first training
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
+    [begun] = begin(*arguments, "x", size=1)
+    wait_for("runs/x/results.csv", [begun])  # of the first training
+    os.kill(begun.process.pid, number)
+    code, out, err = begun.end()
+    assert (code, err) == (130, "")
     assert "stopped; what was done is saved: mtlgrad train --resume runs/x" in out
     assert {"checkpoint.pt", "history.csv", "results.csv"} == set(os.listdir("runs/x"))
     if number == signal.SIGINT:  # once is enough
-        assert done("train", "--resume", "runs/x").returncode == 0
-        assert done(*arguments, "whole").returncode == 0
+        again = [*begin("train", "--resume", "runs/x", size=1), *begin(*arguments, "whole", size=1)]
+        assert [code for code, *_ in ends(again)] == [0, 0]
         assert rows_of(folder / "runs/x/results.csv") == rows_of(folder / "runs/whole/results.csv")
 
 
-def wait_for(path, processes):
+def wait_for(path, begun):
     give_up = time.monotonic() + 120
     while not os.path.exists(path):
-        assert all(process.poll() is None for process in processes)
+        assert all(each.process.exitcode is None for each in begun)
         assert time.monotonic() < give_up
         time.sleep(0.02)
 
@@ -204,27 +204,23 @@ def test_a_closed_pipe_is_no_traceback(folder):
 
 
 def begin(*arguments, size=2):
+    """On so many ranks, or on one."""
     port = free_port()
-    return [
-        subprocess.Popen(command(*arguments), env=environment(rank, size, port), stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
-    ]  # fmt: skip
+    each = [rank_variables(rank, size, port) if size > 1 else {} for rank in range(size)]
+    return [Program("-m", "mtlgrad", *arguments, environment=own) for own in each]
 
 
-def ends(processes):
-    """(exit code, stdout, stderr) of each."""
-    texts = [process.communicate(timeout=120) for process in processes]
-    return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+def ends(begun):
+    return [each.end() for each in begun]
 
 
 @pytest.mark.slow
 def test_a_killed_rank_stops_all_and_the_run_goes_on_as_if_nothing_had_been(folder):
     arguments = ["train", "--recipe", "slow.py", "--methods", "uncertainty", "--seeds", "1", "--name"]
-    processes = begin(*arguments, "hurt")
-    wait_for("runs/hurt/results.csv", processes)
-    processes[1].kill()
-    (code, _, err), (killed, *_) = ends(processes)
+    begun = begin(*arguments, "hurt")
+    wait_for("runs/hurt/results.csv", begun)
+    begun[1].process.kill()
+    (code, _, err), (killed, *_) = ends(begun)
     assert killed == -signal.SIGKILL
     assert code == 2
     assert err.startswith("mtlgrad train: rank 0: ")
@@ -243,11 +239,11 @@ def test_a_killed_rank_stops_all_and_the_run_goes_on_as_if_nothing_had_been(fold
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(folder):
-    processes = begin("train", "--recipe", "slow.py", "--methods", "sum", "--epochs", "500", "--name", "x")
-    wait_for("runs/x/checkpoint.pt", processes)
+    begun = begin("train", "--recipe", "slow.py", "--methods", "sum", "--epochs", "500", "--name", "x")
+    wait_for("runs/x/checkpoint.pt", begun)
     time.sleep(2.0)
-    processes[1].send_signal(signal.SIGTERM)
-    (code, out, err), other = ends(processes)
+    begun[1].process.terminate()
+    (code, out, err), other = ends(begun)
     assert (code, err) == (130, "")
     assert "stopped; what was done is saved: mtlgrad train --resume runs/x" in out
     assert other == (130, "", "")

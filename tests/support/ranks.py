@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import re
+import runpy
 import socket
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FunctionType, MappingProxyType
 from typing import Any, NamedTuple
@@ -97,12 +99,55 @@ def _read(connection: Connection) -> Any:
     return torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
 
 
+def forked(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> BaseProcess:
+    """A process forked from one that has imported what takes seconds, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "tests.support.oracles", "torch._dynamo"])
+    process = context.Process(target=target, args=arguments, daemon=daemon)
+    before = list(sys.path)
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    try:
+        process.start()
+    finally:
+        sys.path[:] = before
+    return process
+
+
+def _python(arguments: list[str], folder: str, said: str, environment: dict[str, str]) -> None:
+    for to, name in (1, "out"), (2, "err"):
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), to)
+    os.chdir(folder)
+    os.environ.update(environment)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+class Program:
+    """``python ARGUMENTS``, :func:`forked`: of a script, or ``-m`` and a module."""
+
+    def __init__(self, *arguments: str, folder: Path | None = None, environment: dict[str, str] | None = None):
+        self._said = f"{tempfile.mkdtemp()}/said"
+        self.process = forked(_python, list(arguments), str(folder or os.getcwd()), self._said, environment or {})
+
+    def end(self, timeout: float = TIMEOUT) -> tuple[int | None, str, str]:
+        """The exit code, stdout and stderr."""
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        out, err = (Path(f"{self._said}.{name}").read_text() for name in ("out", "err"))
+        return self.process.exitcode, out, err
+
+
 class Pool:
     """``size`` ranks of one group."""
 
     def __init__(self, size: int):
         self.size = size
-        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._workers: list[tuple[BaseProcess, Connection]] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         if not self._workers:
@@ -126,22 +171,12 @@ class Pool:
         return [answer for _, answer in answers]
 
     def _start(self) -> None:
-        # Ranks are forked from one process that has imported what takes seconds, and done nothing else.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "tests.support.oracles", "torch._dynamo"])
-        folder = tempfile.mkdtemp()
-        store = str(Path(folder) / "store")
-        before = list(sys.path)
-        sys.path.insert(0, str(Path(__file__).parents[2]))
-        try:
-            for rank in range(self.size):
-                here, there = context.Pipe()
-                process = context.Process(target=_worker, args=(rank, self.size, store, there), daemon=True)
-                process.start()
-                there.close()
-                self._workers.append((process, here))
-        finally:
-            sys.path[:] = before
+        store = str(Path(tempfile.mkdtemp()) / "store")
+        for rank in range(self.size):
+            here, there = multiprocessing.Pipe()
+            process = forked(_worker, rank, self.size, store, there, daemon=True)
+            there.close()
+            self._workers.append((process, here))
 
     def close(self) -> None:
         for process, connection in self._workers:
@@ -178,10 +213,10 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
+def rank_variables(rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun gives to a process, for tests that start (and kill) their own."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    return {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in own.items()}}
+    return {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in own.items()}}
 
 
 def by_rank(values: Any, counts: Sequence[int]) -> list[Any]:
