@@ -47,7 +47,7 @@ def examples() -> list[Any]:
 
 @pytest.mark.parametrize("page", examples())
 def test_examples_run(page: Path, tmp_path: Path) -> None:
-    saved = tmp_path / f"{page.stem}_example.py"  # not accelerate.py, which would hide the package
+    saved = tmp_path / "example.py"
     saved.write_text(script(page))
     ranks = re.findall(r"^<!-- ranks: (\d+) -->$", page.read_text(), flags=re.M)
     size, port = int(ranks[0]) if ranks else 1, free_port()

@@ -1,5 +1,5 @@
-"""Several ranks on one machine: processes that stay, so that each test does not wait for imports; and data, models and
-parameters in the parts of the ranks.
+"""Several ranks on one machine: processes that stay, so that each test does not wait for imports; programs that are
+forked, for the same reason; and data, models and parameters in the parts of the ranks.
 
 ``two_ranks(function, *arguments)`` and ``four_ranks(...)`` (fixtures in conftest.py) call ``function(*arguments)`` on
 every rank of a gloo group and return the ranks' results. Functions are those of a module in ``tests/``, found by name.
